@@ -1,0 +1,81 @@
+"""Text to token ids and back. Four names, whatever lies behind: encode, decode, bos_id, eos_id."""
+
+import json
+from pathlib import Path
+
+from sentencepiece import SentencePieceProcessor
+
+HERE = Path(__file__).resolve().parent
+
+
+def load_tokenizer(ckpt):
+    """The tokenizer in a checkpoint directory: SentencePiece's `tokenizer.model`, else `tokenizer.json`.
+
+    It has .encode(text) -> list[int], no special token added and none recognised in the text; .decode(ids) -> str,
+    special tokens left out; .bos_id, the id that starts every sequence, or None where the model has none; .eos_id;
+    .vocab_size. Raises ValueError, OSError or ImportError with a line for the user."""
+    directory = Path(ckpt) if Path(ckpt).is_dir() else HERE / ckpt  # `tiny` lies beside this file
+    settings = {}
+    for file in (directory / "config.json", directory / "tokenizer_config.json"):
+        if file.is_file():
+            try:
+                settings |= json.loads(file.read_text(encoding="utf-8"))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{file} is not a JSON object: {error}") from None
+    if (directory / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(directory / "tokenizer.model", settings)
+    if (directory / "tokenizer.json").is_file():
+        return JsonTokenizer(directory / "tokenizer.json", settings)
+    raise FileNotFoundError(f"{directory} has no tokenizer.model and no tokenizer.json")
+
+
+class SentencePieceTokenizer:
+    """LLaMA 1 and 2: a space is put before the text, bytes stand in for unknown characters."""
+
+    def __init__(self, file, settings):
+        try:
+            self.model = SentencePieceProcessor(model_file=str(file))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{file} is not a SentencePiece model: {str(error).strip()}") from None
+        self.vocab_size = self.model.vocab_size()
+        self.bos_id = self.model.bos_id() if settings.get("add_bos_token", True) else None
+        self.eos_id = self.model.eos_id()
+
+    def encode(self, text):
+        return self.model.encode(text)
+
+    def decode(self, ids):
+        return self.model.decode(ids)
+
+
+class JsonTokenizer:
+    """Whatever a tokenizer.json describes (LLaMA 3, Qwen, SmolLM, ...), through the optional package `tokenizers`."""
+
+    def __init__(self, file, settings):
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise ImportError(f"{file} needs the package tokenizers: pip install tokenizers") from None
+        try:
+            self.model = Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises nothing narrower
+            raise ValueError(f"{file} is not a tokenizer that the package tokenizers reads: {error}") from None
+        self.model.encode_special_tokens = True  # "</s>" in somebody's text is four characters
+        self.model.no_truncation()
+        self.model.no_padding()
+        self.vocab_size = self.model.get_vocab_size()
+        added = self.model.encode("").ids  # what the post-processor puts around a text
+        self.bos_id = added[0] if added else None
+        eos = settings.get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        self.eos_id = self.model.token_to_id(eos) if eos else settings.get("eos_token_id")
+        if isinstance(self.eos_id, list):
+            self.eos_id = self.eos_id[0]
+        if self.eos_id is None:
+            raise ValueError(f"{file.parent}: neither tokenizer_config.json nor config.json names an end-of-sequence token")
+
+    def encode(self, text):
+        return self.model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.model.decode(ids, skip_special_tokens=True)

@@ -1,0 +1,520 @@
+"""A self-contained LLaMA: Hugging Face directory in, logits and greedy answers out, Hugging Face directory out.
+
+This file owns the architecture, the safetensors files, the key/value cache and greedy generation. It deals in
+token ids: text is `data/`'s business. It knows nothing of adapters: `rosa.py` wraps its linear layers from outside.
+Modules and parameters are named as in a Hugging Face checkpoint, so a tensor's name there is its name here.
+
+    tokens [B, T] -> embed_tokens -> L x ( x += self_attn(input_layernorm(x)) ; x += mlp(post_attention_layernorm(x)) )
+                  -> norm -> lm_head -> logits [B, T, V]
+
+Implemented: `model_type` "llama" (LLaMA 1, 2, 3, SmolLM, TinyLlama, ...) and "qwen2" (the same block with biases on
+q, k and v). Whatever else a config.json asks for is refused by name.
+
+Letters in shapes: B rows, T tokens, D hidden_size, H query heads, K key/value heads, d head_dim, V vocab_size,
+L layers, S positions in the cache.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class LlamaConfig:
+    """The fields of a Hugging Face config.json that this file implements, under the same names."""
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None: as many as num_attention_heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", ...}
+    attention_bias: bool = False  # on q, k, v and o; qwen2 has it on q, k and v whatever this says
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "max_position_embeddings"):
+            value = getattr(self, name)
+            optional = name in ("num_key_value_heads", "head_dim")
+            if not (optional and value is None) and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                             f"num_key_value_heads {self.num_key_value_heads}")
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of "
+                                 f"num_attention_heads {self.num_attention_heads}")
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        if self.model_type not in ("llama", "qwen2"):
+            raise ValueError(f"model_type {self.model_type!r} is not implemented: only llama and qwen2 are")
+        rope_inverse_frequencies(self)  # refuses what it cannot compute
+
+    @classmethod
+    def from_file(cls, path):
+        """Read a config.json, or the one in a directory. Raises ValueError naming the file and the field."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        raw = read_json(path)
+        try:
+            return cls(**implemented_fields(raw, read_json(path.parent / "generation_config.json", missing={})))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def implemented_fields(raw, generation):
+    """The LlamaConfig fields in a raw config.json. Raises ValueError for a setting that this file does not implement."""
+    raw = {"tie_word_embeddings": False, **raw}
+    required = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    if absent := [name for name in required if name not in raw]:
+        raise ValueError(f"the key {absent[0]!r} is missing")
+    refusals = {"hidden_act": "silu", "quantization_config": None, "use_sliding_window": False,
+                "attention_dropout": 0, "partial_rotary_factor": 1}
+    for name, implemented in refusals.items():
+        if raw.get(name, implemented) not in (implemented, None):
+            raise ValueError(f"{name} = {raw[name]!r} is not implemented (only {implemented!r} is)")
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # rope_parameters: transformers 5
+    raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+    raw["rope_scaling"] = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
+    if generation.get("eos_token_id") is not None:
+        raw["eos_token_id"] = generation["eos_token_id"]
+    return {name: raw[name] for name in LlamaConfig.__dataclass_fields__ if name in raw}
+
+
+def rope_inverse_frequencies(config):
+    """Radians per position of each RoPE pair i, `theta ** (-2i / d)` as scaled by `rope_scaling`. [d/2], float32."""
+    # On the CPU even while parameters are made on the meta device, and in float32 whatever the weights' dtype.
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if not scaling:
+        return frequencies
+    kind = scaling.get("rope_type", scaling.get("type"))
+    needed = {"linear": ("factor",),
+              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if kind not in needed:
+        raise ValueError(f"rope_scaling type {kind!r} is not implemented: only linear and llama3 are")
+    for name in needed[kind]:
+        if type(scaling.get(name)) not in (int, float) or scaling[name] <= 0:
+            raise ValueError(f"rope_scaling needs a positive {name}, not {scaling.get(name)!r}")
+    if kind == "linear":
+        return frequencies / scaling["factor"]
+    # LLaMA 3.1: wavelengths beyond the original context are stretched, short ones kept, the ones between blended.
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # full turns in that context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as it is; 0: divided by factor
+    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+
+
+class Llama(nn.Module):
+    """The decoder-only transformer with its vocabulary projection. `Llama(config)` is randomly initialised."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.inv_freq = rope_inverse_frequencies(config)  # no buffer: `.to(bfloat16)` must not round it
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        })
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
+                nn.init.normal_(module.weight, std=0.02)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    @property
+    def dtype(self):
+        return self.lm_head.weight.dtype
+
+    def forward(self, tokens):
+        """Logits of the next token at every position: LongTensor [B, T] -> [B, T, V], in the weights' dtype.
+
+        Attention is causal, so rows of different lengths share a batch padded on the right with any id."""
+        return self.lm_head(self.hidden_states(tokens))
+
+    def hidden_states(self, tokens, cache=None):
+        """What `lm_head` reads: [B, T] -> [B, T, D]. With a cache, `tokens` continue what it holds."""
+        _, T = tokens.shape
+        if T > self.config.max_position_embeddings:
+            raise ValueError(f"{T} tokens are more than the model's context of {self.config.max_position_embeddings}")
+        positions = torch.arange(T, device=tokens.device)  # [T]
+        if cache is not None:
+            positions = positions + cache.lengths[:, None]  # [B, T]
+            cache.positions = positions
+        angles = positions[..., None].float() * self.inv_freq.to(tokens.device)  # [.., T, d/2]
+        rope = angles.cos().unsqueeze(-3), angles.sin().unsqueeze(-3)  # [.., 1, T, d/2]: the same for every head
+        x = self.model.embed_tokens(tokens)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, rope, cache, i)
+        if cache is not None:
+            cache.lengths = cache.lengths + T
+        return self.model.norm(x)
+
+    def loss(self, tokens, labels):
+        """Summed cross-entropy, in nats: a float32 scalar.
+
+        tokens [B, T], padded on the right; labels [B, T], the token that follows each position, or -100 where there
+        is nothing to predict. Only labelled positions reach the vocabulary projection."""
+        labelled = labels != -100
+        return SummedCrossEntropy.apply(self.hidden_states(tokens)[labelled], self.lm_head.weight, labels[labelled])
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, eos_id):
+        """Greedy continuation of a batch of prompts, lists of ids of any lengths. Returns the new ids of each, the
+        end-of-sequence token left out; `eos_id` is one id or several. A row's answer does not depend on the others'.
+
+        Raises ValueError, before anything runs, for an empty prompt or one whose answer may not fit the context."""
+        eos_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise ValueError(f"prompt {i} is empty")
+            if len(prompt) + max_new_tokens > self.config.max_position_embeddings:
+                raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the "
+                                 f"model's context of {self.config.max_position_embeddings}")
+        answers = [[] for _ in prompts]
+        if not prompts or max_new_tokens < 1:
+            return answers
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        for row, prompt in zip(tokens, prompts):
+            row[: len(prompt)] = torch.tensor(prompt)
+        cache = KVCache(self, len(prompts), tokens.shape[1] + max_new_tokens)
+        x = self.hidden_states(tokens.to(self.device), cache)  # [B, T, D]
+        x = x[torch.arange(len(prompts)), lengths - 1]  # the last token of each prompt: [B, D]
+        cache.lengths = lengths.to(self.device)  # the padding's keys lie beyond: hidden, then overwritten
+        running = list(range(len(prompts)))  # running[slot]: the prompt that this row of the cache belongs to
+        while True:
+            next_ids = self.lm_head(x).argmax(-1)  # [n]
+            unfinished = []
+            for slot, token in enumerate(next_ids.tolist()):
+                if token not in eos_ids:
+                    answers[running[slot]].append(token)
+                    if len(answers[running[slot]]) < max_new_tokens:
+                        unfinished.append(slot)
+            if not unfinished:
+                return answers
+            if len(unfinished) < len(running):
+                slots = cache.keep(unfinished)
+                running = [running[slot] for slot in slots]
+                next_ids = next_ids[slots]
+            x = self.hidden_states(next_ids[:, None], cache)[:, 0]
+
+    @classmethod
+    def from_pretrained(cls, ckpt, device="cpu", dtype=None):
+        """Load a Hugging Face directory, or a name that `find_checkpoint` knows. dtype None: as stored.
+
+        One tensor at a time goes from the memory-mapped file to its place, the largest first, so that resident memory
+        never exceeds the model by more than a small tensor. Raises ValueError or OSError with a line for the user."""
+        directory = find_checkpoint(ckpt)
+        config = LlamaConfig.from_file(directory)
+        with torch.device("meta"):
+            model = cls(config)
+        stored = tensor_table(directory)  # name -> (file, shape, dtype)
+        wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+        if config.tie_word_embeddings:
+            del wanted["lm_head.weight"]
+            stored.pop("lm_head.weight", None)
+        stored = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+        problems = [f"missing {name}" for name in wanted if name not in stored]
+        problems += [f"unexpected {name}" for name in stored if name not in wanted]
+        problems += [f"{name} has shape {list(stored[name][1])}, config.json says {list(shape)}"
+                     for name, shape in wanted.items() if name in stored and stored[name][1] != shape]
+        problems += [f"{name} is stored as {stored[name][2]}, not as a float of 16, 32 or 64 bits"
+                     for name in wanted if name in stored and stored[name][2] not in ("F16", "BF16", "F32", "F64")]
+        if problems:
+            raise ValueError(f"{directory}: the tensors do not fit the config: " + "; ".join(problems))
+        for name in sorted(wanted, key=lambda name: -math.prod(wanted[name])):
+            with safe_open(stored[name][0], framework="pt") as file:  # opened anew: closing unmaps what was read
+                tensor = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.embed_tokens.weight
+        return model.eval()
+
+    def save_pretrained(self, directory):
+        """Write config.json and model.safetensors in Hugging Face layout; an existing file is replaced at once, whole.
+
+        Raises ValueError where adapters are attached: merge them first, or save them on their own."""
+        with torch.device("meta"):
+            names = set(Llama(self.config).state_dict())
+        tensors = self.state_dict()
+        if extra := sorted(set(tensors) - names):
+            raise ValueError(f"cannot save a model with adapters ({extra[0]}, ...): call rosa.merge(model) first")
+        if self.config.tie_word_embeddings:
+            del tensors["lm_head.weight"]
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        raw = {key: value for key, value in asdict(self.config).items() if value is not None}
+        raw |= {"architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.config.model_type]],
+                "hidden_act": "silu", "torch_dtype": str(self.dtype).removeprefix("torch.")}
+        partial = directory / "model.safetensors.partial"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+        os.replace(partial, directory / "model.safetensors")
+        partial = directory / "config.json.partial"
+        partial.write_text(json.dumps(raw, indent=2) + "\n")
+        os.replace(partial, directory / "config.json")
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, cache, layer):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which H / K query heads share each key/value head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        qkv_bias = config.attention_bias or config.model_type == "qwen2"
+        o_bias = config.attention_bias and config.model_type == "llama"
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=qkv_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=o_bias)
+
+    def forward(self, x, rope, cache, layer):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, d]
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, d]
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, d]
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            cache.write(layer, k, v)
+        if cache is None or T > 1:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [B, H, T, d]
+        else:
+            # One query per row. The heads that share a key/value head stand in for a sequence: nothing is repeated.
+            k, v, visible = cache.read(layer)  # [B, K, S, d] twice, [B, 1, 1, S]
+            y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v, attn_mask=visible)
+            y = y.reshape(B, -1, 1, self.head_dim)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def rotate(x, cos, sin):
+    """RoPE: turn pair i, the dimensions (i, i + d/2), by the position's angle, in float32. x [B, heads, T, d]."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, the statistic in float32."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()
+        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
+        return h.to(x.dtype) * self.weight
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Sum over rows of -log softmax(hidden @ weight.T)[label], some rows at a time.
+
+    The gradients are made in the forward pass, slice by slice, while the logits are at hand: what is kept for the
+    backward pass is [N, D], never [N, V]."""
+
+    SLICE = 2**24  # float32 logits held at once: 64 MiB
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):  # [N, D], [V, D], [N]
+        loss = torch.zeros((), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        rows = max(1, SummedCrossEntropy.SLICE // weight.shape[0])
+        for start in range(0, len(hidden), rows):
+            h, label = hidden[start : start + rows], labels[start : start + rows, None]
+            logits = (h @ weight.T).float()  # [rows, V]
+            log_z = logits.logsumexp(-1, keepdim=True)
+            loss += (log_z - logits.gather(1, label)).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            grad = logits.sub_(log_z).exp_().scatter_add_(1, label, -torch.ones_like(log_z)).to(h.dtype)  # softmax - 1
+            if grad_hidden is not None:
+                grad_hidden[start : start + rows] = grad @ weight
+            if grad_weight is not None:
+                grad_weight += grad.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return *(None if grad is None else grad * grad_loss for grad in ctx.saved_tensors), None
+
+
+class KVCache:
+    """The keys (rotated) and values of every layer for the rows in generation: `lengths[row]` positions are filled."""
+
+    def __init__(self, model, rows, positions):
+        config = model.config
+        shape = (rows, config.num_key_value_heads, positions, config.head_dim)  # [n, K, S, d]
+        self.keys = [torch.empty(shape, device=model.device, dtype=model.dtype) for _ in model.model.layers]
+        self.values = [torch.empty_like(keys) for keys in self.keys]
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=model.device)
+        self.positions = None  # [n, T]: where the tokens now in the model stand
+
+    def write(self, layer, k, v):  # [n, K, T, d]
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.keys[layer][rows, :, self.positions] = k.transpose(1, 2)
+        self.values[layer][rows, :, self.positions] = v.transpose(1, 2)
+
+    def read(self, layer):
+        """Keys and values as far as any row reaches, and the mask that hides what lies beyond each row's own end."""
+        rows, reach = len(self.lengths), int(self.positions.max()) + 1
+        visible = torch.arange(reach, device=self.lengths.device) <= self.positions[:, None, None]  # [n, 1, 1, S]
+        return self.keys[layer][:rows, :, :reach], self.values[layer][:rows, :, :reach], visible
+
+    def keep(self, slots):
+        """Drop all rows but `slots` (ascending). Returns the slot that each remaining row comes from: the last rows
+        move into the holes, so that no more is copied than was dropped."""
+        count = len(slots)
+        movers = [slot for slot in slots if slot >= count]
+        holes = sorted(set(range(count)) - set(slots))
+        order = list(range(count))
+        for hole, mover in zip(holes, movers):
+            order[hole] = mover
+        if holes:
+            for tensor in self.keys + self.values:
+                tensor[holes] = tensor[movers]
+        self.lengths = self.lengths[order]
+        return order
+
+
+def choose_device_and_dtype(device="auto", dtype="auto"):
+    """(torch.device, torch.dtype) for two flags. Device "auto": CUDA, then MPS, then the CPU. Dtype "auto": bfloat16
+    where the device computes it natively (CUDA, CPUs with AVX512-BF16 or AMX), float32 elsewhere."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
+    device = torch.device(device)
+    if dtype != "auto":
+        return device, getattr(torch, dtype)
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.bfloat16 if native else torch.float32
+
+
+def find_checkpoint(ckpt):
+    """The directory that `ckpt` names: itself, `checkpoints/<ckpt>`, or the bundled `data/<ckpt>`."""
+    for directory in (Path(ckpt), Path("checkpoints") / ckpt, HERE / "data" / ckpt):
+        if (directory / "config.json").is_file():
+            return directory
+    if Path(ckpt).is_dir():
+        raise FileNotFoundError(f"{ckpt} has no config.json: is it a Hugging Face checkpoint directory?")
+    raise FileNotFoundError(f"no checkpoint {ckpt!r}: neither a directory of that name nor checkpoints/{ckpt}; "
+                            f"README.md says how to download one, and `tiny` is bundled")
+
+
+def tensor_table(directory):
+    """name -> (file, shape, stored dtype) of every tensor in a checkpoint directory, from the files' headers alone."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+            raise ValueError(f"{index} has no weight_map from tensor names to file names")
+        files = [directory / file for file in sorted(set(names.values()))]
+        for file in files:
+            if file.parent != directory or file.name in ("", ".", ".."):
+                raise ValueError(f"{index} names a file outside its directory: {file}")
+            if not file.is_file():
+                raise FileNotFoundError(f"{index} names {file.name}, which is absent: download it again")
+    else:
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+        if pickled:
+            raise ValueError(f"{directory} holds only pickled weights ({pickled[0]}), which can run code when they are "
+                             "loaded: download or convert to model.safetensors")
+        raise FileNotFoundError(f"{directory} has no model.safetensors and no model.safetensors.index.json")
+    table = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    entry = tensors.get_slice(name)
+                    table[name] = file, tuple(entry.get_shape()), entry.get_dtype()
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error}): download it again") from None
+    return table
+
+
+def read_json(path, missing=None):
+    """The JSON object in a file. Raises ValueError naming the file; an absent file is `missing`, if that is given."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if missing is None:
+            raise
+        return missing
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{path} is not a JSON file: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value

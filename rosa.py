@@ -1,0 +1,276 @@
+"""RoSA, RoPE-aware Selective Adaptation (Pan et al., AAAI 2026, arXiv 2511.21733): low-rank updates of the dimensions
+of Q and K that RoPE rotates slowly (RoAE), trained only in the layers that matter now (DLS).
+
+RoAE, RoPE-aware Attention Enhancement. RoPE turns pair i of a head, the dimensions (i, i + d/2), by theta^(-2i/d)
+radians a position: the last pairs hardly turn, and carry what attention knows regardless of position. RoAE adds to
+these n = round(low_freq_ratio * d/2) pairs alone, before the rotation:
+
+    one head of q = W x         0 ........ d/2-n ... d/2 ........ d-n ... d
+                                [ untouched | low freq | untouched | low freq ]
+                                                 +                      +
+    (alpha/rank) * B (A x)                   [  n rows  ]           [  n rows  ]     A [rank, D], B [H * 2n, rank]
+
+B starts at zero, so the adapted model begins as the base model. The update is linear in x: it merges into W exactly,
+and it is a LoRA whose B is zero in all other rows; with low_freq_ratio = 1 it is LoRA itself.
+
+DLS, Dynamic Layer Selection: `LayerSelector`, at the end of the file.
+
+Names of modules are those of a Hugging Face LLaMA; nothing else is asked of the model.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+TARGETS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+           "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
+
+
+class RoAE(nn.Linear):
+    """A linear layer plus a low-rank update of the low-frequency rows of each of its heads (paper, Fig. 2).
+
+    linear: the nn.Linear to adapt, [out, in], out = num_heads * d; its weight and bias are used as they are, not
+    copied, and keep their names. A and B are float32 whatever the dtype of the weight; the forward pass casts these
+    small matrices, never the activations.
+    Raises ValueError for a rank below 1, an alpha that is not positive, a low_freq_ratio outside (0, 1]."""
+
+    def __init__(self, linear, num_heads, rank=64, alpha=128, low_freq_ratio=0.25):
+        nn.Module.__init__(self)  # not nn.Linear's, which would make a weight of its own
+        if type(rank) is not int or rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha must be a positive number, not {alpha!r}")
+        if not 0 < low_freq_ratio <= 1:
+            raise ValueError(f"low_freq_ratio must be in (0, 1], not {low_freq_ratio!r}")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.num_heads, self.rank, self.alpha, self.low_freq_ratio = num_heads, rank, alpha, low_freq_ratio
+        rows = torch.arange(self.out_features)
+        if low_freq_ratio < 1:
+            half = self.out_features // num_heads // 2
+            self.n = max(1, round(low_freq_ratio * half))  # low-frequency pairs of a head
+            rows = rows.view(num_heads, 2, half)[:, :, half - self.n :].reshape(-1)
+        self.rows = rows  # the rows of `weight` that B's rows stand for
+        A = torch.empty(rank, self.in_features)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.A = nn.Parameter(A.to(linear.weight.device))  # [rank, in]
+        self.B = nn.Parameter(torch.zeros(len(rows), rank, device=linear.weight.device))  # [rows, rank]
+
+    def forward(self, x):  # [.., in] -> [.., out]
+        y = F.linear(x, self.weight, self.bias)
+        B = self.B * (self.alpha / self.rank)  # scaled here, where it is small
+        update = F.linear(F.linear(x, self.A.to(x.dtype)), B.to(x.dtype))  # [.., rows]
+        if self.low_freq_ratio == 1:
+            y += update
+        else:
+            heads = y.unflatten(-1, (self.num_heads, 2, -1))  # [.., H, 2, d/2], a view of y
+            heads[..., -self.n :] += update.unflatten(-1, (self.num_heads, 2, self.n))
+        return y
+
+    @torch.no_grad()
+    def merged(self):
+        """The plain nn.Linear that computes the same. Its weight is this one's, changed in place: the sum is made in
+        float32 and rounded once to the weight's dtype."""
+        weight = self.weight
+        update = (self.alpha / self.rank) * self.B @ self.A
+        rows = self.rows.to(weight.device)
+        weight[rows] = (weight[rows].float() + update).to(weight.dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = weight, self.bias
+        return linear
+
+
+def attach(model, rank=64, alpha=128, low_freq_ratio=0.25, targets="q,k"):
+    """Freeze the model and wrap the target projections of every layer. Returns the model.
+
+    targets: of q, k, v, o, gate, up, down. Queries and keys get `low_freq_ratio` of their pairs; the others are not
+    rotated and get every row, as in LoRA. With low_freq_ratio = 1 all is LoRA."""
+    targets = targets.split(",") if isinstance(targets, str) else list(targets)
+    for target in targets:
+        if target not in TARGETS:
+            raise ValueError(f"unknown target {target!r}: choose from {','.join(TARGETS)}")
+    if adapters(model):
+        raise ValueError("the model has adapters already: merge(model) first")
+    model.requires_grad_(False)
+    heads = {"q": model.config.num_attention_heads, "k": model.config.num_key_value_heads}
+    for layer in model.model.layers:
+        for target in TARGETS:  # in one order, however they were named: the same seed gives the same A
+            if target in targets:
+                ratio = low_freq_ratio if target in heads else 1.0
+                linear = layer.get_submodule(TARGETS[target])
+                layer.set_submodule(TARGETS[target], RoAE(linear, heads.get(target, 1), rank, alpha, ratio))
+    return model
+
+
+def adapters(model):
+    """Name -> adapter of every adapter in the model, in the order of the layers."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoAE)}
+
+
+def merge(model):
+    """Fold every adapter into its base weight and remove it. Returns the model.
+
+    In float32 the outputs stay the same to rounding. A bfloat16 weight keeps 8 bits: of an update much smaller than
+    the weight the low bits are lost, which the unmerged adapter would still have applied."""
+    for name, adapter in adapters(model).items():
+        model.set_submodule(name, adapter.merged())
+    return model
+
+
+def settings(model):
+    """What must agree for one model's adapter to fit another: {"rank", "alpha", "low_freq_ratio", "targets"}."""
+    found = adapters(model)
+    first = next(iter(found.values()))
+    modules = {name.split(".", 3)[3]: module for name, module in found.items()}  # model.layers.0.self_attn.q_proj
+    targets = [target for target, module in TARGETS.items() if module in modules]
+    ratios = [modules[TARGETS[target]].low_freq_ratio for target in ("q", "k") if target in targets]
+    return {"rank": first.rank, "alpha": first.alpha, "low_freq_ratio": (ratios or [1.0])[0], "targets": targets}
+
+
+def save_adapter(model, directory):
+    """Write adapter_config.json and adapter_model.safetensors: PEFT's LoRA format, B zero outside the adapted rows.
+
+    What RoSA knows beyond that stands in the safetensors metadata, under "rosa". Each file is replaced whole."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    known = settings(model)
+    tensors = {}
+    for name, adapter in adapters(model).items():
+        B = torch.zeros(adapter.out_features, adapter.rank)
+        B[adapter.rows] = adapter.B.detach().cpu()
+        tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.A.detach().cpu()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B
+    partial = directory / "adapter_model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt", "rosa": json.dumps(known)})
+    os.replace(partial, directory / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
+        "r": known["rank"], "lora_alpha": known["alpha"], "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "target_modules": [TARGETS[target].split(".")[1] for target in known["targets"]],
+    }
+    partial = directory / "adapter_config.json.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(partial, directory / "adapter_config.json")
+
+
+def load_adapter(model, directory):
+    """Read what `save_adapter` wrote, or another PEFT LoRA, into the model; it is attached first if need be. Returns
+    the model. Raises ValueError or OSError, naming all that does not fit, before the model is changed."""
+    directory = Path(directory)
+    known, tensors = read_adapter(directory)
+    if not adapters(model):
+        attach(model, **known)
+    elif differing := [f"{key} {value} (the model has {settings(model)[key]})" for key, value in known.items()
+                       if settings(model)[key] != value]:
+        raise ValueError(f"{directory} has {'; '.join(differing)}")
+    wanted = {}
+    for name, adapter in adapters(model).items():
+        wanted[f"base_model.model.{name}.lora_A.weight"] = (adapter.rank, adapter.in_features)
+        wanted[f"base_model.model.{name}.lora_B.weight"] = (adapter.out_features, adapter.rank)
+    problems = [f"missing {name}" for name in wanted if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in wanted]
+    problems += [f"{name} has shape {list(tensors[name].shape)}, the model needs {list(shape)}"
+                 for name, shape in wanted.items() if name in tensors and tensors[name].shape != shape]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{directory} is an adapter for another model: {'; '.join(problems[:3])}{more}")
+    with torch.no_grad():
+        for name, adapter in adapters(model).items():
+            adapter.A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
+            adapter.B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"][adapter.rows])
+    return model
+
+
+def read_adapter(directory):
+    """The settings (arguments for `attach`) and the tensors in an adapter directory."""
+    file = directory / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config["peft_type"] != "LORA":
+            raise ValueError(f"peft_type {config['peft_type']!r} is not LORA")
+        for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
+                     "fan_in_fan_out"):
+            if config.get(name):
+                raise ValueError(f"{name} is not implemented")
+        targets = [target for target, module in TARGETS.items() if module.split(".")[1] in config["target_modules"]]
+        known = {"rank": config["r"], "alpha": config["lora_alpha"], "low_freq_ratio": 1.0, "targets": targets}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{directory} is no adapter directory: it has no adapter_config.json") from None
+    except (ValueError, KeyError, TypeError) as error:  # not JSON, a key that is absent, not an object
+        raise ValueError(f"{file}: {f'the key {error} is missing' if isinstance(error, KeyError) else error}") from None
+    file = directory / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} has no adapter_model.safetensors")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            known |= json.loads((opened.metadata() or {}).get("rosa", "{}"))
+            return known, {name: opened.get_tensor(name) for name in opened.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+class LayerSelector:
+    """DLS, Dynamic Layer Selection (paper, Algorithm 1): train only the layers whose LayerNorms have large gradients.
+
+    Every `select_every` optimiser steps, the first included, a step is a probe: the two norm weights of every layer,
+    never trained themselves, and every adapter ask for gradients, and the ordinary backward pass delivers them. A
+    layer's score is the L2 norm of its norm weights' gradients; the round(k_ratio * L) layers with the highest scores
+    train until the next probe. The other adapters lose this step's gradient and ask for none; they keep what they have
+    learned and still act. Nothing below the lowest active layer is then stored or computed for the backward pass.
+
+        selector.before_forward(step)       # a probe asks every layer for gradients
+        ...                                 # forward and backward, of one or several micro-batches
+        selector.after_backward()           # a probe scores and selects
+
+    score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
+    Raises ValueError for a k_ratio outside (0, 1], a select_every below 1, a score_ema outside [0, 1)."""
+
+    def __init__(self, model, k_ratio=0.5, select_every=25, score_ema=0.0):
+        if not 0 < k_ratio <= 1:
+            raise ValueError(f"k_ratio must be in (0, 1], not {k_ratio!r}")
+        if select_every < 1:
+            raise ValueError(f"select_every must be at least 1, not {select_every!r}")
+        if not 0 <= score_ema < 1:
+            raise ValueError(f"score_ema must be in [0, 1), not {score_ema!r}")
+        layers = model.model.layers
+        self.norms = [(layer.input_layernorm.weight, layer.post_attention_layernorm.weight) for layer in layers]
+        self.adapters = [[p for adapter in adapters(layer).values() for p in (adapter.A, adapter.B)] for layer in layers]
+        self.count = max(1, round(k_ratio * len(layers)))
+        self.select_every, self.score_ema = select_every, score_ema
+        self.scores = None  # [L] float32, once there was a probe
+        self.active = list(range(len(layers)))  # indices of the layers in training
+        self.probing = False
+
+    def before_forward(self, step):
+        """Call before the first forward pass of optimiser step `step`, counted from 0."""
+        self.probing = step % self.select_every == 0
+        if self.probing:
+            self.activate(range(len(self.adapters)))
+            for weight in sum(self.norms, ()):
+                weight.requires_grad_(True)
+
+    def after_backward(self):
+        """Call after the last backward pass of the step, before gradients are clipped and applied."""
+        if not self.probing:
+            return
+        scores = torch.stack([torch.stack([w.grad.float().norm() for w in norms]).norm() for norms in self.norms]).cpu()
+        self.scores = scores if self.scores is None else self.score_ema * self.scores + (1 - self.score_ema) * scores
+        for weight in sum(self.norms, ()):
+            weight.requires_grad_(False).grad = None
+        self.activate(self.scores.argsort(descending=True, stable=True)[: self.count].tolist())
+
+    def activate(self, layers):
+        """Let the adapters of these layers ask for gradients, and no others."""
+        self.active = sorted(layers)
+        for i, parameters in enumerate(self.adapters):
+            for parameter in parameters:
+                parameter.requires_grad_(i in self.active)
+                if i not in self.active:
+                    parameter.grad = None
