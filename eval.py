@@ -21,7 +21,7 @@ from data.tokenizer import load_tokenizer
 from model import Llama, choose_device_and_dtype, find_checkpoint
 
 
-def parse_args():
+def parse_args(arguments=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = fail
     p.add_argument("--ckpt", default="tiny", help="checkpoint: a directory, a name in checkpoints/, or the bundled tiny")
@@ -34,7 +34,7 @@ def parse_args():
     p.add_argument("--out", type=Path, help="where results go (default: the adapter's directory, or runs/<ckpt>-<task>-base)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
-    args = p.parse_args()
+    args = p.parse_args(arguments)
     for name in ("limit", "batch_size", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -127,8 +127,13 @@ def write(path, text):
     os.replace(partial, path)
 
 
-if __name__ == "__main__":
+def run(arguments=None):
+    """`main` with these command-line arguments, or the process's own."""
     try:
-        main(parse_args())
+        main(parse_args(arguments))
     except (ValueError, OSError, ImportError) as error:
         fail(error)
+
+
+if __name__ == "__main__":
+    run()

@@ -74,6 +74,9 @@ class LlamaConfig:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
+        for token in self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]:
+            if token is not None and type(token) is not int:
+                raise ValueError(f"eos_token_id must be a token id or a list of them, not {self.eos_token_id!r}")
         if self.model_type not in ("llama", "qwen2"):
             raise ValueError(f"model_type {self.model_type!r} is not implemented: only llama and qwen2 are")
         rope_inverse_frequencies(self)  # refuses what it cannot compute
@@ -96,12 +99,12 @@ def implemented_fields(raw, generation):
     required = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if absent := [name for name in required if name not in raw]:
         raise ValueError(f"the key {absent[0]!r} is missing")
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # rope_parameters: transformers 5
     refusals = {"hidden_act": "silu", "quantization_config": None, "use_sliding_window": False,
                 "attention_dropout": 0, "partial_rotary_factor": 1}
     for name, implemented in refusals.items():
-        if raw.get(name, implemented) not in (implemented, None):
-            raise ValueError(f"{name} = {raw[name]!r} is not implemented (only {implemented!r} is)")
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # rope_parameters: transformers 5
+        if (value := rope.get(name, raw.get(name))) not in (implemented, None):
+            raise ValueError(f"{name} = {value!r} is not implemented (only {implemented!r} is)")
     raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     raw["rope_scaling"] = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
     if generation.get("eos_token_id") is not None:
@@ -142,7 +145,7 @@ class Llama(nn.Module):
         self.config = config
         self.inv_freq = rope_inverse_frequencies(config)  # no buffer: `.to(bfloat16)` must not round it
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False),
             "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
@@ -410,8 +413,9 @@ class KVCache:
     def __init__(self, model, rows, positions):
         config = model.config
         shape = (rows, config.num_key_value_heads, positions, config.head_dim)  # [n, K, S, d]
-        self.keys = [torch.empty(shape, device=model.device, dtype=model.dtype) for _ in model.model.layers]
-        self.values = [torch.empty_like(keys) for keys in self.keys]
+        # Zeros, not whatever memory held: what a row masks out still meets its weights of 0, and 0 * nan is nan.
+        self.keys = [torch.zeros(shape, device=model.device, dtype=model.dtype) for _ in model.model.layers]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.positions = None  # [n, T]: where the tokens now in the model stand
 

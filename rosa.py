@@ -148,7 +148,7 @@ def save_adapter(model, directory):
         tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.A.detach().cpu()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
     partial = directory / "adapter_model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt", "rosa": json.dumps(known)})
+    save_file(tensors, partial, metadata={"rosa": json.dumps(known)})  # one key: several have no fixed order
     os.replace(partial, directory / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
@@ -165,15 +165,16 @@ def load_adapter(model, directory):
     the model. Raises ValueError or OSError, naming all that does not fit, before the model is changed."""
     directory = Path(directory)
     known, tensors = read_adapter(directory)
-    if not adapters(model):
-        attach(model, **known)
-    elif differing := [f"{key} {value} (the model has {settings(model)[key]})" for key, value in known.items()
-                       if settings(model)[key] != value]:
-        raise ValueError(f"{directory} has {'; '.join(differing)}")
+    if adapters(model) and (mine := settings(model)) != known:
+        differing = [f"{key} {known[key]} (the model has {mine[key]})" for key in known if known[key] != mine[key]]
+        raise ValueError(f"{directory} has {', '.join(differing)}")
     wanted = {}
-    for name, adapter in adapters(model).items():
-        wanted[f"base_model.model.{name}.lora_A.weight"] = (adapter.rank, adapter.in_features)
-        wanted[f"base_model.model.{name}.lora_B.weight"] = (adapter.out_features, adapter.rank)
+    for i, layer in enumerate(model.model.layers):
+        for target in known["targets"]:
+            linear = layer.get_submodule(TARGETS[target])
+            name = f"base_model.model.model.layers.{i}.{TARGETS[target]}"
+            wanted[f"{name}.lora_A.weight"] = (known["rank"], linear.in_features)
+            wanted[f"{name}.lora_B.weight"] = (linear.out_features, known["rank"])
     problems = [f"missing {name}" for name in wanted if name not in tensors]
     problems += [f"unexpected {name}" for name in tensors if name not in wanted]
     problems += [f"{name} has shape {list(tensors[name].shape)}, the model needs {list(shape)}"
@@ -181,6 +182,8 @@ def load_adapter(model, directory):
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{directory} is an adapter for another model: {'; '.join(problems[:3])}{more}")
+    if not adapters(model):
+        attach(model, **known)
     with torch.no_grad():
         for name, adapter in adapters(model).items():
             adapter.A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])

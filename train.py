@@ -27,7 +27,7 @@ from data.tokenizer import load_tokenizer
 from model import Llama, choose_device_and_dtype, find_checkpoint
 
 
-def parse_args():
+def parse_args(arguments=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = fail
     p.add_argument("--ckpt", default="tiny", help="checkpoint: a directory, a name in checkpoints/, or the bundled tiny")
@@ -56,7 +56,7 @@ def parse_args():
     p.add_argument("--out", type=Path, help="run directory (default: runs/<ckpt>-<task>-<method>)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
-    args = p.parse_args()
+    args = p.parse_args(arguments)
     if args.k_ratio is None:
         args.k_ratio = 0.5 if args.method == "rosa" else 1.0
     if args.out is None:
@@ -108,11 +108,11 @@ def main(args):
           f"{args.micro_batch_size} at a time")
 
     # --- where to begin ---
-    args.out.mkdir(parents=True, exist_ok=True)
-    step, best = 0, math.inf
     if args.resume:
         step, best = load_state(args, model, optimizer, selector)
     else:
+        step = 0
+        args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
         best = validate(model, val_set, args)
         rosa.save_adapter(model, args.out)
@@ -273,8 +273,13 @@ def load_state(args, model, optimizer, selector):
     return progress["step"], progress["best"]
 
 
-if __name__ == "__main__":
+def run(arguments=None):
+    """`main` with these command-line arguments, or the process's own."""
     try:
-        main(parse_args())
+        main(parse_args(arguments))
     except (ValueError, OSError, ImportError) as error:
         fail(error)
+
+
+if __name__ == "__main__":
+    run()

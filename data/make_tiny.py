@@ -30,12 +30,10 @@ def story(rng):
     while toy.split_of((parts := toy.problem(rng))[0]) != "train":
         pass
     _, setup, question, steps, conclusion = parts
-    told = rng.random()
-    if told < 0.6:
-        return f"{setup} {' '.join(steps)} {conclusion}"
-    if told < 0.8:
-        return f"{setup} {question} {' '.join(steps)} {conclusion}"
-    return f"{setup} {conclusion}"
+    if rng.random() < 0.25:
+        setup += f" {question}"
+    work = "" if rng.random() < 0.2 else rng.choice([" ", " ", "\n", "\n\n"]) + " ".join(steps)
+    return f"{setup}{work} {conclusion}"
 
 
 def sums(rng):

@@ -116,7 +116,7 @@ def extract_answer(name, response):
         said = re.findall(r"answer is:? *\(?([A-E])\b", response)
         alone = re.findall(r"\b(?:[B-E]|A(?! [a-z]))\b", response)  # a lone A before a small letter is the article
         return next(reversed(said or alone), "")
-    return next(reversed(re.findall(r"-?(?:\d+\.?\d*|\.\d+)", response.replace(",", ""))), "")
+    return next(reversed(re.findall(r"-?(?:\d+(?:\.\d+)?|\.\d+)", response.replace(",", ""))), "")
 
 
 def is_correct(name, response, answer):

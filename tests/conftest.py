@@ -1,0 +1,51 @@
+"""Random tiny models on the CPU: what the tests state, they state about these."""
+
+import json
+
+import pytest
+import torch
+
+from model import Llama, LlamaConfig
+
+BASE = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+        "hidden_act": "silu", "eos_token_id": 2, "bos_token_id": 1}
+
+
+def random_model(seed=0, dtype=torch.float32, **changes):
+    """A Llama with random weights large enough that every part matters, norms and biases included."""
+    fields = {name: value for name, value in (BASE | changes).items() if name in LlamaConfig.__dataclass_fields__}
+    model = Llama(LlamaConfig(**fields))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.2 * noise)
+    return model.to(dtype).eval()
+
+
+def write_checkpoint(directory, config, model):
+    """`model` as a checkpoint whose config.json is exactly `config`."""
+    model.save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def random_tokens(*shape, seed=0, vocab_size=97):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomise_adapters(model, seed=1):
+    """As if trained: B is no longer zero."""
+    from rosa import adapters
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for adapter in adapters(model).values():
+            adapter.B.copy_(0.1 * torch.randn(adapter.B.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def model():
+    return random_model()

@@ -1,0 +1,171 @@
+"""Statements about DLS: the active layers change as the scores say, and exactly the active layers train."""
+
+import pytest
+import torch
+from conftest import random_model, random_tokens
+
+from rosa import LayerSelector, adapters, attach
+
+L = 6
+
+
+def setup(k_ratio=0.5, select_every=3, score_ema=0.0, targets="q,k", low_freq_ratio=0.5):
+    torch.manual_seed(0)
+    model = attach(random_model(num_hidden_layers=L), 4, 8, low_freq_ratio, targets)
+    parameters = [p for adapter in adapters(model).values() for p in (adapter.A, adapter.B)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    return model, optimizer, LayerSelector(model, k_ratio, select_every, score_ema)
+
+
+def step(model, optimizer, selector, number, micro_batches=1):
+    """One optimiser step on batch `number`, in so many micro-batches."""
+    tokens, labels = random_tokens(4, 16, seed=2 * number), random_tokens(4, 16, seed=2 * number + 1)
+    if selector:
+        selector.before_forward(number)
+    losses = []
+    for part in range(0, 4, 4 // micro_batches):
+        rows = slice(part, part + 4 // micro_batches)
+        loss = model.loss(tokens[rows], labels[rows]) / 64
+        loss.backward()
+        losses.append(loss.item())
+    if selector:
+        selector.after_backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses
+
+
+def snapshot(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def amplify(model, layers):
+    """Make the norms' gradients of these layers by far the largest, and of no others."""
+    for i, layer in enumerate(model.model.layers):
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight._backward_hooks and norm.weight._backward_hooks.clear()
+            if i in layers:
+                norm.weight.requires_grad_(True)
+                norm.weight.register_hook(lambda gradient: 1e6 * gradient)
+                norm.weight.requires_grad_(False)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_scores_are_the_norms_of_the_summed_layernorm_gradients(micro_batches):
+    model, optimizer, selector = setup()
+    reference = random_model(num_hidden_layers=L)
+    (reference.loss(random_tokens(4, 16, seed=0), random_tokens(4, 16, seed=1)) / 64).backward()
+    expected = torch.stack([torch.cat((layer.input_layernorm.weight.grad, layer.post_attention_layernorm.weight.grad)).norm()
+                            for layer in reference.model.layers])
+    step(model, optimizer, selector, 0, micro_batches)
+    torch.testing.assert_close(selector.scores, expected)
+
+
+def test_the_highest_scores_are_active_until_the_next_probe():
+    model, optimizer, selector = setup()
+    for layers in ([0, 2, 5], [1, 2, 3], [0, 4, 5]):
+        amplify(model, layers)
+        for _ in range(3):
+            step(model, optimizer, selector, selector_steps := getattr(selector, "steps", 0))
+            selector.steps = selector_steps + 1
+            assert selector.active == layers == sorted(selector.scores.topk(3).indices.tolist())
+
+
+@pytest.mark.parametrize("targets, ratio", [("q,k", 0.5), ("q,k,v,o,gate,up,down", 1.0), ("q,k,v", 0.5)])
+def test_exactly_the_active_adapters_move(targets, ratio):
+    model, optimizer, selector = setup(targets=targets, low_freq_ratio=ratio)
+    for layer in model.model.layers:  # B = 0 gives A no gradient: begin as if trained
+        for adapter in adapters(layer).values():
+            torch.nn.init.normal_(adapter.B, std=0.01)
+    for number in range(6):
+        before = snapshot(model)
+        step(model, optimizer, selector, number)
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        expected = {f"{name}.{matrix}" for name in adapters(model) for matrix in "AB" if int(name.split(".")[2]) in selector.active}
+        assert len(selector.active) == 3 and moved == expected
+        assert len(moved) == 3 * len(targets.split(",")) * 2
+
+
+def train(model, optimizer, selector, steps=7):
+    return [step(model, optimizer, selector, number, micro_batches=2) for number in range(steps)]
+
+
+def test_k_ratio_1_is_training_without_selection_to_the_bit():
+    with_selector, without = setup(k_ratio=1.0), setup()
+    assert train(*with_selector) == train(*without[:2], None)
+    for a, b in zip(with_selector[0].parameters(), without[0].parameters()):
+        assert torch.equal(a, b)
+    other = setup(k_ratio=0.5)
+    assert train(*other) != train(*setup()[:2], None)
+
+
+def test_layers_frozen_at_first_train_when_their_turn_comes_and_moments_wait():
+    model, optimizer, selector = setup(select_every=2)
+    parameter = {i: next(iter(adapters(model.model.layers[i]).values())).B for i in range(L)}
+    amplify(model, [0, 1, 2])
+    step(model, optimizer, selector, 0), step(model, optimizer, selector, 1)
+    assert parameter[5] not in optimizer.state
+    resting = {key: value.clone() for key, value in optimizer.state[parameter[0]].items()}
+    amplify(model, [3, 4, 5])
+    step(model, optimizer, selector, 2), step(model, optimizer, selector, 3)
+    assert optimizer.state[parameter[5]]["step"] == 2 and parameter[5].any()
+    for key, value in resting.items():
+        assert torch.equal(optimizer.state[parameter[0]][key], value)
+    amplify(model, [0])
+    step(model, optimizer, selector, 4)
+    assert optimizer.state[parameter[0]]["step"] == 3
+
+
+def test_nothing_below_the_lowest_active_layer_is_kept_for_the_backward_pass():
+    model, optimizer, selector = setup()
+    amplify(model, [3, 4, 5])
+    needs_gradient = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda _, args, out, i=i: needs_gradient.update({i: out.requires_grad}))
+    step(model, optimizer, selector, 0)
+    assert all(needs_gradient.values())  # a probe reaches every layer
+    step(model, optimizer, selector, 1)
+    assert needs_gradient == {0: False, 1: False, 2: False, 3: True, 4: True, 5: True}
+
+
+def test_norms_are_thermometers_never_updated():
+    model, optimizer, selector = setup()
+    before = snapshot(model)
+    for number in range(5):
+        step(model, optimizer, selector, number)
+        for layer in model.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                assert not norm.weight.requires_grad and norm.weight.grad is None
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if not name.endswith((".A", ".B")))
+
+
+def test_frozen_adapters_still_act():
+    model, optimizer, selector = setup()
+    train(model, optimizer, selector)
+    tokens = random_tokens(1, 10)
+    with_all = model(tokens)
+    selector.activate([0])
+    assert torch.equal(model(tokens), with_all)
+
+
+def test_scores_are_smoothed_over_probes():
+    plain, smooth = setup(select_every=1), setup(select_every=1, score_ema=0.75)
+    step(*plain, 0), step(*smooth, 0)
+    first = plain[2].scores
+    assert torch.equal(smooth[2].scores, first)
+    smooth[2].activate(plain[2].active)
+    step(*plain, 1), step(*smooth, 1)
+    torch.testing.assert_close(smooth[2].scores, 0.75 * first + 0.25 * plain[2].scores)
+
+
+@pytest.mark.parametrize("ratio, count", [(0.01, 1), (0.3, 2), (0.5, 3), (0.99, 6), (1.0, 6)])
+def test_the_number_of_active_layers(ratio, count):
+    model, optimizer, selector = setup(k_ratio=ratio)
+    step(model, optimizer, selector, 0)
+    assert len(selector.active) == count
+
+
+@pytest.mark.parametrize("arguments", [{"k_ratio": 0}, {"k_ratio": 1.1}, {"select_every": 0}, {"score_ema": 1.0}, {"score_ema": -0.1}])
+def test_settings_outside_their_range_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        setup(**arguments)

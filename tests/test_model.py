@@ -1,0 +1,348 @@
+"""Statements about `model.py`, against the NumPy float64 reference and, where installed, transformers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from conftest import BASE, random_model, random_tokens, write_checkpoint
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import model as model_file
+from model import Llama, LlamaConfig, SummedCrossEntropy, find_checkpoint
+from rosa import attach
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+VARIANTS = {
+    "grouped-query": {},
+    "multi-head": {"num_key_value_heads": 4},
+    "multi-query": {"num_key_value_heads": 1},
+    "heads left out": {"num_key_value_heads": None},
+    "explicit head_dim": {"head_dim": 12},
+    "tied": {"tie_word_embeddings": True},
+    "attention_bias": {"attention_bias": True},
+    "mlp_bias": {"mlp_bias": True},
+    "large eps": {"rms_norm_eps": 0.1},
+    "rope_theta": {"rope_theta": 500000.0},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "linear, rope_type": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama3": {"rope_scaling": LLAMA3, "rope_theta": 100.0},
+    "rope_parameters": {"rope_parameters": {**LLAMA3, "rope_theta": 100.0}},
+    "rope_parameters default": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+}
+
+
+def checkpoint(directory, changes):
+    config = BASE | changes
+    fields = {key: value for key, value in config.items() if key not in ("rope_parameters", "rope_scaling")}
+    return write_checkpoint(directory, config, random_model(**fields))
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_logits_agree_with_the_reference(tmp_path, changes):
+    directory = checkpoint(tmp_path, changes)
+    tokens = random_tokens(40)
+    logits = Llama.from_pretrained(directory)(tokens[None])[0].detach().numpy()
+    np.testing.assert_allclose(logits, reference.logits(directory, tokens.tolist()), atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_logits_and_greedy_ids_agree_with_transformers(tmp_path, changes):
+    transformers = pytest.importorskip("transformers")
+    directory = checkpoint(tmp_path, changes)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ours = Llama.from_pretrained(directory)
+    lengths = [5, 40, 17]
+    tokens, mask = random_tokens(3, 40), torch.arange(40) < torch.tensor(lengths)[:, None]
+    torch.testing.assert_close(ours(tokens)[mask], theirs(tokens, attention_mask=mask.long()).logits[mask], atol=1e-4, rtol=0)
+    prompt = tokens[2, :17]
+    expected = theirs.generate(prompt[None], max_new_tokens=20, do_sample=False, eos_token_id=None)[0, 17:].tolist()
+    assert ours.generate([prompt.tolist()], 20, None) == [expected]
+    ours.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32).eval()
+    torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, atol=1e-5, rtol=0)
+
+
+def test_padding_on_the_right_changes_nothing_before_it(model):
+    tokens = random_tokens(1, 20)
+    padded = torch.cat((tokens, random_tokens(1, 15, seed=1)), dim=1)
+    torch.testing.assert_close(model(padded)[:, :20], model(tokens), atol=1e-5, rtol=0)
+
+
+def test_bfloat16_weights_keep_float32_rotation(model):
+    exact = model.inv_freq.clone()
+    assert torch.equal(model.to(torch.bfloat16).inv_freq, exact) and exact.dtype == torch.float32
+
+
+# --- files ---
+
+
+def test_save_and_load_return_the_same_tensors(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    again = Llama.from_pretrained(tmp_path)
+    assert again.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_model_with_adapters_is_not_saved_as_a_checkpoint(tmp_path, model):
+    with pytest.raises(ValueError, match="merge"):
+        attach(model).save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dtype_is_as_stored_or_as_asked(tmp_path):
+    random_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    assert Llama.from_pretrained(tmp_path).dtype == torch.bfloat16
+    assert Llama.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
+
+
+def shard(directory):
+    """Split model.safetensors in two, with an index."""
+    tensors = load_file(directory / "model.safetensors")
+    names = sorted(tensors)
+    where = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        save_file({name: tensors[name] for name in names if where[name] == file}, directory / file)
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    return where
+
+
+def test_shards_load_as_one_file_does(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    shard(tmp_path)
+    assert torch.equal(Llama.from_pretrained(tmp_path)(random_tokens(1, 9)), model(random_tokens(1, 9)))
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "absent.safetensors"])
+def test_an_index_reaches_no_file_but_its_own_shards(tmp_path, model, file):
+    directory = tmp_path / "checkpoint"
+    model.save_pretrained(directory)
+    (directory / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
+    with pytest.raises((ValueError, FileNotFoundError), match="index.json names"):
+        Llama.from_pretrained(directory)
+
+
+def test_every_tensor_that_does_not_fit_is_named(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["extra"] = tensors.pop("model.norm.weight")
+    tensors["lm_head.weight"] = torch.zeros(3, 5)
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(48, 32, dtype=torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        Llama.from_pretrained(tmp_path)
+    for part in ("missing model.norm.weight", "unexpected extra", "lm_head.weight has shape [3, 5]", "up_proj.weight is stored as I8"):
+        assert part in str(error.value)
+
+
+def test_derivable_tensors_of_old_checkpoints_are_ignored(tmp_path):
+    model = random_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    loaded = Llama.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_pickled_weights_are_refused(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pickled weights .pytorch_model.bin.*safetensors"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_a_file_cut_short_is_named(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    for length in (0, 4, 100, len(whole) - 1):
+        (tmp_path / "model.safetensors").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
+            Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads peak memory from /proc")
+def test_loading_needs_no_second_copy(tmp_path):
+    random_model(hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8,
+                 num_hidden_layers=4, vocab_size=4000, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    script = """if True:
+        import re, sys, torch
+        from model import Llama
+        peak = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+        before = peak()
+        model = Llama.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+        print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))"""
+    root = os.path.dirname(model_file.__file__)
+    for dtype in ("bfloat16", "float32"):
+        ratio = subprocess.run([sys.executable, "-c", script, tmp_path, dtype], cwd=root, capture_output=True, text=True, check=True)
+        assert 0.9 < float(ratio.stdout) < 1.1
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"model_type": "gemma"}, "model_type 'gemma'"),
+    ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not implemented"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "positive factor"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+    ({"use_sliding_window": True}, "use_sliding_window"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ({"num_attention_heads": 5}, "num_attention_heads 5"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+    ({"hidden_size": 32.5}, "hidden_size"),
+    ({"hidden_size": -32}, "hidden_size"),
+    ({"vocab_size": 0}, "vocab_size"),
+    ({"head_dim": 7}, "head_dim 7 is odd"),
+    ({"rms_norm_eps": 0}, "rms_norm_eps"),
+    ({"eos_token_id": "</s>"}, "eos_token_id"),
+])
+def test_what_a_config_asks_for_and_is_not_implemented_is_refused_by_name(tmp_path, changes, message):
+    (tmp_path / "config.json").write_text(json.dumps(BASE | changes))
+    with pytest.raises(ValueError, match=message) as error:
+        LlamaConfig.from_file(tmp_path)
+    assert "config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff", '{"model_type": "llama"}'])
+def test_a_config_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match="config.json"):
+        LlamaConfig.from_file(tmp_path)
+
+
+def test_generation_config_decides_the_end_of_sequence(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(BASE))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    assert LlamaConfig.from_file(tmp_path).eos_token_id == [2, 7]
+
+
+def test_checkpoints_are_found_by_name(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("checkpoints/mine")
+    assert find_checkpoint("mine").samefile("checkpoints/mine") and find_checkpoint("tiny").name == "tiny"
+    with pytest.raises(FileNotFoundError, match="no checkpoint 'other'"):
+        find_checkpoint("other")
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        find_checkpoint("checkpoints")
+
+
+# --- loss ---
+
+
+def labelled(shape, seed=3):
+    labels = random_tokens(*shape, seed=seed)
+    return labels.masked_fill(torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5, -100)
+
+
+@pytest.mark.parametrize("slice_size", [97, 500, 2**24])
+def test_loss_and_gradients_are_those_of_plain_cross_entropy(monkeypatch, slice_size):
+    monkeypatch.setattr(SummedCrossEntropy, "SLICE", slice_size)
+    tokens, labels = random_tokens(3, 20), labelled((3, 20))
+    gradients = []
+    for plain in (True, False):
+        model = random_model(dtype=torch.float64)
+        if plain:
+            loss = F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten(), reduction="sum")
+        else:
+            loss = model.loss(tokens, labels)
+        (3 * loss).backward()
+        gradients.append([loss.detach().double()] + [p.grad for p in model.parameters()])
+    for ours, theirs in zip(*gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # the logits are float32 in ours
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numel = max(self.numel, out.numel())
+        return out
+
+
+def test_no_tensor_holds_the_logits_of_all_positions(monkeypatch):
+    monkeypatch.setattr(SummedCrossEntropy, "SLICE", 8 * 5000)
+    model = attach(random_model(vocab_size=5000), rank=2)
+    tokens, labels = random_tokens(4, 50, vocab_size=5000), labelled((4, 50))
+    with LargestTensor() as largest:
+        model.loss(tokens, labels).backward()
+    assert largest.numel == 5000 * 32  # the vocabulary projection's weight, transposed; logits come 8 rows at a time
+
+
+# --- generation ---
+
+
+def ragged(*lengths):
+    return [random_tokens(n, seed=n).tolist() for n in lengths]
+
+
+def greedy(model, prompt, count, eos_ids=()):
+    """The plain way: the whole sequence again for every token."""
+    ids = list(prompt)
+    for _ in range(count):
+        token = model(torch.tensor([ids]))[0, -1].argmax().item()
+        if token in eos_ids:
+            break
+        ids.append(token)
+    return ids[len(prompt):]
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"model_type": "qwen2"}, {"head_dim": 12}])
+def test_generation_with_a_cache_is_generation_without(changes):
+    model = random_model(**changes)
+    prompts = ragged(1, 13, 5, 30, 2, 13)
+    assert model.generate(prompts, 25, None) == [greedy(model, prompt, 25) for prompt in prompts]
+
+
+def test_rows_end_at_their_own_end_of_sequence(model):
+    prompts = ragged(9, 3, 14, 6, 21, 1, 8)
+    free = model.generate(prompts, 25, None)
+    eos_ids = {free[0][3], free[2][10], free[4][20]}
+    answers = model.generate(prompts, 25, eos_ids)
+    assert answers == [greedy(model, prompt, 25, eos_ids) for prompt in prompts]
+    assert len({len(answer) for answer in answers}) > 2
+    assert model.generate(prompts, 25, free[1][0])[1] == []
+
+
+def test_finished_rows_cost_nothing(model):
+    prompts = ragged(9, 3, 14, 6, 21, 1, 8)
+    free = model.generate(prompts, 25, None)
+    eos_ids = {free[0][3], free[2][10]}
+    rows = []
+    model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    answers = model.generate(prompts, 25, eos_ids)
+    assert rows == [sum(len(answer) >= step for answer in answers) for step in range(len(rows))]
+    assert rows[-1] < rows[0]
+
+
+def test_generation_stops_when_all_are_done(model):
+    calls = []
+    model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert model.generate(ragged(4, 6), 50, list(range(97))) == [[], []]
+    assert len(calls) == 1
+
+
+def test_generation_refuses_before_anything_runs(model):
+    model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match="prompt 1 has 100 tokens; with 29 new ones it exceeds the model's context of 128"):
+        model.generate(ragged(4, 100), 29, None)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        model.generate([[1], []], 5, None)
+    assert model.generate([], 5, None) == []
+    with pytest.raises(ValueError, match="129 tokens are more than the model's context of 128"):
+        model.hidden_states(random_tokens(1, 129))
