@@ -356,7 +356,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class RMSNorm(nn.Module):
@@ -368,9 +368,45 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        return RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """Keeps x and one number a token for the backward pass, where autograd would keep every intermediate."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
         h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return h.to(x.dtype) * self.weight
+        scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)  # [.., 1]
+        ctx.save_for_backward(x, weight, scale)
+        return (h * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        h = x.float() * scale
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_h = (grad * weight).float()
+            grad_x = (grad_h - h * (grad_h * h).mean(-1, keepdim=True)).mul_(scale).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad * h).flatten(0, -2).sum(0).to(weight.dtype)
+        return grad_x, grad_weight, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping only its two inputs for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        return grad_gate, F.silu(gate).mul_(grad)
 
 
 class SummedCrossEntropy(torch.autograd.Function):
