@@ -17,6 +17,7 @@ L layers, S positions in the cache.
 import json
 import math
 import os
+import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -149,7 +150,7 @@ class Llama(nn.Module):
             "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
                 nn.init.normal_(module.weight, std=0.02)
@@ -319,10 +320,10 @@ class Attention(nn.Module):
         key_size = config.num_key_value_heads * config.head_dim
         qkv_bias = config.attention_bias or config.model_type == "qwen2"
         o_bias = config.attention_bias and config.model_type == "llama"
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_size, bias=qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_size, bias=qkv_bias)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=o_bias)
+        self.q_proj = Linear(config.hidden_size, query_size, bias=qkv_bias)
+        self.k_proj = Linear(config.hidden_size, key_size, bias=qkv_bias)
+        self.v_proj = Linear(config.hidden_size, key_size, bias=qkv_bias)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=o_bias)
 
     def forward(self, x, rope, cache, layer):
         B, T, _ = x.shape
@@ -348,12 +349,47 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """nn.Linear, computed by `linear`."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x, weight, bias=None):
+    """x @ weight.T + bias: [.., in], [out, in], [out] -> [.., out].
+
+    In float32 on an x86 CPU through oneDNN, which PyTorch itself calls for bfloat16 alone: the same sums at twice the
+    rate of MKL where that does not use AVX-512 (measured on an AMD EPYC)."""
+    if ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu":
+        return OneDNNLinear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
+
+
+ONEDNN = (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+          and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
+
+
+class OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):  # [N, in], [out, in], [out] or None
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return (linear(grad, weight.T) if ctx.needs_input_grad[0] else None,
+                linear(grad.T, x.T) if ctx.needs_input_grad[1] else None,
+                grad.sum(0) if ctx.needs_input_grad[2] else None)
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
@@ -425,16 +461,16 @@ class SummedCrossEntropy(torch.autograd.Function):
         rows = max(1, SummedCrossEntropy.SLICE // weight.shape[0])
         for start in range(0, len(hidden), rows):
             h, label = hidden[start : start + rows], labels[start : start + rows, None]
-            logits = (h @ weight.T).float()  # [rows, V]
+            logits = linear(h, weight).float()  # [rows, V]
             log_z = logits.logsumexp(-1, keepdim=True)
             loss += (log_z - logits.gather(1, label)).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             grad = logits.sub_(log_z).exp_().scatter_add_(1, label, -torch.ones_like(log_z)).to(h.dtype)  # softmax - 1
             if grad_hidden is not None:
-                grad_hidden[start : start + rows] = grad @ weight
+                grad_hidden[start : start + rows] = linear(grad, weight.T)
             if grad_weight is not None:
-                grad_weight += grad.T @ h
+                grad_weight += linear(grad.T, h.T)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 

@@ -50,7 +50,7 @@ class RoAE(nn.Linear):
         if not 0 < low_freq_ratio <= 1:
             raise ValueError(f"low_freq_ratio must be in (0, 1], not {low_freq_ratio!r}")
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias, self.base_class = linear.weight, linear.bias, type(linear)
         self.num_heads, self.rank, self.alpha, self.low_freq_ratio = num_heads, rank, alpha, low_freq_ratio
         rows = torch.arange(self.out_features)
         if low_freq_ratio < 1:
@@ -64,7 +64,7 @@ class RoAE(nn.Linear):
         self.B = nn.Parameter(torch.zeros(len(rows), rank, device=linear.weight.device))  # [rows, rank]
 
     def forward(self, x):  # [.., in] -> [.., out]
-        y = F.linear(x, self.weight, self.bias)
+        y = self.base_class.forward(self, x)  # W x + bias, as the adapted layer computes it
         B = self.B * (self.alpha / self.rank)  # scaled here, where it is small
         update = F.linear(F.linear(x, self.A.to(x.dtype)), B.to(x.dtype))  # [.., rows]
         if self.low_freq_ratio == 1:
@@ -76,13 +76,13 @@ class RoAE(nn.Linear):
 
     @torch.no_grad()
     def merged(self):
-        """The plain nn.Linear that computes the same. Its weight is this one's, changed in place: the sum is made in
+        """The plain layer that computes the same. Its weight is this one's, changed in place: the sum is made in
         float32 and rounded once to the weight's dtype."""
         weight = self.weight
         update = (self.alpha / self.rank) * self.B @ self.A
         rows = self.rows.to(weight.device)
         weight[rows] = (weight[rows].float() + update).to(weight.dtype)
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear = self.base_class(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = weight, self.bias
         return linear
 
