@@ -182,8 +182,7 @@ class Llama(nn.Module):
         if cache is not None:
             positions = positions + cache.lengths[:, None]  # [B, T]
             cache.positions = positions
-        angles = positions[..., None].float() * self.inv_freq.to(tokens.device)  # [.., T, d/2]
-        rope = angles.cos().unsqueeze(-3), angles.sin().unsqueeze(-3)  # [.., 1, T, d/2]: the same for every head
+        rope = rope_table(positions, self.inv_freq)
         x = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, rope, cache, i)
@@ -225,7 +224,7 @@ class Llama(nn.Module):
         cache.lengths = lengths.to(self.device)  # the padding's keys lie beyond: hidden, then overwritten
         running = list(range(len(prompts)))  # running[slot]: the prompt that this row of the cache belongs to
         while True:
-            next_ids = self.lm_head(x).argmax(-1)  # [n]
+            next_ids = self.lm_head(x).float().argmax(-1)  # [n]; float: on a CPU argmax is slow in bfloat16
             unfinished = []
             for slot, token in enumerate(next_ids.tolist()):
                 if token not in eos_ids:
@@ -343,10 +342,18 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
+def rope_table(positions, inv_freq):
+    """What `rotate` multiplies by: the cosines [.., 1, T, d] and the sines, negative in the first half, of positions
+    [.., T]. Float32; the same for every head and layer."""
+    angles = positions[..., None].float() * inv_freq.to(positions.device)  # [.., T, d/2]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1).unsqueeze(-3), torch.cat((-sin, sin), -1).unsqueeze(-3)
+
+
 def rotate(x, cos, sin):
-    """RoPE: turn pair i, the dimensions (i, i + d/2), by the position's angle, in float32. x [B, heads, T, d]."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """RoPE: turn pair i, the dimensions (i, i + d/2), by its angle, in float32. x [B, heads, T, d]."""
+    h = x.float()
+    return torch.addcmul(h * cos, h.roll(h.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Linear(nn.Linear):
