@@ -96,7 +96,7 @@ class LlamaConfig:
 
 def implemented_fields(raw, generation):
     """The LlamaConfig fields in a raw config.json. Raises ValueError for a setting that this file does not implement."""
-    raw = {"tie_word_embeddings": False, **raw}
+    raw = dict(raw)
     required = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if absent := [name for name in required if name not in raw]:
         raise ValueError(f"the key {absent[0]!r} is missing")

@@ -120,10 +120,12 @@ def main(args):
         print(f"validation loss {best:.4f} before training")
 
     # --- the loop ---
-    bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, bar_format=BAR)
+    first_step = step
+    bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True,
+               bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}")
     while step < total_steps:
         epoch, position = divmod(step, batches_per_epoch)
-        if position == 0 or "batches" not in locals():
+        if position == 0 or step == first_step:
             batches = make_batches(lengths, args.batch_size, f"{args.seed} {epoch}")
         batch = [train_set[i] for i in batches[position]]
         start = time.perf_counter()
@@ -171,13 +173,11 @@ def main(args):
     print(f"best validation loss {best:.4f}; its adapter is in {args.out}")
 
 
-BAR = "{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}  {postfix}"
-
-
 def load_data(args, tokenizer):
     """(training examples, validation examples, how many were longer than --max-len), as (prompt ids, response ids)."""
     examples = tasks.train_examples(args.task, args.data_dir, args.train_file)
-    encoded = [tasks.encode_example(example, tokenizer) for example in examples]
+    encoded = [tasks.encode_example(example, tokenizer)
+               for example in tqdm(examples, desc="tokenizing", leave=False, dynamic_ncols=True)]
     kept = [pair for pair in encoded if len(pair[0]) + len(pair[1]) <= args.max_len]
     if len(kept) <= args.val_size:
         raise ValueError(f"{len(kept)} of {len(encoded)} examples have at most --max-len {args.max_len} tokens: too few to "
