@@ -177,7 +177,7 @@ def load_data(args, tokenizer):
     """(training examples, validation examples, how many were longer than --max-len), as (prompt ids, response ids)."""
     examples = tasks.train_examples(args.task, args.data_dir, args.train_file)
     encoded = [tasks.encode_example(example, tokenizer)
-               for example in tqdm(examples, desc="tokenizing", leave=False, dynamic_ncols=True)]
+               for example in tqdm(examples, desc="tokenizing", leave=False, disable=None)]
     kept = [pair for pair in encoded if len(pair[0]) + len(pair[1]) <= args.max_len]
     if len(kept) <= args.val_size:
         raise ValueError(f"{len(kept)} of {len(encoded)} examples have at most --max-len {args.max_len} tokens: too few to "
@@ -216,7 +216,7 @@ def validate(model, examples, args):
     """Mean cross-entropy per response token, in nats."""
     by_length = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
     total = 0.0
-    for i in tqdm(range(0, len(by_length), args.micro_batch_size), desc="validation", leave=False, dynamic_ncols=True):
+    for i in tqdm(range(0, len(by_length), args.micro_batch_size), desc="validation", leave=False, disable=None):
         tokens, labels = collate(by_length[i : i + args.micro_batch_size], model.device)
         total += model.loss(tokens, labels).item()
     return total / sum(len(response) for _, response in examples)

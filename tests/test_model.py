@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from model import Llama, LlamaConfig, SummedCrossEntropy, find_checkpoint
+from model import Llama, LlamaConfig, RMSNormFunction, SummedCrossEntropy, SwiGLU, find_checkpoint, linear
 from rosa import attach
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -75,6 +75,33 @@ def test_padding_on_the_right_changes_nothing_before_it(model):
     tokens = random_tokens(1, 20)
     padded = torch.cat((tokens, random_tokens(1, 15, seed=1)), dim=1)
     torch.testing.assert_close(model(padded)[:, :20], model(tokens), atol=1e-5, rtol=0)
+
+
+def test_qwen2_has_biases_on_q_k_and_v_alone():
+    biased = {name for name, _ in random_model(model_type="qwen2").named_parameters() if name.endswith("bias")}
+    assert biased == {f"model.layers.{i}.self_attn.{p}_proj.bias" for i in range(3) for p in "qkv"}
+
+
+def test_the_statistic_of_a_norm_is_float32():
+    x, weight = torch.randn(50, 64).bfloat16(), torch.rand(64).bfloat16()
+    h = x.double()
+    expected = (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + 1e-5)).bfloat16() * weight
+    assert torch.equal(RMSNormFunction.apply(x, weight, 1e-5), expected)
+
+
+def test_gradients_of_our_own_functions_are_those_of_autograd():
+    torch.manual_seed(0)
+    x, y, weight, matrix, bias, out, wide = (torch.randn(*shape, requires_grad=True) for shape in (
+        (2, 300, 64), (2, 300, 64), (64,), (48, 64), (48,), (2, 300, 64), (2, 300, 48)))
+    for ours, theirs, inputs, grad in (
+        (lambda: RMSNormFunction.apply(x, weight, 1e-5), lambda: F.rms_norm(x, (64,), weight, 1e-5), (x, weight), out),
+        (lambda: SwiGLU.apply(x, y), lambda: F.silu(x) * y, (x, y), out),
+        (lambda: linear(x, matrix, bias), lambda: F.linear(x, matrix, bias), (x, matrix, bias), wide),
+    ):
+        torch.testing.assert_close(ours(), theirs())
+        found, expected = (torch.autograd.grad(function(), inputs, grad) for function in (ours, theirs))
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_weights_keep_float32_rotation(model):

@@ -158,6 +158,15 @@ def test_settings_outside_their_range_are_refused(model, arguments, message):
         attach(model, **arguments)
 
 
+def test_the_seed_decides_the_adapters_whatever_the_order_of_the_targets():
+    models = []
+    for targets in ("q,k,down", "down,k,q"):
+        torch.manual_seed(0)
+        models.append(attach(random_model(), 4, 8, targets=targets))
+    for a, b in zip(*(adapters(model).values() for model in models)):
+        assert torch.equal(a.A, b.A)
+
+
 def test_a_model_takes_one_set_of_adapters(model):
     with pytest.raises(ValueError, match="merge"):
         attach(attach(model))
