@@ -174,8 +174,9 @@ class Llama(nn.Module):
         return self.lm_head(self.hidden_states(tokens))
 
     def hidden_states(self, tokens, cache=None):
-        """What `lm_head` reads: [B, T] -> [B, T, D]. With a cache, `tokens` continue what it holds."""
+        """What `lm_head` reads: [B, T] -> [B, T, D]. With a cache: whole prompts into an empty one, or a token a row."""
         _, T = tokens.shape
+        assert cache is None or T == 1 or cache.positions is None, "a cache takes one prompt, then one token at a time"
         if T > self.config.max_position_embeddings:
             raise ValueError(f"{T} tokens are more than the model's context of {self.config.max_position_embeddings}")
         positions = torch.arange(T, device=tokens.device)  # [T]
