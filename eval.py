@@ -64,6 +64,8 @@ def main(args):
     if not examples:
         raise FileNotFoundError(f"{args.data_dir} has no test set of {args.task}: {tasks.HOW_TO_GET}, and point --data-dir at it")
     model = Llama.from_pretrained(ckpt, device, dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
     room = model.config.max_position_embeddings - args.max_new_tokens
     for name, i, _, prompt in examples:
         if len(prompt) > room:

@@ -100,7 +100,10 @@ def implemented_fields(raw, generation):
     required = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if absent := [name for name in required if name not in raw]:
         raise ValueError(f"the key {absent[0]!r} is missing")
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # rope_parameters: transformers 5
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # rope_parameters: transformers 5
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling must be an object, not {rope!r}")
+    rope = dict(rope)
     refusals = {"hidden_act": "silu", "quantization_config": None, "use_sliding_window": False,
                 "attention_dropout": 0, "partial_rotary_factor": 1}
     for name, implemented in refusals.items():

@@ -85,6 +85,8 @@ def main(args):
     tokenizer = load_tokenizer(ckpt)
     train_set, val_set, too_long = load_data(args, tokenizer)
     model = Llama.from_pretrained(ckpt, device, dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
     if args.max_len > model.config.max_position_embeddings:
         raise ValueError(f"--max-len {args.max_len} exceeds the context of {ckpt}: {model.config.max_position_embeddings}")
     torch.manual_seed(args.seed)

@@ -76,7 +76,15 @@ def test_examples(name, data_dir):
     if name == "toy":
         return toy.examples("test", TOY_SIZES["test"])
     file = Path(data_dir) / "dataset" / name / "test.json"
-    return load_examples(file, needed=("instruction", "answer")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    examples = load_examples(file, needed=("instruction", "answer"))
+    for i, example in enumerate(examples):
+        try:
+            is_correct(name, "0", example["answer"])
+        except ValueError:
+            raise ValueError(f"{file}, record {i}: the answer {example['answer']!r} is not a number") from None
+    return examples
 
 
 def load_examples(file, needed=("instruction", "output")):

@@ -193,6 +193,9 @@ def test_tasks_and_their_files(tmp_path):
     (tmp_path / "dataset" / "gsm8k").mkdir(parents=True)
     (tmp_path / "dataset" / "gsm8k" / "test.json").write_text('[{"instruction": "a", "answer": "1"}]')
     assert len(tasks.test_examples("gsm8k", tmp_path)) == 1
+    (tmp_path / "dataset" / "gsm8k" / "test.json").write_text('[{"instruction": "a", "answer": "one"}]')
+    with pytest.raises(ValueError, match="record 0: the answer 'one' is not a number"):
+        tasks.test_examples("gsm8k", tmp_path)
 
 
 # --- answers ---

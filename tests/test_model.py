@@ -223,6 +223,7 @@ def test_loading_needs_no_second_copy(tmp_path):
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not implemented"),
     ({"rope_scaling": {"rope_type": "linear"}}, "positive factor"),
+    ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),

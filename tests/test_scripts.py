@@ -262,6 +262,14 @@ def test_a_mistake_is_one_line_and_nothing_is_left_behind(ckpt, capsys, script, 
     assert [path for path in Path().iterdir()] == [Path("ckpt")]
 
 
+@pytest.mark.parametrize("script", [train_script, eval_script])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(ckpt, script, capsys):
+    random_model(vocab_size=500, max_position_embeddings=512).save_pretrained("ckpt")
+    with pytest.raises(SystemExit):
+        script.run(["--ckpt", "ckpt", "--val-size", "20"] if script is train_script else ["--ckpt", "ckpt"])
+    assert capsys.readouterr().err == f"{script.__name__}.py: ckpt: the tokenizer has 1024 tokens, the model only 500\n"
+
+
 def test_the_scripts_run_as_scripts(ckpt):
     for script in ("train.py", "eval.py"):
         done = subprocess.run([sys.executable, ROOT / script, "--ckpt", "absent"], capture_output=True, text=True)
