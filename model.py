@@ -184,14 +184,11 @@ class Llama(nn.Module):
             raise ValueError(f"{T} tokens are more than the model's context of {self.config.max_position_embeddings}")
         positions = torch.arange(T, device=tokens.device)  # [T]
         if cache is not None:
-            positions = positions + cache.lengths[:, None]  # [B, T]
-            cache.positions = positions
+            positions = cache.advance(positions)  # [B, T]
         rope = rope_table(positions, self.inv_freq)
         x = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):
             x = layer(x, rope, cache, i)
-        if cache is not None:
-            cache.lengths = cache.lengths + T
         return self.model.norm(x)
 
     def loss(self, tokens, labels):
@@ -502,16 +499,24 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.positions = None  # [n, T]: where the tokens now in the model stand
 
+    def advance(self, offsets):
+        """Once a step, for all layers: where its tokens stand, [n, T], how far any row now reaches, and the mask that
+        hides what lies beyond each row's own end."""
+        self.positions = offsets + self.lengths[:, None]
+        self.lengths = self.lengths + len(offsets)
+        self.reach = int(self.lengths.max())
+        self.visible = torch.arange(self.reach, device=self.lengths.device) <= self.positions[:, None, -1:]  # [n, 1, S]
+        return self.positions
+
     def write(self, layer, k, v):  # [n, K, T, d]
         rows = torch.arange(len(k), device=k.device)[:, None]
         self.keys[layer][rows, :, self.positions] = k.transpose(1, 2)
         self.values[layer][rows, :, self.positions] = v.transpose(1, 2)
 
     def read(self, layer):
-        """Keys and values as far as any row reaches, and the mask that hides what lies beyond each row's own end."""
-        rows, reach = len(self.lengths), int(self.positions.max()) + 1
-        visible = torch.arange(reach, device=self.lengths.device) <= self.positions[:, None, None]  # [n, 1, 1, S]
-        return self.keys[layer][:rows, :, :reach], self.values[layer][:rows, :, :reach], visible
+        """Keys and values as far as any row reaches, [n, K, S, d], and the mask over them, [n, 1, 1, S]."""
+        rows = len(self.lengths)
+        return self.keys[layer][:rows, :, : self.reach], self.values[layer][:rows, :, : self.reach], self.visible[:, None]
 
     def keep(self, slots):
         """Drop all rows but `slots` (ascending). Returns the slot that each remaining row comes from: the last rows
