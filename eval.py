@@ -1,18 +1,26 @@
 """Score a LLaMA, with or without an adapter, on the test sets of a task: greedy answers, exact match.
 
     python eval.py --ckpt tiny --task toy --adapter runs/tiny-toy-rosa
-    python eval.py --ckpt checkpoints/llama2-7b --task arithmetic --adapter runs/llama2-7b-arithmetic-rosa
+    python eval.py --ckpt checkpoints/llama2-7b --task gsm8k,SVAMP --adapter runs/llama2-7b-arithmetic-rosa
+    python eval.py --ckpt tiny --loss other_task.json notes.txt      # what was forgotten: loss on something else
+    python eval.py --ckpt tiny --activations fig1.png                # Figure 1 of the paper
+    python eval.py --compare runs/*                                  # runs side by side, as Markdown
 
-Writes predictions.jsonl, a line per example, and results.json beside the adapter, or under --out.
+Writes predictions.jsonl, a line per example as it is answered, and results.json beside the adapter, or under --out.
+Run again it goes on where it stopped: what the same adapter has answered with the same settings is not asked again.
 """
 
 import argparse
+import hashlib
+import inspect
 import json
 import os
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 import rosa
@@ -22,14 +30,21 @@ from model import Llama, choose_device_and_dtype, find_checkpoint
 
 
 def parse_args(arguments=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     p.error = fail
     p.add_argument("--ckpt", default="tiny", help="checkpoint: a directory, a name in checkpoints/, or the bundled tiny")
-    p.add_argument("--task", default="toy", help="toy, arithmetic, commonsense, or one test set")
+    p.add_argument("--task", default="toy", help="toy, arithmetic, commonsense, or test sets, separated by commas")
     p.add_argument("--adapter", type=Path, help="adapter directory, as train.py writes it (default: the model alone)")
-    p.add_argument("--limit", type=int, help="only the first so many examples of each test set")
-    p.add_argument("--batch-size", type=int, default=32, help="examples generated at a time")
+    p.add_argument("--limit", type=int, help="only the first so many examples of each test set or file")
+    p.add_argument("--score", default="generate", choices=("generate", "likelihood"),
+                   help="likelihood: of a multiple-choice question's options the most probable is the answer")
+    p.add_argument("--batch-size", type=int, default=32, help="examples at a time")
     p.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
+    p.add_argument("--loss", nargs="+", type=Path, metavar="FILE", help="instead of scoring: the loss, in nats per token, of the "
+                   "responses in a .json of training examples, of all tokens in any other text file")
+    p.add_argument("--activations", type=Path, metavar="PNG", help="instead of scoring: draw the norms of Q and K per layer and "
+                   "dimension over the first --limit examples (default 8); the numbers go into an .npz beside it")
+    p.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="only print a table of these run directories")
     p.add_argument("--data-dir", default=tasks.DATA_DIR, help="directory laid out as LLM-Adapters' repository")
     p.add_argument("--out", type=Path, help="where results go (default: the adapter's directory, or runs/<ckpt>-<task>-base)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
@@ -42,6 +57,13 @@ def parse_args(arguments=None):
     return args
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends "(default: x)" to the help of an option, but no "(default: None)"."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def fail(message):
     """A user's mistake: one line, exit status 2."""
     print(f"eval.py: {message}", file=sys.stderr)
@@ -49,72 +71,256 @@ def fail(message):
 
 
 def main(args):
+    if args.compare:
+        return compare(args.compare)
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
-    names = tasks.test_sets(args.task)
     tokenizer = load_tokenizer(ckpt)
-    examples = []  # (test set, index, example, prompt ids)
-    absent = []
+    texts = [load_texts(file, tokenizer, args.limit) for file in args.loss or ()]
+    names, absent, examples = [], [], []
+    if not args.loss:
+        names, absent, examples = load_questions(args, tokenizer)
+    model = Llama.from_pretrained(ckpt, device, dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
+    context = model.config.max_position_embeddings
+    for name, i, _, prompt in examples:
+        if args.score == "generate" and not args.activations and len(prompt) + args.max_new_tokens > context:
+            raise ValueError(f"{name}, record {i}: the prompt has {len(prompt)} tokens; with --max-new-tokens "
+                             f"{args.max_new_tokens} it exceeds the context of {context}")
+    if args.adapter:
+        rosa.load_adapter(model, args.adapter)
+    print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; "
+          f"adapter: {args.adapter or 'none'}")
+    if args.loss:
+        return losses(args, model, texts)
+    if args.activations:
+        return activations(args, model, [prompt for _, _, _, prompt in examples[: args.limit or 8]])
+
+    # --- what is answered already ---
+    args.out.mkdir(parents=True, exist_ok=True)
+    path, key = args.out / "predictions.jsonl", fingerprint(args, ckpt, dtype)
+    lines = read_predictions(path)
+    answered = {(line["set"], line["index"]): line for line in lines if line.get("settings") == key}
+    if lines and not answered:
+        print(f"answers    those in {path} are another adapter's or were made with other settings: starting anew")
+    predictions = {}  # number of the example -> its line
+    for j, (name, i, example, _) in enumerate(examples):
+        line = answered.get((name, i))
+        if line and (line["instruction"], line["answer"]) == (example["instruction"], example["answer"]):
+            predictions[j] = answered.pop((name, i))
+    if predictions:
+        print(f"answers    {len(predictions):,} of {len(examples):,} are in {path} already")
+    write(path, "".join(json.dumps(line) + "\n" for line in [*predictions.values(), *answered.values()]))
+
+    # --- the loop: long prompts first, so that what does not fit in memory fails at once ---
+    eos_ids = {tokenizer.eos_id, *as_list(model.config.eos_token_id)}
+    order = sorted(set(range(len(examples))) - set(predictions), key=lambda j: (-len(examples[j][3]), j))
+    right, new_tokens = sum(line["correct"] for line in predictions.values()), 0
+    start = time.perf_counter()
+    bar = tqdm(total=len(examples), initial=len(predictions), unit="example", dynamic_ncols=True)
+    for first in range(0, len(order), args.batch_size):
+        batch = order[first : first + args.batch_size]
+        prompts = [examples[j][3] for j in batch]
+        if args.score == "generate":
+            answers = model.generate(prompts, args.max_new_tokens, eos_ids)
+            responses = [tokenizer.decode(ids) for ids in answers]
+            new_tokens += sum(len(ids) for ids in answers)
+        else:
+            responses = most_likely(model, tokenizer, prompts, [examples[j][:3] for j in batch])
+        with open(path, "a", encoding="utf-8") as file:  # at once, so that nothing is asked twice
+            for j, response in zip(batch, responses):
+                name, i, example, _ = examples[j]
+                correct = tasks.is_correct(name, response, example["answer"])
+                predictions[j] = {"set": name, "index": i, "instruction": example["instruction"], "answer": example["answer"],
+                                  "response": response, "extracted": tasks.extract_answer(name, response), "correct": correct,
+                                  "settings": key}
+                file.write(json.dumps(predictions[j]) + "\n")
+                right += correct
+        speed = f"  {new_tokens / (time.perf_counter() - start):,.0f} new tokens/s" if new_tokens else ""
+        bar.set_postfix_str(f"accuracy {right / len(predictions):.1%}{speed}", refresh=False)
+        bar.update(len(batch))
+    bar.close()
+
+    # --- the table ---
+    results = {name: [] for name in names if name not in absent}
+    for line in predictions.values():
+        results[line["set"]].append(line["correct"])
+    scores = {name: sum(correct) / len(correct) for name, correct in results.items()}
+    intervals = {name: tasks.wilson_interval(sum(correct), len(correct)) for name, correct in results.items()}
+    micro, macro = right / len(examples), sum(scores.values()) / len(scores)
+    print(f"{'test set':<16}{'examples':>9}{'accuracy':>10}   95 % interval")
+    for name in names:
+        print(f"{name:<16}" + (f"{'absent':>9}" if name in absent else f"{len(results[name]):>9,}{scores[name]:>10.1%}"
+                               f"   {intervals[name][0]:.1%} to {intervals[name][1]:.1%}"))
+    if len(scores) > 1:
+        low, high = tasks.wilson_interval(right, len(examples))
+        print(f"{'micro average':<16}{len(examples):>9,}{micro:>10.1%}   {low:.1%} to {high:.1%}")
+        print(f"{'macro average':<16}{len(scores):>4} sets{macro:>10.1%}")
+    if absent:
+        print(f"absent from {args.data_dir}: {', '.join(absent)}. To get them: {tasks.how_to_get(args.data_dir)}")
+    lines = [predictions[j] for j in range(len(examples))] + list(answered.values())
+    write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    counts = {name: len(correct) for name, correct in results.items()}
+    write_json(args.out / "results.json", {"scores": scores, "micro": micro, "macro": macro, "counts": counts,
+                                           "intervals": intervals, "score": args.score})
+    print(f"every answer is in {path}")
+
+
+def load_questions(args, tokenizer):
+    """(names of the task's test sets, those of them that are absent, the examples as (set, index, example, prompt ids))."""
+    names, absent, examples = tasks.test_sets(args.task), [], []
     for name in names:
         found = tasks.test_examples(name, args.data_dir)
         if found is None:
             absent.append(name)
             continue
-        examples += [(name, i, example, tasks.encode_prompt(example, tokenizer)) for i, example in enumerate(found[: args.limit])]
+        for i, example in enumerate(found[: args.limit]):
+            if args.score == "likelihood":
+                tasks.options(name, example)  # refuses what is no multiple choice
+            examples.append((name, i, example, tasks.encode_prompt(example, tokenizer)))
     if not examples:
-        raise FileNotFoundError(f"{args.data_dir} has no test set of {args.task}: {tasks.HOW_TO_GET}, and point --data-dir at it")
-    model = Llama.from_pretrained(ckpt, device, dtype)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
-    room = model.config.max_position_embeddings - args.max_new_tokens
-    for name, i, _, prompt in examples:
-        if len(prompt) > room:
-            raise ValueError(f"{name}, record {i}: the prompt has {len(prompt)} tokens; with --max-new-tokens "
-                             f"{args.max_new_tokens} it exceeds the context of {model.config.max_position_embeddings}")
-    if args.adapter:
-        rosa.load_adapter(model, args.adapter)
+        raise FileNotFoundError(f"{args.data_dir} has no test set of {args.task}. To get them: {tasks.how_to_get(args.data_dir)}")
+    return names, absent, examples
+
+
+def most_likely(model, tokenizer, prompts, questions):
+    """The option of highest summed log-probability, as text, for each (set, index, example)."""
+    options = [tasks.options(name, example) for name, _, example in questions]
+    ids = [[tasks.encode_example(example | {"output": option}, tokenizer)[1][:-1] for option in some]  # without the eos
+           for (_, _, example), some in zip(questions, options)]
+    scores = model.log_likelihoods(prompts, ids)
+    return [some[int(np.argmax(score))] for some, score in zip(options, scores)]
+
+
+def fingerprint(args, ckpt, dtype):
+    """What an answer depends on beside its question, in twelve characters."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(ckpt.glob("*.safetensors"))]
+    adapter = args.adapter and [(args.adapter / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
+    limit = args.max_new_tokens if args.score == "generate" else None
+    told = [(ckpt / "config.json").read_bytes(), files, adapter, args.score, limit, dtype]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
+
+
+def read_predictions(path):
+    """The lines of a predictions.jsonl, but a last one that was cut short."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+# --- loss on anything: what a fine-tuned model has forgotten ---
+
+
+def load_texts(file, tokenizer, limit):
+    """A file as (ids that are given, ids that are predicted) pairs: the examples of a .json, pieces of 256 tokens of a text."""
+    if file.suffix == ".json":
+        return [tasks.encode_example(example, tokenizer) for example in tasks.load_examples(file)[:limit]]
+    ids = tokenizer.encode(file.read_text(encoding="utf-8"))
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return [([start], ids[i : i + 256]) for i in range(0, len(ids), 256)][:limit]
+
+
+@torch.inference_mode()
+def losses(args, model, texts):
+    """Mean cross-entropy per predicted token of each file, printed and added to losses.json."""
     args.out.mkdir(parents=True, exist_ok=True)
-    print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; "
-          f"adapter: {args.adapter or 'none'}")
+    path = args.out / "losses.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for file, pairs in zip(args.loss, texts):
+        total = 0.0
+        for given, predicted in tqdm(sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1])), desc=file.name, leave=False):
+            ids = torch.tensor([given + predicted], device=model.device)
+            labels = ids[:, 1:].clone()
+            labels[:, : len(given) - 1] = -100
+            total += model.loss(ids[:, :-1], labels).item()
+        count = sum(len(predicted) for _, predicted in pairs)
+        found[file.stem] = total / count
+        print(f"{file.name:<32}{count:>9,} tokens   {found[file.stem]:.4f} nats per token")
+    write_json(path, found)
 
-    # --- the loop: long prompts first, so that what does not fit in memory fails at once ---
-    eos_ids = {tokenizer.eos_id, *as_list(model.config.eos_token_id)}
-    order = sorted(range(len(examples)), key=lambda j: -len(examples[j][3]))
-    predictions, right, new_tokens = {}, dict.fromkeys(names, 0), 0
-    start = time.perf_counter()
-    bar = tqdm(total=len(order), unit="example", dynamic_ncols=True)
-    for first in range(0, len(order), args.batch_size):
-        batch = order[first : first + args.batch_size]
-        answers = model.generate([examples[j][3] for j in batch], args.max_new_tokens, eos_ids)
-        for j, ids in zip(batch, answers):
-            name, i, example, _ = examples[j]
-            response = tokenizer.decode(ids)
-            correct = tasks.is_correct(name, response, example["answer"])
-            right[name] += correct
-            new_tokens += len(ids)
-            predictions[j] = {"set": name, "index": i, "instruction": example["instruction"], "answer": example["answer"],
-                              "response": response, "extracted": tasks.extract_answer(name, response), "correct": correct}
-        seconds = time.perf_counter() - start
-        bar.set_postfix_str(f"accuracy {sum(right.values()) / len(predictions):.1%}  {new_tokens / seconds:,.0f} new tokens/s",
-                            refresh=False)
-        bar.update(len(batch))
-    bar.close()
 
-    # --- the table ---
-    counts = {name: sum(example[0] == name for example in examples) for name in names if name not in absent}
-    scores = {name: right[name] / count for name, count in counts.items()}
-    micro, macro = sum(right.values()) / len(examples), sum(scores.values()) / len(scores)
-    print(f"{'test set':<16}{'examples':>9}{'accuracy':>10}")
-    for name in names:
-        print(f"{name:<16}" + (f"{'absent':>9}" if name in absent else f"{counts[name]:>9,}{scores[name]:>10.1%}"))
-    if len(scores) > 1:
-        print(f"{'micro average':<16}{len(examples):>9,}{micro:>10.1%}")
-        print(f"{'macro average':<16}{len(scores):>4} sets{macro:>10.1%}")
-    if absent:
-        print(f"absent from {args.data_dir}: {', '.join(absent)}. To get them: {tasks.HOW_TO_GET}, and point --data-dir at it")
-    write(args.out / "predictions.jsonl", "".join(json.dumps(predictions[j]) + "\n" for j in range(len(examples))))
-    write(args.out / "results.json", json.dumps({"scores": scores, "micro": micro, "macro": macro}, indent=2) + "\n")
-    print(f"every answer is in {args.out / 'predictions.jsonl'}")
+# --- Figure 1 of the paper ---
+
+
+@torch.inference_mode()
+def activations(args, model, prompts):
+    """Mean L2 norm, over the tokens of a prompt, of every dimension of Q and K before the rotation: averaged over prompts
+    and heads, per layer. Written as .npz, q and k [L, d], and drawn."""
+    norms = {"q": [], "k": []}  # of every prompt and layer in turn, [d]
+
+    def record(name):
+        return lambda _, __, states: norms[name].append(
+            states[0].float().unflatten(-1, (-1, model.config.head_dim)).norm(dim=0).mean(0).cpu())  # [T, heads, d] -> [d]
+
+    hooks = [layer.self_attn.get_submodule(f"{name}_proj").register_forward_hook(record(name))
+             for layer in model.model.layers for name in norms]
+    for prompt in tqdm(prompts, unit="example", leave=False):
+        model.hidden_states(torch.tensor([prompt], device=model.device))
+    for hook in hooks:
+        hook.remove()
+    means = {name: torch.stack(found).unflatten(0, (len(prompts), -1)).mean(0).numpy() for name, found in norms.items()}
+    ratio = inspect.signature(rosa.attach).parameters["low_freq_ratio"].default
+    if adapted := rosa.adapters(model):
+        ratio = next(iter(adapted.values())).low_freq_ratio
+    half = model.config.head_dim // 2
+    first_low = half - max(1, round(ratio * half))  # the first low-frequency pair
+    args.activations.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(args.activations.with_suffix(".npz"), first_low_frequency_pair=first_low, **means)
+    quarters = np.array_split(np.sqrt((means["q"][:, :half] ** 2 + means["q"][:, half:] ** 2)).mean(0), 4)
+    print("mean norm of Q by quarter of the pairs, high to low frequency: " + ", ".join(f"{part.mean():.1f}" for part in quarters))
+    print(f"numbers    {args.activations.with_suffix('.npz')}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"{args.activations} needs the package matplotlib: pip install matplotlib")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, (name, mean) in zip(figure.subplots(1, 2), means.items()):
+        image = axes.imshow(mean, origin="lower", aspect="auto", cmap="magma", vmax=np.percentile(mean, 99.5))
+        for left in (first_low, half + first_low):  # the two bands of low-frequency dimensions
+            axes.axvspan(left - 0.5, left - first_low + half - 0.5, fill=False, edgecolor="cyan", linewidth=1.5)
+        axes.set(xlabel="head dimension (i and i + d/2 are a RoPE pair; low frequencies framed)", ylabel="layer",
+                 title=f"{name.upper()}: L2 norm, mean over heads and {len(prompts)} prompts")
+        figure.colorbar(image, extend="max")
+    figure.savefig(args.activations, dpi=100)
+    print(f"figure     {args.activations}")
+
+
+# --- runs side by side ---
+
+
+def compare(runs):
+    """Print a Markdown table of run directories; what one does not hold is a dash."""
+    rows = []
+    for run in runs:
+        held = {name: json.loads((run / f"{name}.json").read_text(encoding="utf-8")) if (run / f"{name}.json").is_file() else {}
+                for name in ("args", "summary", "results", "losses")}
+        if not any(held.values()):
+            raise FileNotFoundError(f"{run} is no run directory: it has no args.json, results.json or losses.json")
+        options, summary, results = held["args"], held["summary"], held["results"]
+        method = options.get("method", "base") + "".join(
+            f", {name.replace('_', ' ')} {options[name]}" for name in ("targets", "rank", "low_freq_ratio", "pairs", "k_ratio", "lr")
+            if name in options)
+        row = {"run": run.name, "method": method}
+        if summary:
+            row |= {"trainable": f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})",
+                    "validation loss": f"{summary['val_loss']:.4f}"}
+        for name, score in results.get("scores", {}).items():
+            low, high = results["intervals"][name]
+            row[f"{name} (n = {results['counts'][name]:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"
+        row |= {f"loss on {name}": f"{loss:.4f}" for name, loss in held["losses"].items()}
+        if summary:
+            row["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
+            row["peak memory"] = f"{summary['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in summary else "–"
+        rows.append(row)
+    columns = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row.get(name, '–') for name in columns)} |")
 
 
 def as_list(eos):
@@ -127,6 +333,10 @@ def write(path, text):
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_json(path, value):
+    write(path, json.dumps(value, indent=2) + "\n")
 
 
 def run(arguments=None):

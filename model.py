@@ -177,9 +177,8 @@ class Llama(nn.Module):
         return self.lm_head(self.hidden_states(tokens))
 
     def hidden_states(self, tokens, cache=None):
-        """What `lm_head` reads: [B, T] -> [B, T, D]. With a cache: whole prompts into an empty one, or a token a row."""
+        """What `lm_head` reads: [B, T] -> [B, T, D]. With a cache the tokens follow those that it holds."""
         _, T = tokens.shape
-        assert cache is None or T == 1 or cache.positions is None, "a cache takes one prompt, then one token at a time"
         if T > self.config.max_position_embeddings:
             raise ValueError(f"{T} tokens are more than the model's context of {self.config.max_position_embeddings}")
         positions = torch.arange(T, device=tokens.device)  # [T]
@@ -215,14 +214,7 @@ class Llama(nn.Module):
         answers = [[] for _ in prompts]
         if not prompts or max_new_tokens < 1:
             return answers
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-        for row, prompt in zip(tokens, prompts):
-            row[: len(prompt)] = torch.tensor(prompt)
-        cache = KVCache(self, len(prompts), tokens.shape[1] + max_new_tokens)
-        x = self.hidden_states(tokens.to(self.device), cache)  # [B, T, D]
-        x = x[torch.arange(len(prompts)), lengths - 1]  # the last token of each prompt: [B, D]
-        cache.lengths = lengths.to(self.device)  # the padding's keys lie beyond: hidden, then overwritten
+        x, cache = self.read_prompts(prompts, max_new_tokens)
         running = list(range(len(prompts)))  # running[slot]: the prompt that this row of the cache belongs to
         while True:
             next_ids = self.lm_head(x).float().argmax(-1)  # [n]; float: on a CPU argmax is slow in bfloat16
@@ -239,6 +231,39 @@ class Llama(nn.Module):
                 running = [running[slot] for slot in slots]
                 next_ids = next_ids[slots]
             x = self.hidden_states(next_ids[:, None], cache)[:, 0]
+
+    @torch.inference_mode()
+    def log_likelihoods(self, prompts, continuations):
+        """Summed log-probability, in nats, of each of a prompt's continuations: continuations[i] is a list of lists of
+        ids that may follow prompts[i], and so many numbers come back for it. A prompt is computed once for all of its own.
+
+        Raises ValueError for a text beyond the model's context."""
+        longest = max(len(prompt) + len(ids) for prompt, some in zip(prompts, continuations) for ids in some)
+        if longest > self.config.max_position_embeddings:
+            raise ValueError(f"{longest} tokens are more than the model's context of {self.config.max_position_embeddings}")
+        owner = torch.tensor([i for i, some in enumerate(continuations) for _ in some], device=self.device)  # [N]
+        ids, lengths = pad([ids for some in continuations for ids in some])  # [N, T]
+        ids, lengths = ids.to(self.device), lengths.to(self.device)
+        x, cache = self.read_prompts(prompts, ids.shape[1])
+        cache.select(owner)
+        x = x[owner, None]  # [N, 1, D]: what sees all before the first id
+        if ids.shape[1] > 1:
+            x = torch.cat((x, self.hidden_states(ids[:, :-1], cache)), 1)  # [N, T, D]
+        totals = torch.zeros(len(ids), device=self.device)
+        for t in range(ids.shape[1]):  # an id at a time: [N, V] logits in memory, not [N, T, V]
+            log_probs = self.lm_head(x[:, t]).float().log_softmax(-1).gather(1, ids[:, t, None])[:, 0]
+            totals += torch.where(t < lengths, log_probs, 0)
+        totals = iter(totals.tolist())
+        return [[next(totals) for _ in some] for some in continuations]
+
+    def read_prompts(self, prompts, room):
+        """Prompts, lists of ids, through the model: (hidden state of each one's last token [B, D], cache with `room`
+        more positions a row)."""
+        tokens, lengths = pad(prompts)
+        cache = KVCache(self, len(prompts), tokens.shape[1] + room)
+        x = self.hidden_states(tokens.to(self.device), cache)  # [B, T, D]
+        cache.lengths = lengths.to(self.device)  # the padding's keys lie beyond: hidden, then overwritten
+        return x[torch.arange(len(prompts)), lengths - 1], cache
 
     @classmethod
     def from_pretrained(cls, ckpt, device="cpu", dtype=None):
@@ -333,13 +358,13 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             cache.write(layer, k, v)
-        if cache is None or T > 1:
+        if cache is None or cache.fresh:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [B, H, T, d]
         else:
-            # One query per row. The heads that share a key/value head stand in for a sequence: nothing is repeated.
-            k, v, visible = cache.read(layer)  # [B, K, S, d] twice, [B, 1, 1, S]
+            # The heads that share a key/value head stand in for a longer sequence: nothing is repeated.
+            k, v, visible = cache.read(layer)  # [B, K, S, d] twice, [B, 1, H/K * T, S]
             y = F.scaled_dot_product_attention(q.reshape(B, k.shape[1], -1, self.head_dim), k, v, attn_mask=visible)
-            y = y.reshape(B, -1, 1, self.head_dim)
+            y = y.reshape(B, -1, T, self.head_dim)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -423,7 +448,7 @@ class RMSNormFunction(torch.autograd.Function):
         h = x.float()
         scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)  # [.., 1]
         ctx.save_for_backward(x, weight, scale)
-        return (h * scale).to(x.dtype) * weight
+        return (h * scale).to(x.dtype) * weight.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -497,15 +522,18 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=model.device, dtype=model.dtype) for _ in model.model.layers]
         self.values = [torch.zeros_like(keys) for keys in self.keys]
         self.lengths = torch.zeros(rows, dtype=torch.long, device=model.device)
+        self.group = config.num_attention_heads // config.num_key_value_heads
         self.positions = None  # [n, T]: where the tokens now in the model stand
 
     def advance(self, offsets):
         """Once a step, for all layers: where its tokens stand, [n, T], how far any row now reaches, and the mask that
-        hides what lies beyond each row's own end."""
+        hides from each token what lies beyond it, once for each query head of a group."""
+        self.fresh = self.positions is None
         self.positions = offsets + self.lengths[:, None]
         self.lengths = self.lengths + len(offsets)
         self.reach = int(self.lengths.max())
-        self.visible = torch.arange(self.reach, device=self.lengths.device) <= self.positions[:, None, -1:]  # [n, 1, S]
+        visible = torch.arange(self.reach, device=self.lengths.device) <= self.positions[..., None]  # [n, T, S]
+        self.visible = visible[:, None].expand(-1, self.group, -1, -1).flatten(1, 2)[:, None]  # [n, 1, H/K * T, S]
         return self.positions
 
     def write(self, layer, k, v):  # [n, K, T, d]
@@ -514,9 +542,16 @@ class KVCache:
         self.values[layer][rows, :, self.positions] = v.transpose(1, 2)
 
     def read(self, layer):
-        """Keys and values as far as any row reaches, [n, K, S, d], and the mask over them, [n, 1, 1, S]."""
+        """Keys and values as far as any row reaches, [n, K, S, d], and the mask over them, [n, 1, H/K * T, S]."""
         rows = len(self.lengths)
-        return self.keys[layer][:rows, :, : self.reach], self.values[layer][:rows, :, : self.reach], self.visible[:, None]
+        return self.keys[layer][:rows, :, : self.reach], self.values[layer][:rows, :, : self.reach], self.visible
+
+    def select(self, rows):
+        """Let row i be what row rows[i] was; a row may be taken several times."""
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):
+                tensors[layer] = tensor[rows]
+        self.lengths = self.lengths[rows]
 
     def keep(self, slots):
         """Drop all rows but `slots` (ascending). Returns the slot that each remaining row comes from: the last rows
@@ -532,6 +567,15 @@ class KVCache:
                 tensor[holes] = tensor[movers]
         self.lengths = self.lengths[order]
         return order
+
+
+def pad(rows):
+    """Lists of ids as one LongTensor [B, T], padded on the right with 0, and their lengths [B]."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
+    for row, ids in zip(tokens, rows):
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens, lengths
 
 
 def choose_device_and_dtype(device="auto", dtype="auto"):

@@ -21,6 +21,7 @@ Names of modules are those of a Hugging Face LLaMA; nothing else is asked of the
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -39,9 +40,11 @@ class RoAE(nn.Linear):
     linear: the nn.Linear to adapt, [out, in], out = num_heads * d; its weight and bias are used as they are, not
     copied, and keep their names. A and B are float32 whatever the dtype of the weight; the forward pass casts these
     small matrices, never the activations.
+    pairs: "low" is the method; "high" (the fastest as many) and "random" (others in each head, the same in every layer)
+    are its ablations, at an equal number of parameters.
     Raises ValueError for a rank below 1, an alpha that is not positive, a low_freq_ratio outside (0, 1]."""
 
-    def __init__(self, linear, num_heads, rank=64, alpha=128, low_freq_ratio=0.25):
+    def __init__(self, linear, num_heads, rank=64, alpha=128, low_freq_ratio=0.25, pairs="low"):
         nn.Module.__init__(self)  # not nn.Linear's, which would make a weight of its own
         if type(rank) is not int or rank < 1:
             raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
@@ -49,15 +52,25 @@ class RoAE(nn.Linear):
             raise ValueError(f"alpha must be a positive number, not {alpha!r}")
         if not 0 < low_freq_ratio <= 1:
             raise ValueError(f"low_freq_ratio must be in (0, 1], not {low_freq_ratio!r}")
+        if pairs not in ("low", "high", "random"):
+            raise ValueError(f"pairs must be low, high or random, not {pairs!r}")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.base_class = linear.weight, linear.bias, type(linear)
-        self.num_heads, self.rank, self.alpha, self.low_freq_ratio = num_heads, rank, alpha, low_freq_ratio
+        self.num_heads, self.rank, self.alpha = num_heads, rank, alpha
+        self.low_freq_ratio, self.pairs = low_freq_ratio, pairs
         rows = torch.arange(self.out_features)
         if low_freq_ratio < 1:
             half = self.out_features // num_heads // 2
-            self.n = max(1, round(low_freq_ratio * half))  # low-frequency pairs of a head
-            rows = rows.view(num_heads, 2, half)[:, :, half - self.n :].reshape(-1)
-        self.rows = rows  # the rows of `weight` that B's rows stand for
+            self.n = max(1, round(low_freq_ratio * half))  # pairs of a head that adapt
+            self.columns = slice(0, self.n) if pairs == "high" else slice(half - self.n, half)
+            rows = rows.view(num_heads, 2, half)
+            if pairs == "random":
+                generator = torch.Generator().manual_seed(0)
+                shuffled = torch.stack([torch.randperm(half, generator=generator) for _ in range(num_heads)])
+                rows = rows.gather(2, shuffled[:, None].expand(-1, 2, -1))
+            rows = rows[:, :, self.columns].reshape(-1)
+        # The rows of `weight` that B's rows stand for. A buffer: it goes where the model goes, and into no file.
+        self.register_buffer("rows", rows.to(linear.weight.device), persistent=False)
         A = torch.empty(rank, self.in_features)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
         self.A = nn.Parameter(A.to(linear.weight.device))  # [rank, in]
@@ -69,9 +82,11 @@ class RoAE(nn.Linear):
         update = F.linear(F.linear(x, self.A.to(x.dtype)), B.to(x.dtype))  # [.., rows]
         if self.low_freq_ratio == 1:
             y += update
+        elif self.pairs == "random":
+            y.index_add_(-1, self.rows, update)
         else:
             heads = y.unflatten(-1, (self.num_heads, 2, -1))  # [.., H, 2, d/2], a view of y
-            heads[..., -self.n :] += update.unflatten(-1, (self.num_heads, 2, self.n))
+            heads[..., self.columns] += update.unflatten(-1, (self.num_heads, 2, self.n))
         return y
 
     @torch.no_grad()
@@ -80,23 +95,25 @@ class RoAE(nn.Linear):
         float32 and rounded once to the weight's dtype."""
         weight = self.weight
         update = (self.alpha / self.rank) * self.B @ self.A
-        rows = self.rows.to(weight.device)
-        weight[rows] = (weight[rows].float() + update).to(weight.dtype)
+        weight[self.rows] = (weight[self.rows].float() + update).to(weight.dtype)
         linear = self.base_class(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = weight, self.bias
         return linear
 
 
-def attach(model, rank=64, alpha=128, low_freq_ratio=0.25, targets="q,k"):
+def attach(model, rank=64, alpha=128, low_freq_ratio=0.25, targets="q,k", pairs="low"):
     """Freeze the model and wrap the target projections of every layer. Returns the model.
 
-    targets: of q, k, v, o, gate, up, down. Queries and keys get `low_freq_ratio` of their pairs; the others are not
-    rotated and get every row, as in LoRA. With low_freq_ratio = 1 all is LoRA."""
+    targets: of q, k, v, o, gate, up, down. Queries and keys get `low_freq_ratio` of their pairs, the low-frequency
+    ones or the `pairs` of an ablation; the others are not rotated and get every row, as in LoRA. With
+    low_freq_ratio = 1, which is pairs = "all", everything is LoRA."""
+    if pairs == "all":
+        low_freq_ratio, pairs = 1.0, "low"
     targets = targets.split(",") if isinstance(targets, str) else list(targets)
     for target in targets:
         if target not in TARGETS:
             raise ValueError(f"unknown target {target!r}: choose from {','.join(TARGETS)}")
-    if adapters(model):
+    if adapters(model) or hasattr(model, "peft_config"):
         raise ValueError("the model has adapters already: merge(model) first")
     model.requires_grad_(False)
     heads = {"q": model.config.num_attention_heads, "k": model.config.num_key_value_heads}
@@ -105,7 +122,7 @@ def attach(model, rank=64, alpha=128, low_freq_ratio=0.25, targets="q,k"):
             if target in targets:
                 ratio = low_freq_ratio if target in heads else 1.0
                 linear = layer.get_submodule(TARGETS[target])
-                layer.set_submodule(TARGETS[target], RoAE(linear, heads.get(target, 1), rank, alpha, ratio))
+                layer.set_submodule(TARGETS[target], RoAE(linear, heads.get(target, 1), rank, alpha, ratio, pairs))
     return model
 
 
@@ -125,13 +142,14 @@ def merge(model):
 
 
 def settings(model):
-    """What must agree for one model's adapter to fit another: {"rank", "alpha", "low_freq_ratio", "targets"}."""
+    """What must agree for one model's adapter to fit another: the arguments of `attach`."""
     found = adapters(model)
     first = next(iter(found.values()))
     modules = {name.split(".", 3)[3]: module for name, module in found.items()}  # model.layers.0.self_attn.q_proj
     targets = [target for target, module in TARGETS.items() if module in modules]
     ratios = [modules[TARGETS[target]].low_freq_ratio for target in ("q", "k") if target in targets]
-    return {"rank": first.rank, "alpha": first.alpha, "low_freq_ratio": (ratios or [1.0])[0], "targets": targets}
+    return {"rank": first.rank, "alpha": first.alpha, "low_freq_ratio": (ratios or [1.0])[0], "targets": targets,
+            "pairs": first.pairs}
 
 
 def save_adapter(model, directory):
@@ -140,21 +158,27 @@ def save_adapter(model, directory):
     What RoSA knows beyond that stands in the safetensors metadata, under "rosa". Each file is replaced whole."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "peft_config"):
+        return write_adapter(directory, *peft_adapter(model))
     known = settings(model)
     tensors = {}
     for name, adapter in adapters(model).items():
         B = torch.zeros(adapter.out_features, adapter.rank)
-        B[adapter.rows] = adapter.B.detach().cpu()
+        B[adapter.rows.cpu()] = adapter.B.detach().cpu()
         tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.A.detach().cpu()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
-    partial = directory / "adapter_model.safetensors.partial"
-    save_file(tensors, partial, metadata={"rosa": json.dumps(known)})  # one key: several have no fixed order
-    os.replace(partial, directory / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
         "r": known["rank"], "lora_alpha": known["alpha"], "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         "target_modules": [TARGETS[target].split(".")[1] for target in known["targets"]],
     }
+    write_adapter(directory, config, tensors, known)
+
+
+def write_adapter(directory, config, tensors, known):
+    partial = directory / "adapter_model.safetensors.partial"
+    save_file(tensors, partial, metadata={"rosa": json.dumps(known)})  # one key: several have no fixed order
+    os.replace(partial, directory / "adapter_model.safetensors")
     partial = directory / "adapter_config.json.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(partial, directory / "adapter_config.json")
@@ -165,6 +189,8 @@ def load_adapter(model, directory):
     the model. Raises ValueError or OSError, naming all that does not fit, before the model is changed."""
     directory = Path(directory)
     known, tensors = read_adapter(directory)
+    if "peft" in known:
+        return load_peft(model, known["peft"], tensors, directory)
     if adapters(model) and (mine := settings(model)) != known:
         differing = [f"{key} {known[key]} (the model has {mine[key]})" for key in known if known[key] != mine[key]]
         raise ValueError(f"{directory} has {', '.join(differing)}")
@@ -187,36 +213,100 @@ def load_adapter(model, directory):
     with torch.no_grad():
         for name, adapter in adapters(model).items():
             adapter.A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
-            adapter.B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"][adapter.rows])
+            adapter.B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"][adapter.rows.cpu()])
     return model
 
 
 def read_adapter(directory):
-    """The settings (arguments for `attach`) and the tensors in an adapter directory."""
-    file = directory / "adapter_config.json"
+    """The settings, arguments for `attach`, and the tensors in an adapter directory. Where PEFT's code is needed to
+    run the adapter the settings are {"peft": its config} instead."""
+    file = directory / "adapter_model.safetensors"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if config["peft_type"] != "LORA":
-            raise ValueError(f"peft_type {config['peft_type']!r} is not LORA")
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        with safe_open(file, framework="pt") as opened:
+            own = json.loads((opened.metadata() or {}).get("rosa", "{}"))
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    except FileNotFoundError:
+        absent = next(name for name in ("adapter_config.json", file.name) if not (directory / name).is_file())
+        raise FileNotFoundError(f"{directory} is no adapter directory: it has no {absent}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{directory / 'adapter_config.json'}: {error}") from None
+    try:
+        if config["peft_type"] != "LORA" or "peft" in own:
+            return {"peft": config}, tensors
         for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
                      "fan_in_fan_out"):
             if config.get(name):
                 raise ValueError(f"{name} is not implemented")
         targets = [target for target, module in TARGETS.items() if module.split(".")[1] in config["target_modules"]]
-        known = {"rank": config["r"], "alpha": config["lora_alpha"], "low_freq_ratio": 1.0, "targets": targets}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{directory} is no adapter directory: it has no adapter_config.json") from None
-    except (ValueError, KeyError, TypeError) as error:  # not JSON, a key that is absent, not an object
-        raise ValueError(f"{file}: {f'the key {error} is missing' if isinstance(error, KeyError) else error}") from None
-    file = directory / "adapter_model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"{directory} has no adapter_model.safetensors")
+        known = {"rank": config["r"], "alpha": config["lora_alpha"], "low_freq_ratio": 1.0, "targets": targets, "pairs": "low"}
+    except (ValueError, KeyError, TypeError) as error:  # a key that is absent, not an object
+        problem = f"the key {error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{directory / 'adapter_config.json'}: {problem}") from None
+    return known | own, tensors
+
+
+# --- any other method, by the optional package peft ---
+
+
+def attach_peft(model, peft_type, options):
+    """Freeze the model and let the package `peft` put one of its adapters in. Returns the model.
+
+    peft_type: a name of peft.PeftType (IA3, OFT, LN_TUNING, ...); options: arguments of its config class. What trains
+    is made float32. Raises ValueError or ImportError with a line for the user."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            known |= json.loads((opened.metadata() or {}).get("rosa", "{}"))
-            return known, {name: opened.get_tensor(name) for name in opened.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+        import peft
+    except ImportError:
+        raise ImportError(f"the method peft:{peft_type} needs the package peft: pip install peft") from None
+    known = {kind.value: cls for kind, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if peft_type not in known:
+        raise ValueError(f"peft {peft.__version__} has no method {peft_type!r}: choose from {', '.join(sorted(known))}")
+    model.requires_grad_(False)
+    try:
+        peft.inject_adapter_in_model(known[peft_type](**options), model)
+        saved = {tensor.data_ptr() for tensor in peft.get_peft_model_state_dict(model).values()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter.data_ptr() in saved)
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        with torch.no_grad():
+            model(torch.zeros(1, 2, dtype=torch.long, device=model.device))  # what cannot run here shall say so now
+    except Exception as error:  # each of its methods raises its own
+        raise ValueError(f"peft:{peft_type} with {options or 'no options'} in {str(model.dtype)[6:]}: "
+                         + " ".join(str(error).split())) from None
+    if not isinstance(model.lm_head, nn.Linear):
+        raise ValueError(f"peft:{peft_type}: lm_head cannot be adapted, the loss reads its weight itself")
+    return model
+
+
+def peft_adapter(model):
+    """(config, tensors, metadata) of a PEFT adapter, named as PEFT names them on a transformers model."""
+    import peft
+
+    tensors = {f"base_model.model.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+               for name, tensor in peft.get_peft_model_state_dict(model).items()}
+    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    return json.loads(json.dumps(config, default=sorted)), tensors, {"peft": True}  # sorted: some options are sets
+
+
+def load_peft(model, config, tensors, directory):
+    """Put a saved PEFT adapter into a model, attaching it first if need be."""
+    config = dict(config)
+    if not hasattr(model, "peft_config"):
+        attach_peft(model, config.pop("peft_type"), config | {"inference_mode": False})
+    import peft
+
+    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    mine = peft.get_peft_model_state_dict(model)
+    problems = [f"missing {name}" for name in mine if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in mine]
+    problems += [f"{name} has another shape" for name in mine if name in tensors and mine[name].shape != tensors[name].shape]
+    if problems:
+        raise ValueError(f"{directory} is an adapter for another model: {'; '.join(problems[:3])}")
+    peft.set_peft_model_state_dict(model, tensors)
+    return model
 
 
 class LayerSelector:
@@ -233,46 +323,63 @@ class LayerSelector:
         selector.after_backward()           # a probe scores and selects
 
     score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
+    select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps the first selection,
+    "all" trains every layer whatever the k_ratio.
+    It is made once the model's adapters are attached, of any kind: what asks for a gradient then belongs to its layer.
     Raises ValueError for a k_ratio outside (0, 1], a select_every below 1, a score_ema outside [0, 1)."""
 
-    def __init__(self, model, k_ratio=0.5, select_every=25, score_ema=0.0):
+    def __init__(self, model, k_ratio=0.5, select_every=25, score_ema=0.0, select="grad"):
         if not 0 < k_ratio <= 1:
             raise ValueError(f"k_ratio must be in (0, 1], not {k_ratio!r}")
         if select_every < 1:
             raise ValueError(f"select_every must be at least 1, not {select_every!r}")
         if not 0 <= score_ema < 1:
             raise ValueError(f"score_ema must be in [0, 1), not {score_ema!r}")
+        if select not in ("grad", "random", "static", "all"):
+            raise ValueError(f"select must be grad, random, static or all, not {select!r}")
         layers = model.model.layers
-        self.norms = [(layer.input_layernorm.weight, layer.post_attention_layernorm.weight) for layer in layers]
-        self.adapters = [[p for adapter in adapters(layer).values() for p in (adapter.A, adapter.B)] for layer in layers]
-        self.count = max(1, round(k_ratio * len(layers)))
-        self.select_every, self.score_ema = select_every, score_ema
+        found = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
+        owners = Counter(p for parameters in found for p in parameters)
+        self.parameters = [[p for p in parameters if owners[p] == 1] for parameters in found]  # not what layers share
+        self.norms = [[*layer.input_layernorm.parameters(), *layer.post_attention_layernorm.parameters()] for layer in layers]
+        # Norm weights are thermometers, but where a method trains them they are that too.
+        self.borrowed = [w for norms, own in zip(self.norms, self.parameters)
+                         for w in norms if not any(w is p for p in own)]
+        self.count = len(layers) if select == "all" else max(1, round(k_ratio * len(layers)))
+        if self.count < len(layers) and not any(self.parameters):
+            raise ValueError("nothing that trains belongs to a layer: layers cannot be selected, k_ratio must be 1")
+        self.select_every, self.score_ema, self.select = select_every, score_ema, select
         self.scores = None  # [L] float32, once there was a probe
         self.active = list(range(len(layers)))  # indices of the layers in training
         self.probing = False
+        self.random = torch.Generator()
 
     def before_forward(self, step):
         """Call before the first forward pass of optimiser step `step`, counted from 0."""
-        self.probing = step % self.select_every == 0
+        self.probing = step % self.select_every == 0 and not (self.select == "static" and step > 0)
         if self.probing:
-            self.activate(range(len(self.adapters)))
-            for weight in sum(self.norms, ()):
+            self.random.manual_seed(torch.initial_seed() + step)  # of the step: a resumed run draws the same
+            self.activate(range(len(self.parameters)))
+            for weight in self.borrowed:
                 weight.requires_grad_(True)
 
     def after_backward(self):
         """Call after the last backward pass of the step, before gradients are clipped and applied."""
         if not self.probing:
             return
-        scores = torch.stack([torch.stack([w.grad.float().norm() for w in norms]).norm() for norms in self.norms]).cpu()
+        scores = torch.stack([torch.stack([w.grad.float().norm() for w in norms if w.grad is not None]).norm()
+                              for norms in self.norms]).cpu()
+        if self.select == "random":
+            scores = torch.rand(len(scores), generator=self.random)
         self.scores = scores if self.scores is None else self.score_ema * self.scores + (1 - self.score_ema) * scores
-        for weight in sum(self.norms, ()):
+        for weight in self.borrowed:
             weight.requires_grad_(False).grad = None
         self.activate(self.scores.argsort(descending=True, stable=True)[: self.count].tolist())
 
     def activate(self, layers):
-        """Let the adapters of these layers ask for gradients, and no others."""
+        """Let the parameters of these layers ask for gradients, and of no others."""
         self.active = sorted(layers)
-        for i, parameters in enumerate(self.adapters):
+        for i, parameters in enumerate(self.parameters):
             for parameter in parameters:
                 parameter.requires_grad_(i in self.active)
                 if i not in self.active:

@@ -1,10 +1,13 @@
-"""Fine-tune a LLaMA with RoSA or LoRA: one script, one loop.
+"""Fine-tune a LLaMA with RoSA, LoRA, any method of the package peft, or in full: one script, one loop.
 
     python train.py --ckpt tiny --task toy
     python train.py --ckpt checkpoints/llama2-7b --task arithmetic --data-dir LLM-Adapters
+    python train.py --ckpt tiny --task toy --method peft:IA3 --lr 1e-2
 
 A run directory (--out) holds the best adapter, `args.json`, and `log.jsonl`: {"step": 0, "val_loss": x}, then a line
 per optimiser step with step, loss, lr, tokens, seconds, active_layers, and val_loss where it was measured.
+`layers.jsonl` has a line per selection of layers, with their scores; at its end the run adds their picture,
+`layers.png`, and `summary.json`, the run in five numbers.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -24,23 +28,45 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import Llama, choose_device_and_dtype, find_checkpoint
+from model import Llama, choose_device_and_dtype, find_checkpoint, read_json
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+
+ADAPTER = {"targets": "q,k", "rank": 64, "alpha": None, "lr": 1e-3}  # alpha: twice the rank
+METHODS = {  # method -> its own options and their defaults; another method refuses them
+    "rosa": ADAPTER | {"low_freq_ratio": 0.25, "pairs": "low", "k_ratio": 0.5},
+    "lora": ADAPTER | {"k_ratio": 1.0},
+    "full": {"lr": 2e-5, "k_ratio": 1.0},
+    "peft": {"lr": 1e-3, "k_ratio": 1.0, "peft_config": None},
+}
 
 
 def parse_args(arguments=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     p.error = fail
     p.add_argument("--ckpt", default="tiny", help="checkpoint: a directory, a name in checkpoints/, or the bundled tiny")
-    p.add_argument("--task", default="toy", help="toy, arithmetic, commonsense, or one test set with --train-file")
-    p.add_argument("--method", default="rosa", choices=("rosa", "lora"), help="lora: every row of the targets adapts")
-    p.add_argument("--targets", default="q,k", help="of q,k,v,o,gate,up,down; RoSA adapts the others than q and k by LoRA")
-    p.add_argument("--rank", type=int, default=64, help="rank of each low-rank update")
-    p.add_argument("--alpha", type=float, default=128, help="updates are scaled by alpha / rank")
-    p.add_argument("--low-freq-ratio", type=float, default=0.25, help="share of each head's RoPE pairs that RoSA adapts")
-    p.add_argument("--k-ratio", type=float, help="share of the layers that train at a time (default: 0.5; lora: 1)")
+    p.add_argument("--task", default="toy", help="toy, arithmetic, commonsense, or test sets (gsm8k,SVAMP) with --train-file")
+    p.add_argument("--method", default="rosa", help="rosa; lora: every row of the targets adapts; full: every weight trains; "
+                   "peft:NAME: a method of the package peft, such as peft:IA3, peft:OFT, peft:LN_TUNING")
+    own = {"default": argparse.SUPPRESS}  # their defaults are the method's: METHODS
+    p.add_argument("--targets", **own, help="of q,k,v,o,gate,up,down; RoSA adapts the others than q and k by LoRA (default: q,k)")
+    p.add_argument("--rank", type=int, **own, help="rank of each low-rank update (default: 64)")
+    p.add_argument("--alpha", type=float, **own, help="updates are scaled by alpha / rank (default: twice the rank)")
+    p.add_argument("--low-freq-ratio", type=float, **own, help="share of each head's RoPE pairs that RoSA adapts (default: 0.25)")
+    p.add_argument("--pairs", choices=("low", "high", "random", "all"), **own,
+                   help="which pairs RoSA adapts; all but low are ablations (default: low)")
+    p.add_argument("--peft-config", **own, help="JSON file of options for a method of the package peft")
+    p.add_argument("--k-ratio", type=float, **own, help="share of the layers that train at a time (default: rosa 0.5, others 1)")
+    p.add_argument("--select", default="grad", choices=("grad", "random", "static", "all"),
+                   help="how layers are selected; all but grad are ablations")
     p.add_argument("--select-every", type=int, default=25, help="optimiser steps between selections of layers")
     p.add_argument("--score-ema", type=float, default=0.0, help="share of the old score in a layer's new one")
-    p.add_argument("--lr", type=float, default=1e-3, help="peak learning rate: warm-up over 5 %% of the steps, then cosine")
+    p.add_argument("--lr", type=float, **own, help="peak learning rate: warm-up over 5 %% of the steps, then cosine "
+                   "(default: 1e-3; full 2e-5)")
     p.add_argument("--epochs", type=int, default=3, help="passes over the training examples")
     p.add_argument("--batch-size", type=int, default=16, help="examples per optimiser step")
     p.add_argument("--micro-batch-size", type=int, default=4, help="examples per forward pass")
@@ -52,15 +78,24 @@ def parse_args(arguments=None):
     p.add_argument("--save-every", type=int, default=100, help="optimiser steps between saves for --resume")
     p.add_argument("--resume", action="store_true", help="continue the run in --out from its last save")
     p.add_argument("--data-dir", default=tasks.DATA_DIR, help="directory laid out as LLM-Adapters' repository")
-    p.add_argument("--train-file", help="train on this JSON file instead of the task's own")
+    p.add_argument("--train-file", help="train on this JSON file instead of the task's own; also looked for in --data-dir")
     p.add_argument("--out", type=Path, help="run directory (default: runs/<ckpt>-<task>-<method>)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
     args = p.parse_args(arguments)
-    if args.k_ratio is None:
-        args.k_ratio = 0.5 if args.method == "rosa" else 1.0
+    kind = "peft" if args.method.startswith("peft:") else args.method
+    if kind not in METHODS or args.method == "peft":
+        fail(f"--method {args.method!r} is unknown: choose rosa, lora, full, or peft:NAME, such as peft:IA3")
+    for name in set().union(*METHODS.values()) - set(METHODS[kind]):
+        if hasattr(args, name):
+            fail(f"--{name.replace('_', '-')} is no option of --method {args.method}"
+                 + (": give its own options with --peft-config FILE.json" if kind == "peft" else ""))
+    for name, value in METHODS[kind].items():
+        vars(args).setdefault(name, value)
+    if "alpha" in vars(args) and args.alpha is None:
+        args.alpha = 2.0 * args.rank
     if args.out is None:
-        args.out = Path("runs") / f"{Path(args.ckpt).name}-{args.task}-{args.method}"
+        args.out = Path("runs") / f"{Path(args.ckpt).name}-{args.task}-{args.method.replace(':', '-')}"
     for name in ("epochs", "batch_size", "micro_batch_size", "max_len", "max_steps", "val_size", "eval_every", "save_every"):
         if (value := getattr(args, name)) is not None and value < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -72,6 +107,13 @@ def parse_args(arguments=None):
     return args
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends "(default: x)" to the help of an option, but no "(default: None)"."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def fail(message):
     """A user's mistake: one line, exit status 2."""
     print(f"train.py: {message}", file=sys.stderr)
@@ -81,7 +123,7 @@ def fail(message):
 def main(args):
     # --- the model and its adapters ---
     ckpt = find_checkpoint(args.ckpt)
-    device, dtype = choose_device_and_dtype(args.device, args.dtype)
+    device, dtype = choose_device_and_dtype(args.device, "float32" if (args.method, args.dtype) == ("full", "auto") else args.dtype)
     tokenizer = load_tokenizer(ckpt)
     train_set, val_set, too_long = load_data(args, tokenizer)
     model = Llama.from_pretrained(ckpt, device, dtype)
@@ -90,20 +132,19 @@ def main(args):
     if args.max_len > model.config.max_position_embeddings:
         raise ValueError(f"--max-len {args.max_len} exceeds the context of {ckpt}: {model.config.max_position_embeddings}")
     torch.manual_seed(args.seed)
-    low_freq_ratio = args.low_freq_ratio if args.method == "rosa" else 1.0
-    rosa.attach(model, args.rank, args.alpha, low_freq_ratio, args.targets)
-    selector = rosa.LayerSelector(model, args.k_ratio, args.select_every, args.score_ema)
-    parameters = [p for adapter in rosa.adapters(model).values() for p in (adapter.A, adapter.B)]
-    # All adapters are registered, once. AdamW passes over those without a gradient: a frozen layer's moments stay.
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    attach(args, model)
+    selector = rosa.LayerSelector(model, args.k_ratio, args.select_every, args.score_ema, args.select)
+    # What trains is registered once, here. AdamW passes over what has no gradient: a frozen layer's moments stay.
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=args.lr, weight_decay=0.0)
     batches_per_epoch = math.ceil(len(train_set) / args.batch_size)
     total_steps = min(args.epochs * batches_per_epoch, args.max_steps or math.inf)
 
-    trainable, everything = (sum(p.numel() for p in some) for some in (parameters, model.parameters()))
+    trainable_count, count = (sum(p.numel() for p in some) for some in (trainable.values(), model.parameters()))
     lengths = [len(prompt) + len(response) for prompt, response in train_set]
-    print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; adapters in float32")
-    print(f"method     {args.method} on {args.targets}; {selector.count} of {len(model.model.layers)} layers train at a time")
-    print(f"trainable params: {trainable:,} || all params: {everything:,} || trainable%: {100 * trainable / everything:.4f}")
+    print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; what trains in float32")
+    print(f"method     {args.method}{f' on {args.targets}' if 'targets' in args else ''}; {selector.count} of {len(model.model.layers)} layers train at a time")
+    print(f"trainable params: {trainable_count:,} || all params: {count:,} || trainable%: {100 * trainable_count / count:.4f}")
     print(f"data       {len(train_set):,} examples of {sum(lengths):,} tokens to train on, {len(val_set):,} held out; "
           f"{too_long:,} longer than {args.max_len} tokens left out")
     print(f"steps      {total_steps:,}: {total_steps / batches_per_epoch:.3g} epochs in batches of {args.batch_size}, "
@@ -111,18 +152,20 @@ def main(args):
 
     # --- where to begin ---
     if args.resume:
-        step, best = load_state(args, model, optimizer, selector)
+        step, best = load_state(args, trainable, optimizer, selector)
     else:
         step = 0
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
         best = validate(model, val_set, args)
-        rosa.save_adapter(model, args.out)
-        write_log(args.out, {"step": 0, "val_loss": best}, mode="w")
+        save_best(args, model, ckpt)
+        write_log(args.out / "log.jsonl", {"step": 0, "val_loss": best}, mode="w")
+        (args.out / "layers.jsonl").unlink(missing_ok=True)
         print(f"validation loss {best:.4f} before training")
 
     # --- the loop ---
     first_step = step
+    layers = range(len(model.model.layers))
     bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True,
                bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}")
     while step < total_steps:
@@ -150,7 +193,7 @@ def main(args):
             loss += micro_loss.item()
         selector.after_backward()
 
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -164,15 +207,41 @@ def main(args):
             tqdm.write(f"step {step:5}  validation loss {record['val_loss']:.4f}")
             if record["val_loss"] < best:  # the adapter kept is the best one, not the last one
                 best = record["val_loss"]
-                rosa.save_adapter(model, args.out)
-        write_log(args.out, record)
+                save_best(args, model, ckpt)
+        write_log(args.out / "log.jsonl", record)
+        if selector.probing:
+            write_log(args.out / "layers.jsonl", {"step": step, "scores": selector.scores.tolist(), "active_layers": selector.active})
         if step % args.save_every == 0 or step == total_steps:
-            save_state(args, model, optimizer, selector, step, best)
-        strip = "".join("█" if i in selector.active else "·" for i in range(len(model.model.layers)))
+            save_state(args, trainable, optimizer, selector, step, best)
+        strip = "".join("█" if i in selector.active else "·" for i in layers)
         bar.set_postfix_str(f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {strip}", refresh=False)
         bar.update()
     bar.close()
-    print(f"best validation loss {best:.4f}; its adapter is in {args.out}")
+    write_summary(args, trainable_count, count, best, device)
+    draw_layers(args.out)
+    print(f"best validation loss {best:.4f}; its {'checkpoint' if args.method == 'full' else 'adapter'} is in {args.out}")
+
+
+def attach(args, model):
+    """Let train what --method says, and nothing else."""
+    if args.method in ("rosa", "lora"):
+        low_freq_ratio, pairs = (args.low_freq_ratio, args.pairs) if args.method == "rosa" else (1.0, "all")
+        rosa.attach(model, args.rank, args.alpha, low_freq_ratio, args.targets, pairs)
+    elif args.method == "full":
+        if model.dtype != torch.float32:
+            raise ValueError("--method full needs --dtype float32: bfloat16 weights lose updates below 1/256 of a weight")
+        model.requires_grad_(True)
+    else:
+        rosa.attach_peft(model, args.method.removeprefix("peft:"), read_json(args.peft_config) if args.peft_config else {})
+
+
+def save_best(args, model, ckpt):
+    """The adapter, or with --method full a whole checkpoint, tokenizer included: `eval.py --ckpt` takes it."""
+    if args.method != "full":
+        return rosa.save_adapter(model, args.out)
+    model.save_pretrained(args.out)
+    for file in [*ckpt.glob("tokenizer*"), *ckpt.glob("generation_config.json")]:
+        shutil.copy(file, args.out)
 
 
 def load_data(args, tokenizer):
@@ -224,17 +293,21 @@ def validate(model, examples, args):
     return total / sum(len(response) for _, response in examples)
 
 
-def write_log(out, record, mode="a"):
-    with open(out / "log.jsonl", mode, encoding="utf-8") as file:
+def write_log(path, record, mode="a"):
+    with open(path, mode, encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+
+
+def read_log(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 NOT_COMPARED = ("resume", "out", "device", "save_every")  # what may differ between a run and its resumption
 
 
-def save_state(args, model, optimizer, selector, step, best):
+def save_state(args, trainable, optimizer, selector, step, best):
     """Everything that the rest of the run depends on, in one file, replaced whole."""
-    tensors = {f"adapter.{name}": p.detach().cpu() for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
+    tensors = {f"trainable.{name}": p.detach().cpu().contiguous() for name, p in trainable.items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value.cpu() for key, value in moments.items()}
     tensors["scores"] = selector.scores
@@ -245,7 +318,7 @@ def save_state(args, model, optimizer, selector, step, best):
     os.replace(partial, args.out / "state.safetensors")
 
 
-def load_state(args, model, optimizer, selector):
+def load_state(args, trainable, optimizer, selector):
     """Undo `save_state`; returns (step, best validation loss). Log lines beyond that step are dropped."""
     path = args.out / "state.safetensors"
     if not path.is_file():
@@ -254,25 +327,56 @@ def load_state(args, model, optimizer, selector):
         progress = json.loads(file.metadata()["progress"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     for key, value in progress["args"].items():
-        if (now := json.loads(json.dumps(vars(args)[key], default=str))) != value:
+        if (now := json.loads(json.dumps(vars(args).get(key), default=str))) != value:
             raise ValueError(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}, not {now}")
-    named = dict(model.named_parameters())
     moments = {}
     with torch.no_grad():
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
-            if kind == "adapter":
-                named[rest].copy_(tensor)
+            if kind == "trainable":
+                trainable[rest].copy_(tensor)
             elif kind == "optimizer":
                 i, key = rest.split(".")
                 moments.setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     selector.scores = tensors["scores"]
     selector.activate(progress["active"])
-    log = args.out / "log.jsonl"
-    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= progress["step"]]
-    log.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for log in (args.out / "log.jsonl", args.out / "layers.jsonl"):
+        lines = [json.dumps(record) + "\n" for record in read_log(log) if record["step"] <= progress["step"]]
+        log.write_text("".join(lines), encoding="utf-8")
     return progress["step"], progress["best"]
+
+
+def write_summary(args, trainable_count, count, best, device):
+    """The run in five numbers, for `eval.py --compare`: counts of parameters, nats, tokens/s without validation, bytes."""
+    steps = read_log(args.out / "log.jsonl")[1:]
+    summary = {"trainable": trainable_count, "parameters": count, "val_loss": best,
+               "tokens_per_second": sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)}
+    if device.type == "cuda":
+        summary["peak_memory"] = torch.cuda.max_memory_allocated()
+    elif resource:  # of the whole process; kilobytes, on a Mac bytes
+        summary["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def draw_layers(out):
+    """layers.png: the score of every layer at every probe, as a share of that probe's highest, and who was selected."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"layers.png needs the package matplotlib: pip install matplotlib; its numbers are in {out / 'layers.jsonl'}")
+    probes = read_log(out / "layers.jsonl")
+    scores = torch.tensor([probe["scores"] for probe in probes]).T  # [L, probes]
+    figure = Figure(figsize=(4 + 0.2 * len(probes), 1.5 + 0.15 * len(scores)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow((scores / scores.amax(0)).numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    axes.scatter(*zip(*((i, layer) for i, probe in enumerate(probes) for layer in probe["active_layers"])),
+                 s=10, c="white", edgecolors="black")
+    every = math.ceil(len(probes) / 20)
+    axes.set_xticks(range(0, len(probes), every), [probe["step"] for probe in probes[::every]], rotation=90)
+    axes.set(xlabel="optimiser step", ylabel="layer", title="selected layers (dots)")
+    figure.colorbar(image, label="score, share of the highest")
+    figure.savefig(out / "layers.png", dpi=120)
 
 
 def run(arguments=None):

@@ -18,7 +18,6 @@ TASKS = {
 TRAIN_FILES = {"arithmetic": "math_10k.json", "commonsense": "commonsense_15k.json"}
 TOY_SIZES = {"train": 2300, "test": 300}
 DATA_DIR = "LLM-Adapters"
-HOW_TO_GET = "git clone https://github.com/AGI-Edgerunners/LLM-Adapters"
 
 PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
           "### Instruction:\n{instruction}\n\n### Response:\n")
@@ -49,17 +48,26 @@ def encode_example(example, tokenizer):
 
 
 def test_sets(task):
-    """The names of a task's test sets; a single set is a task too. Raises ValueError for an unknown name."""
+    """The names of a task's test sets; one set, or several separated by commas, are a task too. Raises ValueError for
+    an unknown name."""
     every = [name for names in TASKS.values() for name in names]
-    if task not in TASKS and task not in every:
-        raise ValueError(f"unknown task {task!r}: choose from {', '.join(TASKS)}, or one test set of {', '.join(every)}")
-    return TASKS.get(task, [task])
+    names = TASKS.get(task) or task.split(",")
+    for name in names:
+        if name not in every:
+            raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}, or test sets of {', '.join(every)}")
+    return list(dict.fromkeys(names))
+
+
+def how_to_get(data_dir):
+    """What to type where a file of a data directory is absent."""
+    return "python data/download.py all" + ("" if data_dir == DATA_DIR else f" --dir {data_dir}")
 
 
 def train_examples(task, data_dir, train_file=None):
     """The training examples of a task. Raises ValueError or OSError with a line for the user."""
     if train_file:
-        return load_examples(train_file)
+        beside = Path(data_dir) / "ft-training_set" / train_file
+        return load_examples(beside if beside.is_file() and not Path(train_file).is_file() else train_file)
     if task == "toy":
         return toy.examples("train", TOY_SIZES["train"])
     if task not in TRAIN_FILES:
@@ -67,7 +75,7 @@ def train_examples(task, data_dir, train_file=None):
                          f"or choose from toy, {', '.join(TRAIN_FILES)}")
     file = Path(data_dir) / "ft-training_set" / TRAIN_FILES[task]
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is absent: {HOW_TO_GET}, and point --data-dir at it")
+        raise FileNotFoundError(f"{file} is absent. To get it: {how_to_get(data_dir)}")
     return load_examples(file)
 
 
@@ -109,22 +117,24 @@ def load_examples(file, needed=("instruction", "output")):
     return records
 
 
-CHOICES = {"boolq": r"true|false", "piqa": r"solution[12]", "hellaswag": r"ending[1-4]", "winogrande": r"option[12]"}
+CHOICES = {"boolq": r"\b(?:true|false)\b", "piqa": r"solution[12]", "hellaswag": r"ending[1-4]", "winogrande": r"option[12]"}
 CHOICES |= dict.fromkeys(("social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookqa"), r"answer[1-5]")
 
 
 def extract_answer(name, response):
     """What a response answers to a question of test set `name`, as text; "" where it gives no answer.
 
-    As LLM-Adapters: the last number, commas removed; in commonsense, the first option named. Unlike it, AQuA's choice
-    is the last letter that stands alone: there, any capital A to E counts, be it the first letter of "Because"."""
+    As LLM-Adapters, case counting: the last number, commas removed; in commonsense, the first option named. Unlike it,
+    ".5" is a half, "untrue" does not name true, and AQuA's choice is the last letter said to be the answer, or else the
+    last that stands alone: there, it is the first capital A to E, be it that of "Because"."""
     if name in CHOICES:
         return next(iter(re.findall(CHOICES[name], response)), "")
     if name == "AQuA":
-        said = re.findall(r"answer is:? *\(?([A-E])\b", response)
-        alone = re.findall(r"\b(?:[B-E]|A(?! [a-z]))\b", response)  # a lone A before a small letter is the article
-        return next(reversed(said or alone), "")
-    return next(reversed(re.findall(r"-?(?:\d+(?:\.\d+)?|\.\d+)", response.replace(",", ""))), "")
+        text = re.sub(r"(?<![a-z,] )\bA (?!is\b)[a-z]", "", response)  # "A train": the article, which opens a sentence
+        said = re.findall(r"[Aa]nswer(?: is|:)[\s:*(]*([A-E])\b", text)
+        return next(reversed(said or re.findall(r"\b[A-E]\b", text)), "")
+    # A point begins a number only where no word ends: "Rs.75" is 75.
+    return next(reversed(re.findall(r"-?(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)", response.replace(",", ""))), "")
 
 
 def is_correct(name, response, answer):
@@ -133,3 +143,36 @@ def is_correct(name, response, answer):
     if name in CHOICES or name == "AQuA":
         return found == answer
     return found != "" and abs(float(found) - float(answer.replace(",", ""))) <= 1e-3
+
+
+def options(name, example):
+    """The responses that a multiple-choice example of test set `name` admits, worded as in the training data.
+
+    They stand in the instruction: "Answer format: answer1/answer2/...", in AQuA "Answer Choices: (A) ... (B) ...".
+    Raises ValueError where fewer than two do."""
+    if name == "AQuA":
+        marker, pattern, wording = "Answer Choices:", r"\(([A-E])\)", "The answer is ({})."
+    elif name in CHOICES:
+        marker, pattern, wording = "Answer format:", CHOICES[name], "the correct answer is {}"
+    else:
+        raise ValueError(f"{name} is not multiple choice: choose from AQuA, {', '.join(CHOICES)}")
+    _, marked, listed = example["instruction"].rpartition(marker)
+    choices = dict.fromkeys(re.findall(pattern, listed))  # each once: "(E) both (A) and (B)"
+    if not marked or len(choices) < 2:
+        raise ValueError(f"{name}: fewer than two options stand after {marker!r} in {example['instruction'][-60:]!r}")
+    return [wording.format(choice) for choice in choices]
+
+
+def wilson_interval(right, count):
+    """(low, high): the 95 % score interval of a proportion of which `right` in `count` is a sample (Wilson, 1927, "Probable
+    inference, the law of succession, and statistical inference").
+
+    With p = right/count and z the normal quantile 1.96, the q for which |p - q| <= z sqrt(q (1 - q) / count):
+
+        (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)"""
+    assert count >= 1 and 0 <= right <= count
+    z, p = 1.959964, right / count
+    middle = p + z**2 / (2 * count)
+    half = z * (p * (1 - p) / count + z**2 / (4 * count**2)) ** 0.5
+    low, high = ((middle + side) / (1 + z**2 / count) for side in (-half, half))
+    return max(low, 0.0), min(high, 1.0)  # rounding may step over them

@@ -183,7 +183,7 @@ def test_tasks_and_their_files(tmp_path):
     assert tasks.test_sets("gsm8k") == ["gsm8k"] and tasks.test_examples("gsm8k", tmp_path) is None
     with pytest.raises(ValueError, match="unknown task 'algebra'"):
         tasks.test_sets("algebra")
-    with pytest.raises(FileNotFoundError, match="math_10k.json is absent: git clone"):
+    with pytest.raises(FileNotFoundError, match="math_10k.json is absent. To get it: python data.download.py all --dir"):
         tasks.train_examples("arithmetic", tmp_path)
     with pytest.raises(ValueError, match="--train-file"):
         tasks.train_examples("gsm8k", tmp_path)

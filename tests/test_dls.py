@@ -9,12 +9,12 @@ from rosa import LayerSelector, adapters, attach
 L = 6
 
 
-def setup(k_ratio=0.5, select_every=3, score_ema=0.0, targets="q,k", low_freq_ratio=0.5):
+def setup(k_ratio=0.5, select_every=3, score_ema=0.0, targets="q,k", low_freq_ratio=0.5, select="grad"):
     torch.manual_seed(0)
     model = attach(random_model(num_hidden_layers=L), 4, 8, low_freq_ratio, targets)
     parameters = [p for adapter in adapters(model).values() for p in (adapter.A, adapter.B)]
     optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
-    return model, optimizer, LayerSelector(model, k_ratio, select_every, score_ema)
+    return model, optimizer, LayerSelector(model, k_ratio, select_every, score_ema, select)
 
 
 def step(model, optimizer, selector, number, micro_batches=1):
@@ -164,7 +164,58 @@ def test_the_number_of_active_layers(ratio, count):
     assert len(selector.active) == count
 
 
-@pytest.mark.parametrize("arguments", [{"k_ratio": 0}, {"k_ratio": 1.1}, {"select_every": 0}, {"score_ema": 1.0}, {"score_ema": -0.1}])
+def test_static_selection_keeps_the_first_choice():
+    model, optimizer, selector = setup(select="static")
+    for number, layers in ((0, [0, 2, 5]), (3, [1, 3, 4])):
+        amplify(model, layers)
+        step(model, optimizer, selector, number)
+        assert selector.active == [0, 2, 5] and selector.probing == (number == 0)
+
+
+def test_random_selection_is_blind_to_the_gradients_and_repeats_itself():
+    chosen = []
+    for layers in ([0, 1, 2], [3, 4, 5]):
+        model, optimizer, selector = setup(select="random", select_every=1)
+        amplify(model, layers)
+        chosen.append([])
+        for number in range(6):
+            step(model, optimizer, selector, number)
+            chosen[-1].append(selector.active)
+    assert chosen[0] == chosen[1] and len({tuple(active) for active in chosen[0]}) > 2
+    assert all(len(active) == 3 for active in chosen[0])
+
+
+def test_select_all_trains_every_layer():
+    model, optimizer, selector = setup(select="all", k_ratio=0.5)
+    assert train(model, optimizer, selector) == train(*setup()[:2], None) and selector.active == list(range(L))
+
+
+def test_in_full_training_the_active_layers_learn_with_their_norms():
+    model = random_model(num_hidden_layers=L)
+    optimizer, selector = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0), LayerSelector(model, 0.5, 2)
+    for number in range(4):
+        before = snapshot(model)
+        step(model, optimizer, selector, number)
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {name for name in before if "layers." not in name or int(name.split(".")[2]) in selector.active}
+
+
+def test_what_belongs_to_no_layer_cannot_be_selected():
+    model = random_model(num_hidden_layers=L).requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match="k_ratio must be 1"):
+        LayerSelector(model, 0.5)
+    shared = model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    model.model.layers[1].mlp.up_proj.weight = shared
+    with pytest.raises(ValueError, match="k_ratio must be 1"):
+        LayerSelector(model, 0.5)
+    selector = LayerSelector(model, 1)
+    selector.activate([])
+    assert shared.requires_grad
+
+
+@pytest.mark.parametrize("arguments", [{"k_ratio": 0}, {"k_ratio": 1.1}, {"select_every": 0}, {"score_ema": 1.0}, {"score_ema": -0.1},
+                                       {"select": "best"}])
 def test_settings_outside_their_range_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         setup(**arguments)

@@ -374,3 +374,19 @@ def test_generation_refuses_before_anything_runs(model):
     assert model.generate([], 5, None) == []
     with pytest.raises(ValueError, match="129 tokens are more than the model's context of 128"):
         model.hidden_states(random_tokens(1, 129))
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 1}, {"num_key_value_heads": 4, "rope_theta": 100.0}])
+def test_the_likelihood_of_a_continuation_is_that_of_the_whole_text(changes):
+    model = random_model(**changes)
+    prompts = [random_tokens(n, seed=n).tolist() for n in (7, 1, 12, 30)]
+    continuations = [[random_tokens(n, seed=100 * i + n).tolist() for n in lengths] for i, lengths in enumerate([(1, 3), (5,), (2, 2, 1, 6), (4, 1)])]
+    for chosen in (slice(None), slice(2), slice(3, 4)):
+        found = model.log_likelihoods(prompts[chosen], continuations[chosen])
+        for prompt, some, scores in zip(prompts[chosen], continuations[chosen], found, strict=True):
+            for ids, score in zip(some, scores, strict=True):
+                log_probs = model(torch.tensor([prompt + ids]))[0].double().log_softmax(-1)
+                plain = sum(log_probs[len(prompt) + t - 1, token].item() for t, token in enumerate(ids))
+                assert score == pytest.approx(plain, abs=1e-4)
+    single = model.log_likelihoods(prompts, [[[3], [4]]] * 4)
+    assert single[1] == pytest.approx(model(torch.tensor([prompts[1]]))[0, -1].log_softmax(-1)[[3, 4]].tolist(), abs=1e-4)

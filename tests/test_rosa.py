@@ -32,15 +32,48 @@ def test_only_the_slow_pairs_of_every_head_are_adapted(ratio):
 
 
 @pytest.mark.parametrize("ratio", LOW)
+@pytest.mark.parametrize("pairs", ["low", "high", "random"])
+def test_the_ablations_adapt_as_many_other_pairs(ratio, pairs):
+    adapter = RoAE(nn.Linear(5, 64), 2, rank=3, alpha=6, low_freq_ratio=ratio, pairs=pairs)  # 2 heads of d = 32
+    rows = adapter.rows.view(2, 2, -1)  # [heads, halves of a pair, pairs]
+    n = max(1, round(ratio * 16))
+    assert torch.equal(rows[:, 0] + 16, rows[:, 1]) and rows.numel() == rows.unique().numel() == 4 * n == len(adapter.B)
+    chosen = [set((head[0] % 32).tolist()) for head in rows]
+    low, high = set(range(16 - n, 16)), set(range(n))
+    if pairs != "random":
+        assert chosen == [{"low": low, "high": high}[pairs]] * 2
+    elif 1 < n < 16:
+        assert chosen[0] != chosen[1] and low not in chosen and high not in chosen
+
+
+def test_pairs_all_is_lora(model):
+    other = attach(random_model(), 4, 8, 0.25, pairs="all")
+    assert all(adapter.low_freq_ratio == 1 and len(adapter.rows) == adapter.out_features for adapter in adapters(other).values())
+    with pytest.raises(ValueError, match="pairs must be low, high or random, not 'slow'"):
+        attach(model, pairs="slow")
+
+
+@pytest.mark.parametrize("pairs", ["high", "random"])
+def test_the_ablations_merge_save_and_load(tmp_path, pairs):
+    model, tokens = randomise_adapters(attach(random_model(), 4, 8, 0.5, "q,k,v", pairs)), random_tokens(2, 20)
+    adapted = model(tokens)
+    save_adapter(model, tmp_path)
+    assert torch.equal(load_adapter(random_model(), tmp_path)(tokens), adapted)
+    with pytest.raises(ValueError, match=rf"pairs {pairs} \(the model has low\)"):
+        load_adapter(attach(random_model(), 4, 8, 0.5, "q,k,v"), tmp_path)
+    torch.testing.assert_close(merge(model)(tokens), adapted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ratio, pairs", [*((ratio, "low") for ratio in LOW), (0.5, "high"), (0.5, "random")])
 @pytest.mark.parametrize("input_needs_gradient", [False, True])
-def test_gradients_are_those_of_the_dense_update(ratio, input_needs_gradient):
+def test_gradients_are_those_of_the_dense_update(ratio, pairs, input_needs_gradient):
     torch.manual_seed(0)
     linear, x = nn.Linear(5, 16).requires_grad_(False), torch.randn(2, 7, 5, requires_grad=input_needs_gradient)
-    adapter = RoAE(linear, 2, rank=3, alpha=6, low_freq_ratio=ratio)
+    adapter = RoAE(linear, 2, rank=3, alpha=6, low_freq_ratio=ratio, pairs=pairs)
     nn.init.normal_(adapter.B)
     wanted = [adapter.A, adapter.B] + [x] * input_needs_gradient
     coefficients = torch.randn(2, 7, 16)
-    scatter = torch.eye(16)[:, LOW[ratio]]  # [16, rows]
+    scatter = torch.eye(16)[:, LOW[ratio] if pairs == "low" else adapter.rows]  # [16, rows]
     dense = F.linear(x, linear.weight + 2 * scatter @ adapter.B @ adapter.A, linear.bias)
     expected = torch.autograd.grad((dense * coefficients).sum(), wanted)
     found = torch.autograd.grad((adapter(x) * coefficients).sum(), wanted)
@@ -195,7 +228,8 @@ def test_the_file_is_a_peft_lora_with_zero_rows_outside_the_low_frequencies(tmp_
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, ["q_proj", "k_proj"])
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["rosa"]) == {"rank": 4, "alpha": 8, "low_freq_ratio": 0.25, "targets": ["q", "k"]}
+        assert json.loads(file.metadata()["rosa"]) == {"rank": 4, "alpha": 8, "low_freq_ratio": 0.25, "targets": ["q", "k"],
+                                                           "pairs": "low"}
 
 
 @pytest.mark.parametrize("ratio, targets", [(0.25, "q,k"), (1.0, ALL), (0.5, ALL)])
@@ -234,7 +268,7 @@ def test_what_is_no_adapter_is_named(tmp_path, model):
         load_adapter(model, tmp_path)
     save_adapter(attach(random_model(), 4, 8), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    for change, message in [({"peft_type": "IA3"}, "IA3"), ({"use_dora": True}, "use_dora"), ({"rank_pattern": {"q": 3}}, "rank_pattern")]:
+    for change, message in [({"use_dora": True}, "use_dora"), ({"rank_pattern": {"q": 3}}, "rank_pattern")]:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=message):
             load_adapter(model, tmp_path)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model
@@ -37,12 +38,20 @@ def run(script, *arguments):
     return args
 
 
-QUICK = ("--ckpt", "ckpt", "--max-steps", 6, "--batch-size", 8, "--val-size", 20, "--eval-every", 3, "--rank", 4, "--alpha", 8,
-         "--lr", 1e-2, "--max-len", 200, "--select-every", 2, "--device", "cpu", "--dtype", "float32")
+SHORT = ("--ckpt", "ckpt", "--max-steps", 6, "--batch-size", 8, "--val-size", 20, "--eval-every", 3, "--max-len", 200,
+         "--select-every", 2, "--device", "cpu", "--dtype", "float32")
+QUICK = (*SHORT, "--rank", 4, "--alpha", 8, "--lr", 1e-2)
 
 
-def read_log(out):
-    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+def read_log(out, name="log.jsonl"):
+    return [json.loads(line) for line in (Path(out) / name).read_text().splitlines()]
+
+
+def no_package(monkeypatch, name):
+    """As on a machine where an optional package is absent."""
+    for module in [module for module in sys.modules if module.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
 
 
 # --- training ---
@@ -51,6 +60,7 @@ def read_log(out):
 @pytest.mark.parametrize("options, active", [
     ((), 2), (("--k-ratio", 1), 4), (("--method", "lora", "--targets", "q,k,v,o,gate,up,down"), 4),
     (("--method", "lora", "--k-ratio", 0.25), 1), (("--targets", "q,k,v,down", "--dtype", "bfloat16"), 2),
+    (("--pairs", "random", "--select", "random"), 2), (("--select", "all"), 4),
 ])
 def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step(ckpt, options, active, capsys):
     args = run(train_script, *QUICK, "--out", "out", *options)
@@ -70,6 +80,72 @@ def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step(ckpt, o
     _, held_out, _ = train_script.load_data(args, load_tokenizer("ckpt"))
     best = min(record["val_loss"] for record in [first, *log] if "val_loss" in record)
     assert train_script.validate(model, held_out, args) == pytest.approx(best, abs=1e-6)
+
+
+def test_full_training_leaves_a_checkpoint_with_its_tokenizer(ckpt, capsys):
+    arguments = [*SHORT, "--method", "full", "--k-ratio", 0.5, "--lr", 1e-3]
+    args = run(train_script, *arguments, "--out", "out")
+    first, *log = read_log("out")
+    count = sum(p.numel() for p in Llama.from_pretrained("ckpt").parameters())
+    assert f"trainable params: {count:,} || all params: {count:,}" in capsys.readouterr().out
+    assert [len(record["active_layers"]) for record in log] == [2] * 6 and log[-1]["val_loss"] < first["val_loss"] - 0.02
+    model = Llama.from_pretrained("out")
+    _, held_out, _ = train_script.load_data(args, load_tokenizer("out"))
+    assert train_script.validate(model, held_out, args) == pytest.approx(log[-1]["val_loss"], abs=1e-5)
+    run(eval_script, "--ckpt", "out", "--limit", 3, "--max-new-tokens", 5, "--out", "scores")
+
+
+def test_a_method_of_peft_runs_in_the_same_loop_and_is_read_back(ckpt):
+    pytest.importorskip("peft")
+    Path("options.json").write_text('{"target_modules": ["q_proj", "up_proj"], "feedforward_modules": ["up_proj"]}')
+    arguments = [*SHORT, "--method", "peft:IA3", "--peft-config", "options.json", "--k-ratio", 0.5, "--lr", 1e-1]
+    args = run(train_script, *arguments)
+    assert args.out == Path("runs/ckpt-toy-peft-IA3")
+    first, *log = read_log(args.out)
+    assert log[-1]["val_loss"] < first["val_loss"] - 0.01 and all(len(record["active_layers"]) == 2 for record in log)
+    model = rosa.load_adapter(Llama.from_pretrained("ckpt"), args.out)
+    _, held_out, _ = train_script.load_data(args, load_tokenizer("ckpt"))
+    assert train_script.validate(model, held_out, args) == pytest.approx(log[-1]["val_loss"], abs=1e-5)
+    files = [(args.out / "adapter_model.safetensors").read_bytes()]
+    run(train_script, *arguments, "--out", "parts", "--save-every", 1)
+    files.append(Path("parts/adapter_model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_the_selections_of_a_run_are_written_and_drawn(ckpt, monkeypatch, capsys):
+    run(train_script, *QUICK, "--out", "out")
+    probes = read_log("out", "layers.jsonl")
+    assert [probe["step"] for probe in probes] == [1, 3, 5]
+    for probe in probes:
+        assert probe["active_layers"] == sorted(np.argsort(probe["scores"])[-2:])
+        assert read_log("out")[probe["step"]]["active_layers"] == probe["active_layers"]
+    no_package(monkeypatch, "matplotlib")
+    Path("out/layers.png").unlink(missing_ok=True)
+    train_script.draw_layers(Path("out"))
+    assert "pip install matplotlib" in capsys.readouterr().out and not Path("out/layers.png").exists()
+
+
+def test_layers_png_is_a_picture_without_a_screen(ckpt):
+    pytest.importorskip("matplotlib")
+    run(train_script, *QUICK, "--out", "out")
+    assert Path("out/layers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_summary_counts_parameters_tokens_and_bytes(ckpt):
+    run(train_script, *QUICK, "--out", "out")
+    summary, log = json.loads(Path("out/summary.json").read_text()), read_log("out")[1:]
+    adapters = rosa.adapters(rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")).values()
+    assert summary["trainable"] == sum(a.A.numel() + a.B.numel() for a in adapters)
+    assert summary["parameters"] - summary["trainable"] == sum(p.numel() for p in Llama.from_pretrained("ckpt").parameters())
+    assert summary["val_loss"] == min(record["val_loss"] for record in log if "val_loss" in record)
+    assert summary["tokens_per_second"] == pytest.approx(sum(r["tokens"] for r in log) / sum(r["seconds"] for r in log))
+    assert 2**27 < summary["peak_memory"] < 2**36
+
+
+def test_alpha_follows_the_rank(ckpt):
+    parse = train_script.parse_args
+    assert (parse([]).rank, parse([]).alpha, parse(["--rank", "8"]).alpha) == (64, 128, 16)
+    assert parse(["--rank", "8", "--alpha", "3"]).alpha == 3 and parse(["--method", "full"]).lr == 2e-5
 
 
 def test_the_best_adapter_is_kept_when_training_diverges(ckpt):
@@ -119,7 +195,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(ckpt, monkeypatch, dty
         except KeyboardInterrupt:
             with open("parts/log.jsonl", "a") as log:  # it had gone on beyond what was saved
                 log.write(json.dumps({"step": stop.after + 1, "loss": 0}) + "\n")
-    for name in ("adapter_model.safetensors", "state.safetensors"):
+    for name in ("adapter_model.safetensors", "state.safetensors", "layers.jsonl"):
         assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes()
     without_times = [[record | {"seconds": 0} for record in read_log(out)] for out in ("whole", "parts")]
     assert without_times[0] == without_times[1]
@@ -199,9 +275,152 @@ def test_scores_predictions_and_absent_sets(ckpt, capsys, monkeypatch):
         assert line["correct"] == (line["instruction"] < "I") and (line["extracted"] == line["answer"]) == line["correct"]
     scores = {name: sum(line["correct"] for line in lines if line["set"] == name) / count for name, count in (("gsm8k", 5), ("SVAMP", 9))}
     results = json.loads(Path("out/results.json").read_text())
-    assert results == {"scores": scores, "micro": sum(line["correct"] for line in lines) / 14, "macro": sum(scores.values()) / 2}
+    right = sum(line["correct"] for line in lines)
+    assert (results["scores"], results["micro"], results["macro"]) == (scores, right / 14, sum(scores.values()) / 2)
+    assert results["counts"] == {"gsm8k": 5, "SVAMP": 9}
+    low, high = results["intervals"]["SVAMP"]
+    assert 0 <= low < scores["SVAMP"] < high <= 1 and high - low > 0.3
     printed = capsys.readouterr().out
-    assert printed.count("absent") == 6 and "git clone" in printed and f"{results['macro']:.1%}" in printed
+    assert printed.count("absent") == 6 and "python data/download.py all --dir data" in printed and f"{results['macro']:.1%}" in printed
+
+
+def test_an_evaluation_goes_on_where_it_stopped(ckpt, monkeypatch, capsys):
+    generate, asked = Llama.generate, []
+
+    def counting(self, prompts, *rest):
+        if len(asked) == stop_after:
+            raise KeyboardInterrupt
+        asked.append(len(prompts))
+        return generate(self, prompts, *rest)
+
+    monkeypatch.setattr(Llama, "generate", counting)
+    arguments = ["--ckpt", "ckpt", "--limit", 20, "--batch-size", 4, "--max-new-tokens", 10, "--dtype", "float32"]
+    stop_after = None
+    run(eval_script, *arguments, "--out", "whole")
+    asked.clear()
+    stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        run(eval_script, *arguments, "--out", "parts")
+    with open("parts/predictions.jsonl", "a") as file:
+        file.write('{"set": "toy", "ind')  # killed while it wrote
+    stop_after = None
+    asked.clear()
+    capsys.readouterr()
+    run(eval_script, *arguments, "--out", "parts")
+    assert asked == [4, 4] and "12 of 20 are in parts/predictions.jsonl already" in capsys.readouterr().out
+    for name in ("predictions.jsonl", "results.json"):
+        assert Path("whole", name).read_text() == Path("parts", name).read_text()
+    asked.clear()
+    run(eval_script, *arguments, "--out", "parts", "--limit", 25)
+    assert asked == [4, 1]
+    run(eval_script, *arguments, "--out", "parts", "--limit", 5)
+    assert asked == [4, 1] and json.loads(Path("parts/results.json").read_text())["counts"] == {"toy": 5}
+    for changed in (["--max-new-tokens", 11], ["--dtype", "bfloat16"], ["--ckpt", "other"], ["--adapter", "adapter"]):
+        if changed[0] == "--ckpt":
+            shutil.copytree("ckpt", "other")
+            random_model(seed=1, vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256).save_pretrained("other")
+        if changed[0] == "--adapter":
+            rosa.save_adapter(rosa.attach(Llama.from_pretrained("ckpt"), 4), "adapter")
+        asked.clear()
+        run(eval_script, *arguments, "--out", "parts", *changed)
+        assert sum(asked) == 20 and "starting anew" in capsys.readouterr().out
+
+
+def test_several_sets_separated_by_commas(ckpt, capsys):
+    write_test_sets("data", ["gsm8k", "SVAMP", "mawps"])
+    run(eval_script, "--ckpt", "ckpt", "--task", "mawps,gsm8k", "--data-dir", "data", "--out", "out", "--max-new-tokens", 3)
+    assert json.loads(Path("out/results.json").read_text())["counts"] == {"mawps": 13, "gsm8k": 5}
+
+
+def choice(i):
+    count = 3 + i % 3
+    named = " ".join(f"Answer{n + 1}: {'xyz'[n % 3] * (n + i % 4 + 1)}" for n in range(count))
+    wanted = "/".join(f"answer{n + 1}" for n in range(count))
+    return {"instruction": f"Which is best, number {i}?\n\n{named}\n\nAnswer format: {wanted}", "input": "",
+            "output": "the correct answer is answer2", "answer": "answer2"}
+
+
+def test_the_likeliest_option_is_the_answer(ckpt):
+    file = Path("data/dataset/openbookqa/test.json")
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps([choice(i) for i in range(11)]))
+    for out, size in (("a", 1), ("b", 4)):
+        run(eval_script, "--ckpt", "ckpt", "--task", "openbookqa", "--data-dir", "data", "--score", "likelihood", "--out", out,
+            "--batch-size", size, "--dtype", "float32")
+    lines = Path("a/predictions.jsonl").read_text()
+    assert lines == Path("b/predictions.jsonl").read_text()
+    model, tokenizer = Llama.from_pretrained("ckpt", dtype=torch.float64), load_tokenizer("ckpt")
+    chosen = set()
+    for i, line in enumerate(map(json.loads, lines.splitlines())):
+        scores = {}
+        for n in range(3 + i % 3):  # the plain way: each question with each option as one text
+            option = f"the correct answer is answer{n + 1}"
+            prompt, response = tasks.encode_example(choice(i) | {"output": option}, tokenizer)
+            log_probs = model(torch.tensor([prompt + response]))[0].log_softmax(-1)
+            scores[option] = sum(log_probs[len(prompt) + t - 1, token].item() for t, token in enumerate(response[:-1]))
+        assert line["response"] == max(scores, key=scores.get)
+        chosen.add(line["extracted"])
+    assert len(chosen) > 1
+
+
+def test_the_loss_on_anything_else(ckpt, capsys):
+    Path("other.json").write_text(json.dumps(toy.examples("train", 12)))
+    Path("notes.txt").write_text("".join(f"{name} has {n} pears, and no more.\n" for n, name in enumerate(toy.GIRLS * 3)))
+    run(eval_script, "--ckpt", "ckpt", "--loss", "other.json", "notes.txt", "--limit", 10, "--out", "out", "--dtype", "float32")
+    losses = json.loads(Path("out/losses.json").read_text())
+    model, tokenizer = Llama.from_pretrained("ckpt"), load_tokenizer("ckpt")
+    pairs = [tasks.encode_example(example, tokenizer) for example in toy.examples("train", 10)]
+    tokens, labels = train_script.collate(pairs, "cpu")
+    with torch.no_grad():
+        assert losses["other"] == pytest.approx(model.loss(tokens, labels).item() / sum(len(r) for _, r in pairs), abs=1e-5)
+        ids = tokenizer.encode(Path("notes.txt").read_text())
+        parts = [[tokenizer.bos_id, *ids[i : i + 256]] for i in range(0, len(ids), 256)]
+        total = sum(model.loss(torch.tensor([part[:-1]]), torch.tensor([part[1:]])).item() for part in parts)
+    assert len(parts) > 2 and losses["notes"] == pytest.approx(total / len(ids), abs=1e-5)
+    run(eval_script, "--ckpt", "ckpt", "--loss", "other.json", "--limit", 3, "--out", "out")
+    assert set(json.loads(Path("out/losses.json").read_text())) == {"other", "notes"}
+
+
+def test_activations_are_the_norms_of_q_and_k(ckpt, monkeypatch, capsys):
+    run(eval_script, "--ckpt", "ckpt", "--activations", "figures/fig1.png", "--limit", 5, "--dtype", "float32")
+    found = np.load("figures/fig1.npz")
+    model, tokenizer = Llama.from_pretrained("ckpt"), load_tokenizer("ckpt")
+    d, expected = model.config.head_dim, {"q": 0, "k": 0}
+    with torch.no_grad():
+        for example in toy.examples("test", 300)[:5]:
+            x = model.model.embed_tokens(torch.tensor([tasks.encode_prompt(example, tokenizer)]))
+            h = model.model.layers[0].input_layernorm(x)
+            for name in expected:
+                states = model.model.layers[0].self_attn.get_submodule(f"{name}_proj")(h)[0]  # [T, heads * d]
+                expected[name] += states.view(len(states), -1, d).square().sum(0).sqrt().mean(0) / 5
+    for name in expected:
+        assert found[name].shape == (4, d)
+        np.testing.assert_allclose(found[name][0], expected[name], rtol=1e-5)
+    assert found["first_low_frequency_pair"] == d // 2 - max(1, round(0.25 * d / 2))
+    assert "by quarter of the pairs" in capsys.readouterr().out
+    no_package(monkeypatch, "matplotlib")
+    run(eval_script, "--ckpt", "ckpt", "--activations", "other.png")
+    assert "pip install matplotlib" in capsys.readouterr().out and Path("other.npz").is_file() and not Path("other.png").exists()
+
+
+def test_runs_side_by_side(ckpt, capsys):
+    run(train_script, *QUICK, "--out", "runs/a")
+    run(train_script, *QUICK, "--out", "runs/b", "--method", "lora")
+    for out, adapter in (("runs/a", ["--adapter", "runs/a"]), ("runs/base", [])):
+        run(eval_script, "--ckpt", "ckpt", "--limit", 8, "--max-new-tokens", 5, "--out", out, *adapter)
+    Path("other.json").write_text(json.dumps(toy.examples("train", 5)))
+    run(eval_script, "--ckpt", "ckpt", "--loss", "other.json", "--out", "runs/base")
+    capsys.readouterr()
+    run(eval_script, "--compare", "runs/base", "runs/a", "runs/b")
+    head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    rows = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert list(rows) == ["base", "a", "b"] and set(rule) == {"---"}
+    summary = json.loads(Path("runs/b/summary.json").read_text())
+    assert rows["b"]["validation loss"] == f"{summary['val_loss']:.4f}" and rows["b"]["toy (n = 8)"] == "–"
+    assert rows["b"]["trainable"] == f"{summary['trainable']:,} ({100 * summary['trainable'] / summary['parameters']:.2f}%)"
+    assert rows["a"]["method"].startswith("rosa, targets q,k, rank 4, low freq ratio 0.25, pairs low, k ratio 0.5")
+    assert rows["a"]["toy (n = 8)"].startswith("0.0% (0.0–32.4)") and rows["a"]["peak memory"].endswith("MiB")
+    assert rows["base"]["method"] == "base" and rows["base"]["tokens/s"] == "–" and float(rows["base"]["loss on other"]) > 1
 
 
 def test_predictions_do_not_depend_on_the_batch(ckpt):
@@ -241,8 +460,18 @@ MISTAKES = {
     "no steps": (train_script, ["--max-steps", "0"], "--max-steps must be at least 1"),
     "max-len beyond context": (train_script, ["--max-len", "300"], "--max-len 300 exceeds the context"),
     "all too long": (train_script, ["--max-len", "9"], "0 of 100 examples have at most --max-len 9 tokens"),
-    "no data": (train_script, ["--task", "arithmetic"], "git clone"),
-    "no data, eval": (eval_script, ["--task", "arithmetic"], "git clone"),
+    "no data": (train_script, ["--task", "arithmetic"], "python data/download.py all"),
+    "no data, eval": (eval_script, ["--task", "arithmetic", "--data-dir", "d"], "python data/download.py all --dir d"),
+    "one of several sets": (eval_script, ["--task", "gsm8k,algebra"], "unknown task 'algebra'"),
+    "no such method": (train_script, ["--method", "rose"], "--method 'rose' is unknown"),
+    "another method's option": (train_script, ["--method", "lora", "--pairs", "low"], "--pairs is no option of --method lora"),
+    "rank for peft": (train_script, ["--method", "peft:IA3", "--rank", "4"], "give its own options with --peft-config"),
+    "full in bfloat16": (train_script, ["--method", "full", "--dtype", "bfloat16"], "needs --dtype float32"),
+    "pairs": (train_script, ["--pairs", "slow"], "argument --pairs: invalid choice: 'slow'"),
+    "peft config absent": (train_script, ["--method", "peft:LORA", "--peft-config", "absent.json"], "absent.json"),
+    "no choice": (eval_script, ["--score", "likelihood"], "toy"),
+    "nothing to compare": (eval_script, ["--compare", "ckpt"], "ckpt is no run directory"),
+    "no text": (eval_script, ["--loss", "absent.json"], "absent.json"),
     "train file absent": (train_script, ["--train-file", "absent.json"], "absent.json"),
     "device": (train_script, ["--device", "cuda:7"], "device 'cuda:7' is not available"),
     "device unknown": (eval_script, ["--device", "abacus"], "device 'abacus' is not available"),
@@ -260,6 +489,13 @@ def test_a_mistake_is_one_line_and_nothing_is_left_behind(ckpt, capsys, script, 
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and error.startswith(f"{script.__name__}.py: ") and message in error
     assert [path for path in Path().iterdir()] == [Path("ckpt")]
+
+
+def test_an_absent_package_is_a_line_with_what_to_install(ckpt, monkeypatch, capsys):
+    no_package(monkeypatch, "peft")
+    with pytest.raises(SystemExit) as stopped:
+        train_script.run(["--ckpt", "ckpt", "--max-len", "200", "--val-size", "20", "--method", "peft:IA3"])
+    assert stopped.value.code == 2 and "needs the package peft: pip install peft" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", [train_script, eval_script])

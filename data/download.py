@@ -1,0 +1,155 @@
+"""Fetch the data of LLM-Adapters (Hu et al., EMNLP 2023), training files and test sets, in its repository's own layout.
+
+    python data/download.py arithmetic                  # math_10k.json and 7 test sets
+    python data/download.py commonsense                 # commonsense_15k.json and 8 test sets
+    python data/download.py all --dir LLM-Adapters      # both, and commonsense_170k.json
+
+Every file is pinned: to one commit, and to the id that git gives its content. Data arrives in `<file>.partial`, which
+takes the name `<file>` only when its id is right. What was cut is resumed, what is there stays, so the same command
+again gets what is missing. What the files mean is for `tasks.py` to know.
+"""
+
+import argparse
+import hashlib
+import os
+import shlex
+import sys
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import tasks
+
+URL = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/816657208af4db747803f87ba40a4c71383fed7a"
+TIMEOUT = 30  # seconds in which nothing arrives
+BLOB_IDS = {
+    "ft-training_set/math_10k.json": "27dba77d6ed80aa118d78fbafa5cecd651f6d463",
+    "ft-training_set/commonsense_15k.json": "3716afef6d384c475dba13f88a5a96c8032dafe2",
+    "ft-training_set/commonsense_170k.json": "529e426b33d4cdb1d0c4a275a1a7245ad081fd91",
+    "dataset/AQuA/test.json": "731fbb456f7a93bb4121125de09c4adcf42e5dab",
+    "dataset/ARC-Challenge/test.json": "9540685439144200b5a7e48dab9ca4655be2af09",
+    "dataset/ARC-Easy/test.json": "6c0d30aaedaeca148df6bcd7aaacf7c31e6ad70f",
+    "dataset/AddSub/test.json": "f3996cdf4159b4e1e4b6768865a4db72105f4e2f",
+    "dataset/MultiArith/test.json": "08e996c6cd8c633cc977f5c50709a8bbfc8fadff",
+    "dataset/SVAMP/test.json": "98b8f1872db596f8aaff2c95d1d698a9fa13b94f",
+    "dataset/SingleEq/test.json": "cce7a868400323e30e2094a15d482c1aa743dbb0",
+    "dataset/boolq/test.json": "6d7edb0a8e8a6566b546ccf0d98d24e48db3fdf3",
+    "dataset/gsm8k/test.json": "57a7a08e10e12e975e1f972d2b8125c0d4c722b1",
+    "dataset/hellaswag/test.json": "183c4920415f83ba4b793c4873a33e7e10bd1be5",
+    "dataset/mawps/test.json": "eca473c5b5d398acbae0b84ede833bbbccd63add",
+    "dataset/openbookqa/test.json": "a6e69676104bcb77237388c3b5a3f0dcbb81d1e2",
+    "dataset/piqa/test.json": "f7a1c260692ef31796d4763cb6334f316a754fed",
+    "dataset/social_i_qa/test.json": "eadf221799ca394367b144c0f86ee0436db409d2",
+    "dataset/winogrande/test.json": "21257263593dd4d00546e1918c88ca0f357b08ad",
+}
+
+
+def parse_args(arguments=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.error = fail
+    p.add_argument("task", choices=(*tasks.TRAIN_FILES, "all"), help="whose files to fetch")
+    p.add_argument("--dir", type=Path, default=tasks.DATA_DIR, help="where they go")
+    p.add_argument("--url", default=URL, help="where they come from: LLM-Adapters' repository, or a mirror of it")
+    args = p.parse_args(arguments)
+    if not args.url.startswith(("https://", "http://")):
+        fail(f"--url must begin with https:// or http://, not {args.url!r}")
+    return args
+
+
+def fail(message):
+    """A user's mistake: one line, exit status 2."""
+    complain(message)
+    sys.exit(2)
+
+
+def complain(message):
+    print(f"download.py: {message}", file=sys.stderr)
+
+
+def main(args):
+    files, failed = files_of(args.task), 0
+    for file in files:
+        try:
+            print(f"{file:<39}{fetch(file, args.dir, args.url.rstrip('/'))}")
+        except (ValueError, OSError, HTTPException) as error:  # one file's trouble is not the others'
+            complain(f"{file}: {error.reason if type(error) is URLError else error}")
+            failed += 1
+    if failed:
+        complain(f"{failed} of {len(files)} files failed; the same command again resumes what is missing")
+        sys.exit(1)
+    data_dir = "" if args.dir == Path(tasks.DATA_DIR) else f" --data-dir {shlex.quote(str(args.dir))}"
+    for task in tasks.TRAIN_FILES if args.task == "all" else [args.task]:
+        print(f"next: python train.py --ckpt CHECKPOINT --task {task}{data_dir}")
+
+
+def files_of(task):
+    """The paths, within the repository, of a task's training file and test sets."""
+    if task == "all":
+        return list(BLOB_IDS)
+    return [f"ft-training_set/{tasks.TRAIN_FILES[task]}", *(f"dataset/{name}/test.json" for name in tasks.TASKS[task])]
+
+
+def fetch(file, directory, url):
+    """See to it that the directory has the file, and say how it came. Raises ValueError, OSError or HTTPException."""
+    final = directory / file
+    partial = final.with_name(final.name + ".partial")
+    if final.exists():
+        if (found := blob_id(final)) != BLOB_IDS[file]:
+            raise ValueError(f"another version is there, with blob id {found}: delete it, or choose another --dir")
+        return "already there"
+    final.parent.mkdir(parents=True, exist_ok=True)
+    download(f"{url}/{file}", partial)
+    if (found := blob_id(partial)) != BLOB_IDS[file]:
+        partial.unlink()
+        raise ValueError(f"what came is not the file: expected blob id {BLOB_IDS[file]}, found {found}; deleted")
+    os.replace(partial, final)
+    return f"{final.stat().st_size:>12,} bytes"
+
+
+def download(url, partial):
+    """Add to the file `partial` what it lacks of `url`. What has arrived stays there when the connection breaks."""
+    done = partial.stat().st_size if partial.exists() else 0  # bytes
+    try:
+        response = urlopen(Request(url, headers={"Range": f"bytes={done}-"} if done else {}), timeout=TIMEOUT)
+    except HTTPError as error:
+        if error.code != 416 or not done:
+            raise
+        partial.unlink()  # 416: the file has no byte number `done`, so there is nothing to add
+        return download(url, partial)
+    with response:
+        if response.status != 206:  # the server gives no ranges but the whole file
+            done = 0
+        length = response.headers["Content-Length"]
+        total = None if length is None else done + int(length)
+        bar = tqdm(total=total, initial=done, desc=f"{partial.parent.name}/{partial.stem}", unit="B", unit_scale=True,
+                   dynamic_ncols=True, disable=None, leave=False)
+        with bar, open(partial, "ab" if done else "wb") as out:
+            while chunk := response.read1(1 << 16):  # read would lose the chunk in which the connection breaks
+                bar.update(out.write(chunk))
+            done = out.tell()
+    if total is not None and done < total:  # the end of a connection looks like the end of the file
+        raise ConnectionError(f"the connection was cut after {done:,} of {total:,} bytes")
+
+
+def blob_id(path):
+    """The id by which git names a file's content: the SHA-1 of b"blob <size>\\0", the size in bytes, and the bytes."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def run(arguments=None):
+    """`main` with these command-line arguments, or the process's own."""
+    try:
+        main(parse_args(arguments))
+    except KeyboardInterrupt:
+        complain("stopped: the same command again goes on from here")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

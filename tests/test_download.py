@@ -1,0 +1,327 @@
+"""Statements about `data/download.py`, against a server on this machine that cuts, forges and forgets as it is told."""
+
+import hashlib
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from data import download, tasks
+
+ROOT = Path(download.__file__).parent.parent
+MATH, GSM8K = "ft-training_set/math_10k.json", "dataset/gsm8k/test.json"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        file, wanted, server = self.path[1:], self.headers["Range"], self.server
+        server.requests.append((file, wanted))
+        content = server.content.get(file)
+        if content is None:
+            return self.send_error(404)
+        start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1]) if wanted and server.ranges else 0
+        if start and start >= len(content):
+            return self.send_error(416)
+        cut = server.cut.get(file, len(content))
+        self.send_response(206 if start else 200)
+        if file in server.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n%s\r\n" % (cut - start, content[start:cut]) + b"0\r\n\r\n" * (cut == len(content)))
+        else:
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            self.wfile.write(content[start:cut])
+        if file in server.silent:
+            server.closing.wait(10)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server with made-up files, whose ids are in place of the real ones; the working directory is empty."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.content = {file: f'["{file}"]'.encode() * (5000 + i) for i, file in enumerate(download.BLOB_IDS)}
+    server.requests, server.ranges, server.closing = [], True, threading.Event()
+    server.cut, server.chunked, server.silent = {}, set(), set()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(download, "BLOB_IDS", {file: git_id(content) for file, content in server.content.items()})
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    yield server
+    server.closing.set()
+    server.shutdown()
+    server.server_close()
+
+
+def git_id(content):
+    digest = hashlib.sha1()
+    for part in ("blob ", str(len(content)), "\0"):
+        digest.update(part.encode())
+    digest.update(content)
+    return digest.hexdigest()
+
+
+def run(server, capsys, *arguments):
+    """(exit status, lines of stdout, lines of stderr) of the script."""
+    status = 0
+    try:
+        download.run([*arguments, "--url", server.url])
+    except SystemExit as stopped:
+        status = stopped.code
+    printed = capsys.readouterr()
+    return status, printed.out.splitlines(), printed.err.splitlines()
+
+
+def files_in(directory):
+    return {path.relative_to(directory).as_posix() for path in Path(directory).rglob("*") if path.is_file()}
+
+
+def assert_complete(server, task, directory="LLM-Adapters"):
+    """The directory holds the task's files, each with its content, and nothing else."""
+    assert files_in(directory) == set(download.files_of(task))
+    for file in download.files_of(task):
+        assert Path(directory, file).read_bytes() == server.content[file]
+
+
+def assert_failed(result, file, what, of=8):
+    """Exit status 1, one line about the one file that failed and why, one about what to do; the others are there."""
+    status, out, err = result
+    assert status == 1 and len(out) == of - 1 and not any("next" in line for line in out)
+    assert err[0].startswith(f"download.py: {file}: ") and what in err[0]
+    assert err[1:] == [f"download.py: 1 of {of} files failed; the same command again resumes what is missing"]
+
+
+# --- which files ---
+
+
+def test_the_table_names_every_file_of_every_task():
+    train_files = [*tasks.TRAIN_FILES.values(), "commonsense_170k.json"]
+    names = [name for task in tasks.TRAIN_FILES for name in tasks.TASKS[task]]
+    assert set(tasks.TASKS) == {"toy", *tasks.TRAIN_FILES} and len(names) == 15
+    paths = [f"ft-training_set/{name}" for name in train_files] + [f"dataset/{name}/test.json" for name in names]
+    assert set(download.BLOB_IDS) == set(paths)
+    assert len(set(download.BLOB_IDS.values())) == len(download.BLOB_IDS) == 18
+    assert all(re.fullmatch("[0-9a-f]{40}", blob_id) for blob_id in download.BLOB_IDS.values())
+    assert re.fullmatch(r"https://raw\.githubusercontent\.com/AGI-Edgerunners/LLM-Adapters/[0-9a-f]{40}", download.URL)
+
+
+@pytest.mark.parametrize("content, blob_id", [(b"", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"),
+                                              (b"hello\n", "ce013625030ba8dba906f756967f9e9ca394464a")])
+def test_a_blob_id_is_what_git_says(tmp_path, content, blob_id):
+    (tmp_path / "file").write_bytes(content)
+    assert download.blob_id(tmp_path / "file") == blob_id == git_id(content)
+
+
+@pytest.mark.parametrize("task, count, following", [
+    ("arithmetic", 8, ["arithmetic"]), ("commonsense", 9, ["commonsense"]), ("all", 18, ["arithmetic", "commonsense"]),
+])
+def test_a_task_is_its_training_file_and_its_test_sets(server, capsys, task, count, following):
+    status, out, err = run(server, capsys, task)
+    assert (status, err) == (0, [])
+    assert_complete(server, task)
+    assert len(files_in("LLM-Adapters")) == count and len(server.requests) == count
+    for line, file in zip(out, download.files_of(task)):
+        assert line.split() == [file, f"{len(server.content[file]):,}", "bytes"]
+    assert out[count:] == [f"next: python train.py --ckpt CHECKPOINT --task {name}" for name in following]
+
+
+def test_the_files_lie_where_the_tasks_look_for_them(server, capsys):
+    example = b'[{"instruction": "1 + 1?", "input": "", "output": "2", "answer": "2"}]'
+    server.content = dict.fromkeys(server.content, example)
+    download.BLOB_IDS.update(dict.fromkeys(server.content, git_id(example)))
+    run(server, capsys, "arithmetic")
+    for name in tasks.TASKS["arithmetic"]:
+        assert len(tasks.test_examples(name, tasks.DATA_DIR)) == 1
+    assert len(tasks.train_examples("arithmetic", tasks.DATA_DIR)) == 1
+
+
+def test_another_directory_is_named_in_what_to_type_next(server, capsys):
+    status, out, _ = run(server, capsys, "arithmetic", "--dir", "my data")
+    assert status == 0 and out[-1].endswith("--task arithmetic --data-dir 'my data'")
+    assert_complete(server, "arithmetic", "my data")
+    assert list(Path().iterdir()) == [Path("my data")]
+
+
+# --- what is there already ---
+
+
+def test_a_second_run_downloads_nothing(server, capsys):
+    run(server, capsys, "arithmetic")
+    server.requests.clear()
+    status, out, err = run(server, capsys, "arithmetic")
+    assert (status, err, server.requests) == (0, [], [])
+    assert sum("already there" in line for line in out) == 8
+    assert_complete(server, "arithmetic")
+
+
+def test_a_file_with_other_content_is_left_alone_and_reported(server, capsys):
+    mine = Path("LLM-Adapters", GSM8K)
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    result = run(server, capsys, "arithmetic")
+    assert_failed(result, GSM8K, f"is there, with blob id {git_id(b'mine')}: delete it, or choose another --dir")
+    assert mine.read_bytes() == b"mine" and GSM8K not in dict(server.requests)
+    assert len(files_in("LLM-Adapters")) == 8
+
+
+# --- what goes wrong on the way ---
+
+
+def test_a_corrupted_file_never_takes_its_name(server, capsys):
+    right = server.content[GSM8K]
+    server.content[GSM8K] = forged = right[:-1] + b"!"
+    result = run(server, capsys, "arithmetic")
+    assert_failed(result, GSM8K, f"expected blob id {git_id(right)}, found {git_id(forged)}")
+    assert files_in("LLM-Adapters") == set(download.files_of("arithmetic")) - {GSM8K}
+    server.content[GSM8K] = right
+    assert run(server, capsys, "arithmetic")[0] == 0
+    assert_complete(server, "arithmetic")
+
+
+def test_a_file_has_its_name_only_after_it_was_checked(server, capsys, monkeypatch):
+    seen, check = [], download.blob_id
+
+    def checking(path):
+        seen.append((path.name, files_in("LLM-Adapters")))
+        return check(path)
+
+    monkeypatch.setattr(download, "blob_id", checking)
+    run(server, capsys, "arithmetic")
+    assert seen[0] == ("math_10k.json.partial", {f"{MATH}.partial"})
+    assert seen[1] == ("test.json.partial", {MATH, "dataset/MultiArith/test.json.partial"})
+
+
+def test_a_file_that_the_server_lacks_does_not_stop_the_others(server, capsys):
+    del server.content[GSM8K]
+    assert_failed(run(server, capsys, "arithmetic"), GSM8K, "404")
+    assert files_in("LLM-Adapters") == set(download.files_of("arithmetic")) - {GSM8K}
+
+
+@pytest.mark.parametrize("count", [1, 70000])
+def test_a_cut_connection_leaves_a_part_that_the_next_run_completes(server, capsys, count):
+    server.cut[MATH] = count
+    size = len(server.content[MATH])
+    assert_failed(run(server, capsys, "arithmetic"), MATH, f"cut after {count:,} of {size:,} bytes")
+    assert Path("LLM-Adapters", f"{MATH}.partial").read_bytes() == server.content[MATH][:count]
+    assert MATH not in files_in("LLM-Adapters")
+
+    server.cut.clear()
+    server.requests.clear()
+    assert run(server, capsys, "arithmetic")[0] == 0
+    assert server.requests == [(MATH, f"bytes={count}-")]
+    assert_complete(server, "arithmetic")
+
+
+def test_a_part_may_grow_over_several_cuts(server, capsys):
+    for server.cut[MATH] in (100, 200, 150000):
+        run(server, capsys, "arithmetic")
+    server.cut.clear()
+    assert run(server, capsys, "arithmetic")[0] == 0
+    wanted = [wanted for file, wanted in server.requests if file == MATH]
+    assert wanted == [None, "bytes=100-", "bytes=200-", "bytes=150000-"]
+    assert_complete(server, "arithmetic")
+
+
+def test_a_cut_is_noticed_where_the_length_was_never_told(server, capsys):
+    server.chunked |= {MATH, GSM8K}
+    server.cut[MATH] = 1000
+    assert_failed(run(server, capsys, "arithmetic"), MATH, "IncompleteRead")
+    assert Path("LLM-Adapters", f"{MATH}.partial").read_bytes() == server.content[MATH][:1000]
+    server.cut.clear()
+    assert run(server, capsys, "arithmetic")[0] == 0
+    assert_complete(server, "arithmetic")
+
+
+def test_silence_is_a_failure_that_keeps_what_has_come(server, capsys, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT", 0.3)
+    server.cut[MATH] = 1000
+    server.silent.add(MATH)
+    assert_failed(run(server, capsys, "arithmetic"), MATH, "timed out")
+    assert Path("LLM-Adapters", f"{MATH}.partial").read_bytes() == server.content[MATH][:1000]
+
+
+def leave_part(content):
+    partial = Path("LLM-Adapters", f"{MATH}.partial")
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(content)
+
+
+def test_a_server_without_ranges_starts_over(server, capsys):
+    server.ranges = False
+    leave_part(server.content[MATH][:1000])
+    assert run(server, capsys, "arithmetic")[0] == 0
+    assert server.requests[0] == (MATH, "bytes=1000-")
+    assert_complete(server, "arithmetic")
+
+
+@pytest.mark.parametrize("excess", [0, 10])
+def test_a_part_with_nothing_left_to_add_starts_over(server, capsys, excess):
+    leave_part(b"x" * (len(server.content[MATH]) + excess))
+    assert run(server, capsys, "arithmetic")[0] == 0
+    assert server.requests[:2] == [(MATH, f"bytes={len(server.content[MATH]) + excess}-"), (MATH, None)]
+    assert_complete(server, "arithmetic")
+
+
+def test_a_part_of_something_else_is_thrown_away(server, capsys):
+    leave_part(b"x" * 1000)
+    assert_failed(run(server, capsys, "arithmetic"), MATH, "expected blob id")
+    assert run(server, capsys, "arithmetic")[0] == 0
+    assert_complete(server, "arithmetic")
+
+
+def test_no_server_and_no_room_are_one_line_a_file(server, capsys):
+    Path("a file").write_text("")
+    for arguments, what in ((["--dir", "a file"], "a file"), (["--url", "http://127.0.0.1:1"], "refused")):
+        with pytest.raises(SystemExit) as stopped:
+            download.run(["arithmetic", "--url", server.url, *arguments])
+        err = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 1 and len(err) == 9 and "8 of 8 files failed" in err[-1]
+        for line, file in zip(err, download.files_of("arithmetic")):
+            assert line.startswith(f"download.py: {file}: ") and what in line and "urlopen" not in line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line(server, capsys):
+    Path("LLM-Adapters/ft-training_set").mkdir(parents=True)
+    Path("LLM-Adapters", f"{MATH}.partial").symlink_to("/dev/full")
+    assert_failed(run(server, capsys, "arithmetic"), MATH, "No space left")
+
+
+# --- a user's mistakes ---
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["algebra"], "invalid choice: 'algebra' (choose from "), ([], "required: task"),
+    (["all", "--url", "ftp://x"], "--url must begin with https:// or http://, not 'ftp://x'"),
+])
+def test_a_mistake_is_one_line_and_nothing_is_left_behind(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        download.run(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1 and error.startswith("download.py: ") and message in error
+    assert not list(Path().iterdir())
+
+
+def test_stopping_it_by_hand_is_one_line(server, capsys, monkeypatch):
+    def stop(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(download, "blob_id", stop)
+    status, _, err = run(server, capsys, "arithmetic")
+    assert status == 130 and err == ["download.py: stopped: the same command again goes on from here"]
+    assert files_in("LLM-Adapters") == {f"{MATH}.partial"}
+
+
+def test_it_runs_as_a_script_from_anywhere(tmp_path):
+    command = [sys.executable, ROOT / "data" / "download.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "{arithmetic,commonsense,all}" in done.stdout and not done.stderr

@@ -1,0 +1,305 @@
+"""Statements about scoring: what each response answers, which options a question has, how sure an accuracy is.
+
+LLM-Adapters' rule is kept, odd outcomes included, so that published numbers compare; where a row departs from it, it says so.
+"""
+
+import random
+
+import pytest
+
+from data.tasks import TASKS, extract_answer, is_correct, options, wilson_interval
+
+# Arithmetic: the last number, commas removed; (response, reference answer, extracted, right?).
+NUMBERS = [
+    ("The answer is 12.", "12.0", "12", True),  # every reference of these sets ends in .0
+    ("12.0", "12", "12.0", True),
+    ("12.", "12", "12", True),
+    ("3 + 4 = 7, so she has 7 - 2 = 5 left.", "5.0", "5", True),
+    ("It is 7, or rather 8.", "7", "8", False),  # the last number counts
+    ("The answer is 5. I counted twice, in 2 ways.", "5", "2", False),
+    ("", "0", "", False),
+    (" \n", "0", "", False),
+    ("twelve", "12", "", False),
+    # units, currency, commas
+    ("12 apples", "12", "12", True),
+    ("5kg", "5", "5", True),
+    ("30%", "30", "30", True),
+    ("30%", "0.3", "30", False),
+    ("$12.50", "12.5", "12.50", True),
+    ("€ 3", "3", "3", True),
+    ("1,234.5", "1234.5", "1234.5", True),
+    ("1,234,567", "1,234,567", "1234567", True),
+    ("9", "1,000", "9", False),
+    ("12,5", "12.5", "125", False),  # a decimal comma is removed as well
+    ("The sides are 3,4,5", "5", "345", False),
+    ("The sides are 3, 4, 5", "5", "5", True),
+    ("Rs.75", "75", "75", True),
+    ("Rs.75/-", "75", "75", True),
+    ("about .5", "0.5", ".5", True),  # LLM-Adapters reads 5
+    ("$.25", "0.25", ".25", True),  # LLM-Adapters reads 25
+    ("-.5", "-0.5", "-.5", True),  # LLM-Adapters reads 5
+    ("so...5", "5", "5", True),
+    ("It is $1.23.The end", "1.23", "1.23", True),
+    # signs
+    ("-5", "-5.0", "-5", True),
+    ("5", "-5", "5", False),
+    ("- 5", "-5", "5", False),  # a sign apart from its number is not read
+    ("\N{MINUS SIGN}5", "-5", "5", False),  # nor is any sign but the hyphen
+    ("+5", "5", "5", True),
+    ("5-3", "2", "-3", False),  # nothing is computed: a 5, then a -3
+    ("from 10-12", "12", "-12", False),
+    ("-0", "0", "-0", True),
+    # fractions, powers, dates
+    ("3/4", "0.75", "4", False),  # nothing is computed: a 3, then a 4
+    ("3/4", "4", "4", True),
+    ("1e3", "1000", "3", False),
+    ("2^5", "5", "5", True),
+    ("on 2024-05-06", "6", "-06", False),
+    ("on 06/05/2024", "2024", "2024", True),
+    ("May 6, 2024", "2024", "2024", True),
+    ("1.2.3", "3", "3", True),
+    # within 1e-3
+    ("0.3333", "0.33333", "0.3333", True),
+    ("12.0009", "12", "12.0009", True),
+    ("12.0011", "12", "12.0011", False),
+    ("11.9991", "12", "11.9991", True),
+    ("11.9989", "12", "11.9989", False),
+    ("0.001", "0", "0.001", True),
+    # more digits than a float has: infinite, right against nothing
+    ("9" * 400, "9", "9" * 400, False),
+    ("9" * 400, "9" * 400, "9" * 400, False),
+    ("-" + "9" * 400, "9", "-" + "9" * 400, False),
+    ("0." + "3" * 400, "0.3333", "0." + "3" * 400, True),
+    ("inf", "12", "", False),
+    ("nan", "12", "", False),
+    # digits of other scripts count, superscripts do not
+    ("\u0661\u0662", "12", "\u0661\u0662", True),  # Arabic-Indic
+    ("\uff11\uff12", "12", "\uff11\uff12", True),  # full-width
+    ("\uff11\uff12\uff0e\uff15", "12.5", "\uff15", False),  # the full-width point is no point
+    ("1\u0662", "12", "1\u0662", True),
+    ("5 m\u00b2", "5", "5", True),
+    ("\u00b2", "2", "", False),
+    ("\u00bd", "0.5", "", False),
+    ("\u2167", "8", "", False),  # the Roman numeral
+]
+
+# AQuA: the last letter said to be the answer, or else the last that stands alone.
+LETTERS = [
+    ("The answer is (C).", "C", "C", True),
+    ("the answer is (C).", "C", "C", True),
+    ("\nRationale: A train travels 60 km. Because Bob is Early, it takes 2 hours.The answer is (D).", "D", "D", True),
+    ("The answer is: B", "B", "B", True),
+    ("The answer is **E**, not D", "E", "E", True),
+    ("The answer is\n(A)", "A", "A", True),
+    ("Answer: D", "D", "D", True),
+    ("Answer: D. Then E is 13.", "D", "D", True),
+    ("**Answer:** (D), for E is 13", "D", "D", True),
+    ("**E**", "E", "E", True),
+    ("option B", "B", "B", True),
+    ("C.", "C", "C", True),
+    ("(C)", "C", "C", True),
+    ("C)", "C", "C", True),
+    ("(A) 23.65", "A", "A", True),
+    (r"$\boxed{B}$", "B", "B", True),
+    ("It costs 5 dollars each, (B).", "B", "B", True),
+    # other capitals
+    ("A train travels 60 km.", "A", "", False),
+    ("Two set out. A train leaves at noon", "A", "", False),
+    ("Answer: A train travels 60 km.", "A", "", False),
+    ("Because B is right", "B", "B", True),
+    ("Because Dora Can Add", "B", "", False),
+    ("CABBAGE, B2, ABCDE", "E", "", False),
+    ("The answer is Eight", "E", "", False),
+    ("The answer is Eight, that is (B)", "B", "B", True),
+    ("", "A", "", False),
+    ("42", "A", "", False),
+    # A is a letter inside a sentence and before "is", an article where it opens one
+    ("A is correct.", "A", "A", True),
+    ("So A is correct.", "A", "A", True),
+    ("I choose A because it fits", "A", "A", True),
+    ("The answer is A because E is wrong", "A", "A", True),
+    ("A", "A", "A", True),
+    ("A.", "A", "A", True),
+    # several letters
+    ("I think A and B are wrong; the answer is C", "C", "C", True),
+    ("The answer is C because D and E are too large", "C", "C", True),
+    ("The answer is not B but C", "C", "C", True),
+    ("The answer is B. No, the answer is D.", "D", "D", True),
+    ("B or D", "B", "D", False),
+    ("(A) 1 (B) 2 (C) 3 (D) 4 (E) 5", "A", "E", False),
+    # case counts, as in LLM-Adapters
+    ("the answer is b", "B", "", False),
+    ("(b)", "B", "", False),
+]
+
+BOOLEANS = [
+    ("the correct answer is true", "true", "true", True),
+    ("the correct answer is false", "false", "false", True),
+    ("the correct answer is true", "false", "true", False),
+    ("true", "true", "true", True),
+    ("false.", "false", "false", True),
+    ("**true**", "true", "true", True),
+    ("true/false", "false", "true", False),
+    ("false, not true", "false", "false", True),
+    ("It is not true", "false", "true", False),  # the first option named counts, whatever is said of it
+    ("True", "true", "", False),  # case counts
+    ("TRUE", "true", "", False),
+    ("untrue", "false", "", False),  # LLM-Adapters reads true
+    ("It is untrue, so false", "false", "false", True),  # LLM-Adapters reads true
+    ("a falsehood", "false", "", False),  # LLM-Adapters reads false
+    ("yes", "true", "", False),
+    ("", "true", "", False),
+]
+
+
+def numbered(word, last):
+    """Rows for the options word1 ... word`last`."""
+    return [
+        (f"the correct answer is {word}2", f"{word}2", f"{word}2", True),
+        (f"the correct answer is {word}{last}", f"{word}{last}", f"{word}{last}", True),
+        (f"the correct answer is {word}1.", f"{word}2", f"{word}1", False),
+        (f"{word}1", f"{word}1", f"{word}1", True),
+        (f"**{word}1**", f"{word}1", f"{word}1", True),
+        (f"{word}1 or {word}2", f"{word}1", f"{word}1", True),
+        (f"{word}1 or {word}2", f"{word}2", f"{word}1", False),
+        (f"{word}2/{word}1", f"{word}2", f"{word}2", True),
+        (f"{word}{last + 1}", f"{word}1", "", False),
+        (f"{word}0", f"{word}1", "", False),
+        (f"{word}12", f"{word}1", f"{word}1", True),  # no question has so many options
+        (f"{word}2{word}2", f"{word}2", f"{word}2", True),
+        (f"{word.title()}2", f"{word}2", "", False),  # case counts
+        (f"{word.title()} 1", f"{word}1", "", False),
+        (f"{word} 1", f"{word}1", "", False),
+        (f"the {word} is 1", f"{word}1", "", False),
+        ("I do not know", f"{word}1", "", False),
+        ("", f"{word}1", "", False),
+    ]
+
+
+ANSWERS = numbered("answer", 5) + [("the correct answer is answer4", "answer4", "answer4", True)]
+TABLE = {
+    **dict.fromkeys(("MultiArith", "gsm8k", "AddSub", "SingleEq", "SVAMP", "mawps"), NUMBERS),
+    **dict.fromkeys(("social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookqa"), ANSWERS),
+    "AQuA": LETTERS, "boolq": BOOLEANS, "piqa": numbered("solution", 2), "hellaswag": numbered("ending", 4),
+    "winogrande": numbered("option", 2),
+}
+
+
+def test_every_benchmark_set_has_its_table():
+    assert set(TABLE) == {*TASKS["arithmetic"], *TASKS["commonsense"]} and len(TABLE) == 15
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_what_a_response_answers_and_whether_it_is_right(name):
+    for response, answer, extracted, right in TABLE[name]:
+        assert (extract_answer(name, response), is_correct(name, response, answer)) == (extracted, right), (response, answer)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_no_response_whatever_is_an_error(name):
+    rng, characters = random.Random(0), "A B(C).,-0123456789e\n\u0661\uff12\u00b2\u2167\u00a0\x00truefalseanswer is"
+    for _ in range(2000):
+        response = "".join(rng.choices(characters, k=rng.randrange(40)))
+        assert is_correct(name, response, "1") in (True, False)
+
+
+# --- options ---
+
+INSTRUCTIONS = {
+    "boolq": "Please answer the following question with true or false, question: is it untrue that ice floats?\n\n"
+             "Answer format: true/false",
+    "piqa": "Please choose the correct solution to the question: Dry a cup.\n\nSolution1: Use a cloth.\n\n"
+            "Solution2: Use a hose.\n\nAnswer format: solution1/solution2",
+    "hellaswag": "Please choose the correct ending to complete the given sentence: Swimming: She dives and\n\nEnding1: flies. "
+                 "Ending2: swims. Ending3: reads. Ending4: bakes.\n\nAnswer format: ending1/ending2/ending3/ending4",
+    "winogrande": "Please choose the correct answer to fill in the blank to complete the given sentence: The cup fits in the "
+                  "box as the _ is small.\n\nOption1: cup Option2: box Answer format: option1/option2",
+    "social_i_qa": "Please choose the correct answer to the question: Ann found a coat. What next?\n\nAnswer1: eat it "
+                   "Answer2: return it Answer3: plant it\n\nAnswer format: answer1/answer2/answer3",
+    "ARC-Easy": "Please choose the correct answer to the question: What is hot?\n\nAnswer1: ice Answer2: the sun Answer3: snow "
+                "Answer4: fog Answer5: dew\n\nAnswer format: answer1/answer2/answer3/answer4/answer5",
+    "ARC-Challenge": "Please choose the correct answer to the question: What melts?\n\nAnswer1: ice Answer2: sand "
+                     "Answer3: air\n\nAnswer format: answer1/answer2/answer3",
+    "openbookqa": "Please choose the correct answer to the question: Is the Answer format: answer5/answer4 odd?\n\nAnswer1: no "
+                  "Answer2: yes Answer3: answer5 Answer4: both\n\nAnswer format: answer1/answer2/answer3/answer4\n",
+    "AQuA": "Pipe (A) fills a tub in 2 h and pipe (F) in 2 h. How long do both take? "
+            "Answer Choices: (A) 1 h (B) 2 h (C) 3 h (D) (A) or (B)",
+}
+LISTED = {
+    "boolq": ["true", "false"], "piqa": ["solution1", "solution2"], "hellaswag": ["ending1", "ending2", "ending3", "ending4"],
+    "winogrande": ["option1", "option2"], "social_i_qa": ["answer1", "answer2", "answer3"],
+    "ARC-Easy": ["answer1", "answer2", "answer3", "answer4", "answer5"], "ARC-Challenge": ["answer1", "answer2", "answer3"],
+    "openbookqa": ["answer1", "answer2", "answer3", "answer4"], "AQuA": ["A", "B", "C", "D"],
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_the_options_are_those_that_the_instruction_lists_in_the_wording_of_the_training_data(name):
+    found = options(name, {"instruction": INSTRUCTIONS[name]})
+    wording = "The answer is ({})." if name == "AQuA" else "the correct answer is {}"
+    assert found == [wording.format(option) for option in LISTED[name]]
+    assert [extract_answer(name, response) for response in found] == LISTED[name]
+
+
+@pytest.mark.parametrize("name", ["toy", *(name for name in TASKS["arithmetic"] if name != "AQuA")])
+def test_a_set_that_is_not_multiple_choice_has_no_options(name):
+    with pytest.raises(ValueError, match=f"^{name} is not multiple choice: choose from AQuA, boolq, .*openbookqa$"):
+        options(name, {"instruction": INSTRUCTIONS["ARC-Easy"] + INSTRUCTIONS["AQuA"]})
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_an_instruction_with_fewer_than_two_options_is_named(name):
+    marker = "Answer Choices:" if name == "AQuA" else "Answer format:"
+    every = INSTRUCTIONS[name].rpartition(marker)[2]
+    one = marker + every.split("(B)" if name == "AQuA" else "/")[0]
+    for instruction in ("", "A question\nof two lines", every, marker, f"{marker} yes/no", one, f"{one}/{one}"):
+        with pytest.raises(ValueError, match=f"^{name}: fewer than two options") as error:
+            options(name, {"instruction": instruction})
+        assert "\n" not in str(error.value) and repr(instruction[-60:]) in str(error.value)
+
+
+# --- the interval of an accuracy ---
+
+
+@pytest.mark.parametrize("right, count, low, high", [
+    (0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1), (0, 1, 0, 0.7935), (1, 1, 0.2065, 1),
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718),  # Newcombe (1998), table I
+])
+def test_the_interval_is_that_of_published_tables(right, count, low, high):
+    assert wilson_interval(right, count) == pytest.approx((low, high), abs=5.1e-5)
+
+
+def solve(f, low, high):
+    """Where f, negative at `low` and positive at `high`, is zero."""
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if f(middle) < 0 else (low, middle)
+    return low
+
+
+@pytest.mark.parametrize("right, count", [(1, 2), (1, 3), (7, 9), (50, 254), (1300, 1319), (1635, 3270)])
+def test_the_interval_ends_where_the_proportion_is_z_standard_errors_away(right, count):
+    p = right / count
+
+    def excess(q):
+        return abs(p - q) - 1.959964 * (q * (1 - q) / count) ** 0.5
+
+    low, high = wilson_interval(right, count)
+    assert low == pytest.approx(solve(lambda q: -excess(q), 0, p), abs=1e-12)
+    assert high == pytest.approx(solve(excess, p, 1), abs=1e-12)
+
+
+def test_the_interval_lies_within_0_and_1_mirrors_and_narrows():
+    for count in (*range(1, 60), 1319, 10000):
+        for right in {0, 1, count // 3, count // 2, count}:
+            low, high = wilson_interval(right, count)
+            assert 0 <= low < high <= 1 and low - 1e-12 <= right / count <= high + 1e-12
+            assert wilson_interval(count - right, count) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+            narrow_low, narrow_high = wilson_interval(4 * right, 4 * count)
+            assert narrow_high - narrow_low < high - low
+
+
+@pytest.mark.parametrize("right, count", [(0, 0), (1, 0), (-1, 3), (4, 3)])
+def test_there_is_no_interval_of_nothing(right, count):
+    with pytest.raises(AssertionError):
+        wilson_interval(right, count)
