@@ -352,13 +352,11 @@ class LayerSelector:
         self.scores = None  # [L] float32, once there was a probe
         self.active = list(range(len(layers)))  # indices of the layers in training
         self.probing = False
-        self.random = torch.Generator()
 
     def before_forward(self, step):
         """Call before the first forward pass of optimiser step `step`, counted from 0."""
         self.probing = step % self.select_every == 0 and not (self.select == "static" and step > 0)
         if self.probing:
-            self.random.manual_seed(torch.initial_seed() + step)  # of the step: a resumed run draws the same
             self.activate(range(len(self.parameters)))
             for weight in self.borrowed:
                 weight.requires_grad_(True)
@@ -370,7 +368,7 @@ class LayerSelector:
         scores = torch.stack([torch.stack([w.grad.float().norm() for w in norms if w.grad is not None]).norm()
                               for norms in self.norms]).cpu()
         if self.select == "random":
-            scores = torch.rand(len(scores), generator=self.random)
+            scores = torch.rand(len(scores))
         self.scores = scores if self.scores is None else self.score_ema * self.scores + (1 - self.score_ema) * scores
         for weight in self.borrowed:
             weight.requires_grad_(False).grad = None

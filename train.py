@@ -86,14 +86,18 @@ def parse_args(arguments=None):
     kind = "peft" if args.method.startswith("peft:") else args.method
     if kind not in METHODS or args.method == "peft":
         fail(f"--method {args.method!r} is unknown: choose rosa, lora, full, or peft:NAME, such as peft:IA3")
-    for name in set().union(*METHODS.values()) - set(METHODS[kind]):
+    for name in sorted(set().union(*METHODS.values()) - set(METHODS[kind])):
         if hasattr(args, name):
             fail(f"--{name.replace('_', '-')} is no option of --method {args.method}"
                  + (": give its own options with --peft-config FILE.json" if kind == "peft" else ""))
     for name, value in METHODS[kind].items():
         vars(args).setdefault(name, value)
-    if "alpha" in vars(args) and args.alpha is None:
+    if "alpha" in args and args.alpha is None:
         args.alpha = 2.0 * args.rank
+    if args.method == "full" and args.dtype == "bfloat16":
+        fail("--method full needs --dtype float32: a bfloat16 weight does not see updates below 1/256 of itself")
+    if args.method == "full":
+        args.dtype = "float32"
     if args.out is None:
         args.out = Path("runs") / f"{Path(args.ckpt).name}-{args.task}-{args.method.replace(':', '-')}"
     for name in ("epochs", "batch_size", "micro_batch_size", "max_len", "max_steps", "val_size", "eval_every", "save_every"):
@@ -123,7 +127,7 @@ def fail(message):
 def main(args):
     # --- the model and its adapters ---
     ckpt = find_checkpoint(args.ckpt)
-    device, dtype = choose_device_and_dtype(args.device, "float32" if (args.method, args.dtype) == ("full", "auto") else args.dtype)
+    device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
     train_set, val_set, too_long = load_data(args, tokenizer)
     model = Llama.from_pretrained(ckpt, device, dtype)
@@ -165,6 +169,7 @@ def main(args):
 
     # --- the loop ---
     first_step = step
+    model.train()  # for the dropout that a method of peft may have
     layers = range(len(model.model.layers))
     bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True,
                bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}")
@@ -181,6 +186,9 @@ def main(args):
         lr = args.lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = lr
+
+        # What dropout or a random selection draws depends on the step alone, so that a resumed run draws the same.
+        torch.manual_seed(args.seed + step)
 
         # Gradients of the mean loss per response token, over all micro-batches together.
         selector.before_forward(step)
@@ -228,8 +236,6 @@ def attach(args, model):
         low_freq_ratio, pairs = (args.low_freq_ratio, args.pairs) if args.method == "rosa" else (1.0, "all")
         rosa.attach(model, args.rank, args.alpha, low_freq_ratio, args.targets, pairs)
     elif args.method == "full":
-        if model.dtype != torch.float32:
-            raise ValueError("--method full needs --dtype float32: bfloat16 weights lose updates below 1/256 of a weight")
         model.requires_grad_(True)
     else:
         rosa.attach_peft(model, args.method.removeprefix("peft:"), read_json(args.peft_config) if args.peft_config else {})
@@ -285,11 +291,13 @@ def collate(examples, device):
 @torch.no_grad()
 def validate(model, examples, args):
     """Mean cross-entropy per response token, in nats."""
+    model.eval()
     by_length = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
     total = 0.0
     for i in tqdm(range(0, len(by_length), args.micro_batch_size), desc="validation", leave=False, disable=None):
         tokens, labels = collate(by_length[i : i + args.micro_batch_size], model.device)
         total += model.loss(tokens, labels).item()
+    model.train()
     return total / sum(len(response) for _, response in examples)
 
 

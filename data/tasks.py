@@ -167,7 +167,7 @@ def wilson_interval(right, count):
     """(low, high): the 95 % score interval of a proportion of which `right` in `count` is a sample (Wilson, 1927, "Probable
     inference, the law of succession, and statistical inference").
 
-    With p = right/count and z the normal quantile 1.96, the q for which |p - q| <= z sqrt(q (1 - q) / count):
+    With n = count, p = right/n and z the normal quantile 1.96, the q for which |p - q| <= z sqrt(q (1 - q)/n):
 
         (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)"""
     assert count >= 1 and 0 <= right <= count

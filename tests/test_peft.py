@@ -91,6 +91,7 @@ def test_our_lora_is_pefts(targets):
     ("LORA", {"target_modules": ["lm_head"]}, "lm_head cannot be adapted"),
     ("PREFIX_TUNING", {}, "does not support prompt learning"),
     ("ADALORA", {}, "total_step"),
+    ("POLY", {}, "task_ids"),  # which only a forward pass shows
 ])
 def test_what_cannot_run_is_refused_in_a_line(model, method, options, message):
     with pytest.raises(ValueError, match=message) as error:

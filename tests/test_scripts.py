@@ -177,9 +177,13 @@ def test_the_seed_decides_everything(ckpt):
     assert files[0] == files[1] != files[2]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(ckpt, monkeypatch, dtype):
-    arguments = [*QUICK, "--save-every", 1, "--dtype", dtype, "--score-ema", 0.5]
+@pytest.mark.parametrize("options", [["--score-ema", 0.5], ["--dtype", "bfloat16"], ["--select", "random"], ["--method", "full", "--lr", 1e-3],
+                                     ["--method", "peft:LORA", "--peft-config", "dropout.json", "--k-ratio", 0.5]], ids=str)
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(ckpt, monkeypatch, options):
+    if "peft:LORA" in options:
+        pytest.importorskip("peft")
+        Path("dropout.json").write_text('{"lora_dropout": 0.5}')
+    arguments = [*(SHORT if "--method" in options else QUICK), "--save-every", 1, *options]
     run(train_script, *arguments, "--out", "whole")
     save = train_script.save_state
 
@@ -195,12 +199,27 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(ckpt, monkeypatch, dty
         except KeyboardInterrupt:
             with open("parts/log.jsonl", "a") as log:  # it had gone on beyond what was saved
                 log.write(json.dumps({"step": stop.after + 1, "loss": 0}) + "\n")
-    for name in ("adapter_model.safetensors", "state.safetensors", "layers.jsonl"):
+    best = "model.safetensors" if "full" in options else "adapter_model.safetensors"
+    for name in (best, "state.safetensors", "layers.jsonl"):
         assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes()
     without_times = [[record | {"seconds": 0} for record in read_log(out)] for out in ("whole", "parts")]
     assert without_times[0] == without_times[1]
-    with pytest.raises(ValueError, match="has --rank 4, not 5"):
-        run(train_script, *arguments, "--out", "parts", "--resume", "--rank", 5)
+    with pytest.raises(ValueError, match="has --batch-size 8, not 4"):
+        run(train_script, *arguments, "--out", "parts", "--resume", "--batch-size", 4)
+
+
+def test_dropout_acts_in_training_alone(ckpt):
+    pytest.importorskip("peft")
+    first = []
+    for dropout in (0.0, 0.9):
+        Path("options.json").write_text(json.dumps({"lora_dropout": dropout}))
+        run(train_script, *SHORT, "--method", "peft:LORA", "--peft-config", "options.json", "--lr", 1e-2, "--out", "out")
+        first.append([record.get("val_loss") or record["loss"] for record in read_log("out")])
+    assert first[0][:2] == first[1][:2] and first[0][2] != first[1][2]  # step 0, step 1 (B is zero), step 2
+    args = train_script.parse_args([str(a) for a in (*SHORT, "--method", "lora")])
+    model = rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
+    _, held_out, _ = train_script.load_data(args, load_tokenizer("ckpt"))
+    assert train_script.validate(model, held_out, args) == pytest.approx(read_log("out")[-1]["val_loss"], abs=1e-5)
 
 
 def test_batches_hold_every_example_once_and_similar_lengths():
