@@ -263,7 +263,6 @@ def attach_peft(model, peft_type, options):
     known = {kind.value: cls for kind, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if peft_type not in known:
         raise ValueError(f"peft {peft.__version__} has no method {peft_type!r}: choose from {', '.join(sorted(known))}")
-    model.requires_grad_(False)
     try:
         peft.inject_adapter_in_model(known[peft_type](**options), model)
         saved = {tensor.data_ptr() for tensor in peft.get_peft_model_state_dict(model).values()}

@@ -190,6 +190,9 @@ def test_tasks_and_their_files(tmp_path):
     (tmp_path / "ft-training_set").mkdir()
     (tmp_path / "ft-training_set" / "math_10k.json").write_text('[{"instruction": "a", "output": "b"}]')
     assert tasks.train_examples("arithmetic", tmp_path) == [{"instruction": "a", "output": "b"}]
+    (tmp_path / "ft-training_set" / "more.json").write_text('[{"instruction": "c", "output": "d"}]')
+    assert tasks.train_examples("arithmetic", tmp_path, "more.json")[0]["output"] == "d"
+    assert tasks.train_examples("my own", tmp_path, tmp_path / "ft-training_set" / "math_10k.json")[0]["output"] == "b"
     (tmp_path / "dataset" / "gsm8k").mkdir(parents=True)
     (tmp_path / "dataset" / "gsm8k" / "test.json").write_text('[{"instruction": "a", "answer": "1"}]')
     assert len(tasks.test_examples("gsm8k", tmp_path)) == 1

@@ -388,5 +388,7 @@ def test_the_likelihood_of_a_continuation_is_that_of_the_whole_text(changes):
                 log_probs = model(torch.tensor([prompt + ids]))[0].double().log_softmax(-1)
                 plain = sum(log_probs[len(prompt) + t - 1, token].item() for t, token in enumerate(ids))
                 assert score == pytest.approx(plain, abs=1e-4)
+    with pytest.raises(ValueError, match="129 tokens are more than the model's context of 128"):
+        model.log_likelihoods([[3] * 120, [4]], [[[5] * 8], [[6], [7] * 9]][::-1])
     single = model.log_likelihoods(prompts, [[[3], [4]]] * 4)
     assert single[1] == pytest.approx(model(torch.tensor([prompts[1]]))[0, -1].log_softmax(-1)[[3, 4]].tolist(), abs=1e-4)

@@ -113,7 +113,8 @@ def test_a_method_of_peft_runs_in_the_same_loop_and_is_read_back(ckpt):
 
 
 def test_the_selections_of_a_run_are_written_and_drawn(ckpt, monkeypatch, capsys):
-    run(train_script, *QUICK, "--out", "out")
+    for _ in range(2):  # a new run in the same place begins a new log
+        run(train_script, *QUICK, "--out", "out")
     probes = read_log("out", "layers.jsonl")
     assert [probe["step"] for probe in probes] == [1, 3, 5]
     for probe in probes:
@@ -197,8 +198,9 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(ckpt, monkeypatch, opt
         try:
             run(train_script, *arguments, "--out", "parts", *resume)
         except KeyboardInterrupt:
-            with open("parts/log.jsonl", "a") as log:  # it had gone on beyond what was saved
-                log.write(json.dumps({"step": stop.after + 1, "loss": 0}) + "\n")
+            for name in ("log.jsonl", "layers.jsonl"):  # it had gone on beyond what was saved
+                with open(f"parts/{name}", "a") as log:
+                    log.write(json.dumps({"step": stop.after + 1, "loss": 0}) + "\n")
     best = "model.safetensors" if "full" in options else "adapter_model.safetensors"
     for name in (best, "state.safetensors", "layers.jsonl"):
         assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes()
@@ -340,6 +342,7 @@ def test_an_evaluation_goes_on_where_it_stopped(ckpt, monkeypatch, capsys):
             random_model(seed=1, vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256).save_pretrained("other")
         if changed[0] == "--adapter":
             rosa.save_adapter(rosa.attach(Llama.from_pretrained("ckpt"), 4), "adapter")
+        run(eval_script, *arguments, "--out", "parts")
         asked.clear()
         run(eval_script, *arguments, "--out", "parts", *changed)
         assert sum(asked) == 20 and "starting anew" in capsys.readouterr().out
