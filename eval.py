@@ -40,10 +40,10 @@ def parse_args(arguments=None):
                    help="likelihood: of a multiple-choice question's options the most probable is the answer")
     p.add_argument("--batch-size", type=int, default=32, help="examples at a time")
     p.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
-    p.add_argument("--loss", nargs="+", type=Path, metavar="FILE", help="instead of scoring: the loss, in nats per token, of the "
-                   "responses in a .json of training examples, of all tokens in any other text file")
-    p.add_argument("--activations", type=Path, metavar="PNG", help="instead of scoring: draw the norms of Q and K per layer and "
-                   "dimension over the first --limit examples (default 8); the numbers go into an .npz beside it")
+    p.add_argument("--loss", nargs="+", type=Path, metavar="FILE", help="instead of scoring: the loss, in nats per token, of "
+                   "the responses in a .json of training examples, of all tokens in any other text file")
+    p.add_argument("--activations", type=Path, metavar="PNG", help="instead of scoring: draw the norms of Q and K per layer "
+                   "and dimension over the first --limit examples (default 8); the numbers go into an .npz beside it")
     p.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="only print a table of these run directories")
     p.add_argument("--data-dir", default=tasks.DATA_DIR, help="directory laid out as LLM-Adapters' repository")
     p.add_argument("--out", type=Path, help="where results go (default: the adapter's directory, or runs/<ckpt>-<task>-base)")
@@ -180,7 +180,8 @@ def load_questions(args, tokenizer):
                 tasks.options(name, example)  # refuses what is no multiple choice
             examples.append((name, i, example, tasks.encode_prompt(example, tokenizer)))
     if not examples:
-        raise FileNotFoundError(f"{args.data_dir} has no test set of {args.task}. To get them: {tasks.how_to_get(args.data_dir)}")
+        raise FileNotFoundError(f"{args.data_dir} has no test set of {args.task}. To get them: "
+                                f"{tasks.how_to_get(args.data_dir)}")
     return names, absent, examples
 
 
@@ -196,7 +197,8 @@ def most_likely(model, tokenizer, prompts, questions):
 def fingerprint(args, ckpt, dtype):
     """What an answer depends on beside its question, in twelve characters."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(ckpt.glob("*.safetensors"))]
-    adapter = args.adapter and [(args.adapter / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")]
+    adapter = args.adapter and [(args.adapter / name).read_bytes()
+                                for name in ("adapter_config.json", "adapter_model.safetensors")]
     limit = args.max_new_tokens if args.score == "generate" else None
     told = [(ckpt / "config.json").read_bytes(), files, adapter, args.score, limit, dtype]
     return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
@@ -272,7 +274,8 @@ def activations(args, model, prompts):
     args.activations.parent.mkdir(parents=True, exist_ok=True)
     np.savez(args.activations.with_suffix(".npz"), first_low_frequency_pair=first_low, **means)
     quarters = np.array_split(np.sqrt((means["q"][:, :half] ** 2 + means["q"][:, half:] ** 2)).mean(0), 4)
-    print("mean norm of Q by quarter of the pairs, high to low frequency: " + ", ".join(f"{part.mean():.1f}" for part in quarters))
+    print("mean norm of Q by quarter of the pairs, high to low frequency: "
+          + ", ".join(f"{part.mean():.1f}" for part in quarters))
     print(f"numbers    {args.activations.with_suffix('.npz')}")
     try:
         from matplotlib.figure import Figure
@@ -303,12 +306,12 @@ def compare(runs):
             raise FileNotFoundError(f"{run} is no run directory: it has no args.json, results.json or losses.json")
         options, summary, results = held["args"], held["summary"], held["results"]
         method = options.get("method", "base") + "".join(
-            f", {name.replace('_', ' ')} {options[name]}" for name in ("targets", "rank", "low_freq_ratio", "pairs", "k_ratio", "lr")
-            if name in options)
+            f", {name.replace('_', ' ')} {options[name]}"
+            for name in ("targets", "rank", "alpha", "low_freq_ratio", "pairs", "k_ratio", "lr") if name in options)
         row = {"run": run.name, "method": method}
         if summary:
             row |= {"trainable": f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})",
-                    "validation loss": f"{summary['val_loss']:.4f}"}
+                    "validation loss": f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}"}
         for name, score in results.get("scores", {}).items():
             low, high = results["intervals"][name]
             row[f"{name} (n = {results['counts'][name]:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"

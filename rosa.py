@@ -44,7 +44,7 @@ class RoAE(nn.Linear):
     are its ablations, at an equal number of parameters.
     Raises ValueError for a rank below 1, an alpha that is not positive, a low_freq_ratio outside (0, 1]."""
 
-    def __init__(self, linear, num_heads, rank=64, alpha=128, low_freq_ratio=0.25, pairs="low"):
+    def __init__(self, linear, num_heads, rank=64, alpha=128, low_freq_ratio=0.5, pairs="low"):
         nn.Module.__init__(self)  # not nn.Linear's, which would make a weight of its own
         if type(rank) is not int or rank < 1:
             raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
@@ -101,7 +101,7 @@ class RoAE(nn.Linear):
         return linear
 
 
-def attach(model, rank=64, alpha=128, low_freq_ratio=0.25, targets="q,k", pairs="low"):
+def attach(model, rank=64, alpha=128, low_freq_ratio=0.5, targets="q,k", pairs="low"):
     """Freeze the model and wrap the target projections of every layer. Returns the model.
 
     targets: of q, k, v, o, gate, up, down. Queries and keys get `low_freq_ratio` of their pairs, the low-frequency

@@ -7,7 +7,7 @@
 A run directory (--out) holds the best adapter, `args.json`, and `log.jsonl`: {"step": 0, "val_loss": x}, then a line
 per optimiser step with step, loss, lr, tokens, seconds, active_layers, and val_loss where it was measured.
 `layers.jsonl` has a line per selection of layers, with their scores; at its end the run adds their picture,
-`layers.png`, and `summary.json`, the run in five numbers.
+`layers.png`, and `summary.json`, the run in six numbers.
 """
 
 import argparse
@@ -38,7 +38,7 @@ except ImportError:  # Windows
 
 ADAPTER = {"targets": "q,k", "rank": 64, "alpha": None, "lr": 1e-3}  # alpha: twice the rank
 METHODS = {  # method -> its own options and their defaults; another method refuses them
-    "rosa": ADAPTER | {"low_freq_ratio": 0.25, "pairs": "low", "k_ratio": 0.5},
+    "rosa": ADAPTER | {"low_freq_ratio": 0.5, "pairs": "low", "k_ratio": 0.5},
     "lora": ADAPTER | {"k_ratio": 1.0},
     "full": {"lr": 2e-5, "k_ratio": 1.0},
     "peft": {"lr": 1e-3, "k_ratio": 1.0, "peft_config": None},
@@ -53,14 +53,17 @@ def parse_args(arguments=None):
     p.add_argument("--method", default="rosa", help="rosa; lora: every row of the targets adapts; full: every weight trains; "
                    "peft:NAME: a method of the package peft, such as peft:IA3, peft:OFT, peft:LN_TUNING")
     own = {"default": argparse.SUPPRESS}  # their defaults are the method's: METHODS
-    p.add_argument("--targets", **own, help="of q,k,v,o,gate,up,down; RoSA adapts the others than q and k by LoRA (default: q,k)")
+    p.add_argument("--targets", **own,
+                   help="of q,k,v,o,gate,up,down; RoSA adapts the others than q and k by LoRA (default: q,k)")
     p.add_argument("--rank", type=int, **own, help="rank of each low-rank update (default: 64)")
     p.add_argument("--alpha", type=float, **own, help="updates are scaled by alpha / rank (default: twice the rank)")
-    p.add_argument("--low-freq-ratio", type=float, **own, help="share of each head's RoPE pairs that RoSA adapts (default: 0.25)")
+    p.add_argument("--low-freq-ratio", type=float, **own,
+                   help="share of each head's RoPE pairs that RoSA adapts (default: 0.5)")
     p.add_argument("--pairs", choices=("low", "high", "random", "all"), **own,
                    help="which pairs RoSA adapts; all but low are ablations (default: low)")
     p.add_argument("--peft-config", **own, help="JSON file of options for a method of the package peft")
-    p.add_argument("--k-ratio", type=float, **own, help="share of the layers that train at a time (default: rosa 0.5, others 1)")
+    p.add_argument("--k-ratio", type=float, **own,
+                   help="share of the layers that train at a time (default: rosa 0.5, others 1)")
     p.add_argument("--select", default="grad", choices=("grad", "random", "static", "all"),
                    help="how layers are selected; all but grad are ablations")
     p.add_argument("--select-every", type=int, default=25, help="optimiser steps between selections of layers")
@@ -127,6 +130,8 @@ def fail(message):
 def main(args):
     # --- the model and its adapters ---
     ckpt = find_checkpoint(args.ckpt)
+    if args.out.resolve() == ckpt.resolve():
+        raise ValueError(f"--out {args.out} is the checkpoint itself: choose another directory for the run")
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
     train_set, val_set, too_long = load_data(args, tokenizer)
@@ -147,7 +152,8 @@ def main(args):
     trainable_count, count = (sum(p.numel() for p in some) for some in (trainable.values(), model.parameters()))
     lengths = [len(prompt) + len(response) for prompt, response in train_set]
     print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; what trains in float32")
-    print(f"method     {args.method}{f' on {args.targets}' if 'targets' in args else ''}; {selector.count} of {len(model.model.layers)} layers train at a time")
+    print(f"method     {args.method}{f' on {args.targets}' if 'targets' in args else ''}; "
+          f"{selector.count} of {len(model.model.layers)} layers train at a time")
     print(f"trainable params: {trainable_count:,} || all params: {count:,} || trainable%: {100 * trainable_count / count:.4f}")
     print(f"data       {len(train_set):,} examples of {sum(lengths):,} tokens to train on, {len(val_set):,} held out; "
           f"{too_long:,} longer than {args.max_len} tokens left out")
@@ -218,7 +224,8 @@ def main(args):
                 save_best(args, model, ckpt)
         write_log(args.out / "log.jsonl", record)
         if selector.probing:
-            write_log(args.out / "layers.jsonl", {"step": step, "scores": selector.scores.tolist(), "active_layers": selector.active})
+            selection = {"step": step, "scores": selector.scores.tolist(), "active_layers": selector.active}
+            write_log(args.out / "layers.jsonl", selection)
         if step % args.save_every == 0 or step == total_steps:
             save_state(args, trainable, optimizer, selector, step, best)
         strip = "".join("█" if i in selector.active else "·" for i in layers)
@@ -356,9 +363,9 @@ def load_state(args, trainable, optimizer, selector):
 
 
 def write_summary(args, trainable_count, count, best, device):
-    """The run in five numbers, for `eval.py --compare`: counts of parameters, nats, tokens/s without validation, bytes."""
-    steps = read_log(args.out / "log.jsonl")[1:]
-    summary = {"trainable": trainable_count, "parameters": count, "val_loss": best,
+    """The run in six numbers, for `eval.py --compare`: counts of parameters, nats, tokens/s without validation, bytes."""
+    before, *steps = read_log(args.out / "log.jsonl")
+    summary = {"trainable": trainable_count, "parameters": count, "val_loss_before": before["val_loss"], "val_loss": best,
                "tokens_per_second": sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)}
     if device.type == "cuda":
         summary["peak_memory"] = torch.cuda.max_memory_allocated()
@@ -372,7 +379,7 @@ def draw_layers(out):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print(f"layers.png needs the package matplotlib: pip install matplotlib; its numbers are in {out / 'layers.jsonl'}")
+        return print(f"layers.png needs the package matplotlib: pip install matplotlib; its numbers are in {out}/layers.jsonl")
     probes = read_log(out / "layers.jsonl")
     scores = torch.tensor([probe["scores"] for probe in probes]).T  # [L, probes]
     figure = Figure(figsize=(4 + 0.2 * len(probes), 1.5 + 0.15 * len(scores)), layout="constrained")

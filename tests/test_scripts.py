@@ -418,7 +418,7 @@ def test_activations_are_the_norms_of_q_and_k(ckpt, monkeypatch, capsys):
     for name in expected:
         assert found[name].shape == (4, d)
         np.testing.assert_allclose(found[name][0], expected[name], rtol=1e-5)
-    assert found["first_low_frequency_pair"] == d // 2 - max(1, round(0.25 * d / 2))
+    assert found["first_low_frequency_pair"] == d // 2 - max(1, round(0.5 * d / 2))
     assert "by quarter of the pairs" in capsys.readouterr().out
     no_package(monkeypatch, "matplotlib")
     run(eval_script, "--ckpt", "ckpt", "--activations", "other.png")
@@ -438,9 +438,9 @@ def test_runs_side_by_side(ckpt, capsys):
     rows = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     assert list(rows) == ["base", "a", "b"] and set(rule) == {"---"}
     summary = json.loads(Path("runs/b/summary.json").read_text())
-    assert rows["b"]["validation loss"] == f"{summary['val_loss']:.4f}" and rows["b"]["toy (n = 8)"] == "–"
+    assert rows["b"]["validation loss"] == f"{read_log('runs/b')[0]['val_loss']:.4f} → {summary['val_loss']:.4f}" and rows["b"]["toy (n = 8)"] == "–"
     assert rows["b"]["trainable"] == f"{summary['trainable']:,} ({100 * summary['trainable'] / summary['parameters']:.2f}%)"
-    assert rows["a"]["method"].startswith("rosa, targets q,k, rank 4, low freq ratio 0.25, pairs low, k ratio 0.5")
+    assert rows["a"]["method"].startswith("rosa, targets q,k, rank 4, alpha 8.0, low freq ratio 0.5, pairs low, k ratio 0.5")
     assert rows["a"]["toy (n = 8)"].startswith("0.0% (0.0–32.4)") and rows["a"]["peak memory"].endswith("MiB")
     assert rows["base"]["method"] == "base" and rows["base"]["tokens/s"] == "–" and float(rows["base"]["loss on other"]) > 1
 
@@ -491,6 +491,7 @@ MISTAKES = {
     "full in bfloat16": (train_script, ["--method", "full", "--dtype", "bfloat16"], "needs --dtype float32"),
     "pairs": (train_script, ["--pairs", "slow"], "argument --pairs: invalid choice: 'slow'"),
     "peft config absent": (train_script, ["--method", "peft:LORA", "--peft-config", "absent.json"], "absent.json"),
+    "run into the checkpoint": (train_script, ["--out", "ckpt"], "is the checkpoint itself"),
     "no choice": (eval_script, ["--score", "likelihood"], "toy"),
     "nothing to compare": (eval_script, ["--compare", "ckpt"], "ckpt is no run directory"),
     "no text": (eval_script, ["--loss", "absent.json"], "absent.json"),
