@@ -265,18 +265,19 @@ def attach_peft(model, peft_type, options):
         raise ValueError(f"peft {peft.__version__} has no method {peft_type!r}: choose from {', '.join(sorted(known))}")
     try:
         peft.inject_adapter_in_model(known[peft_type](**options), model)
+        if not isinstance(model.lm_head, nn.Linear):
+            raise ValueError("lm_head cannot be adapted, the loss reads its weight itself")
         saved = {tensor.data_ptr() for tensor in peft.get_peft_model_state_dict(model).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and parameter.data_ptr() in saved)
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        with torch.no_grad():
-            model(torch.zeros(1, 2, dtype=torch.long, device=model.device))  # what cannot run here shall say so now
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+        model.loss(tokens, tokens).backward()  # what cannot run here shall say so now
+        model.zero_grad()
     except Exception as error:  # each of its methods raises its own
         raise ValueError(f"peft:{peft_type} with {options or 'no options'} in {str(model.dtype)[6:]}: "
                          + " ".join(str(error).split())) from None
-    if not isinstance(model.lm_head, nn.Linear):
-        raise ValueError(f"peft:{peft_type}: lm_head cannot be adapted, the loss reads its weight itself")
     return model
 
 
