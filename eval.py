@@ -305,6 +305,8 @@ def compare(runs):
         if not any(held.values()):
             raise FileNotFoundError(f"{run} is no run directory: it has no args.json, results.json or losses.json")
         options, summary, results = held["args"], held["summary"], held["results"]
+        if "scores" in results and "counts" not in results:
+            raise ValueError(f"{run / 'results.json'} has no counts: run eval.py on it again")
         method = options.get("method", "base") + "".join(
             f", {name.replace('_', ' ')} {options[name]}"
             for name in ("targets", "rank", "alpha", "low_freq_ratio", "pairs", "k_ratio", "lr") if name in options)
@@ -313,13 +315,15 @@ def compare(runs):
             row |= {"trainable": f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})",
                     "validation loss": f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}"}
         for name, score in results.get("scores", {}).items():
-            low, high = results["intervals"][name]
-            row[f"{name} (n = {results['counts'][name]:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"
+            count = results["counts"][name]
+            low, high = tasks.wilson_interval(round(score * count), count)
+            row[f"{name} (n = {count:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"
         row |= {f"loss on {name}": f"{loss:.4f}" for name, loss in held["losses"].items()}
         if summary:
             row["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
             row["peak memory"] = f"{summary['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in summary else "–"
         rows.append(row)
+    # The columns in the order of the fullest row.
     columns = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for row in rows:
