@@ -315,9 +315,8 @@ def compare(runs):
             row |= {"trainable": f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})",
                     "validation loss": f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}"}
         for name, score in results.get("scores", {}).items():
-            count = results["counts"][name]
-            low, high = tasks.wilson_interval(round(score * count), count)
-            row[f"{name} (n = {count:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"
+            low, high = results["intervals"][name]
+            row[f"{name} (n = {results['counts'][name]:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"
         row |= {f"loss on {name}": f"{loss:.4f}" for name, loss in held["losses"].items()}
         if summary:
             row["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"

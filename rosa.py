@@ -201,13 +201,7 @@ def load_adapter(model, directory):
             name = f"base_model.model.model.layers.{i}.{TARGETS[target]}"
             wanted[f"{name}.lora_A.weight"] = (known["rank"], linear.in_features)
             wanted[f"{name}.lora_B.weight"] = (linear.out_features, known["rank"])
-    problems = [f"missing {name}" for name in wanted if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in wanted]
-    problems += [f"{name} has shape {list(tensors[name].shape)}, the model needs {list(shape)}"
-                 for name, shape in wanted.items() if name in tensors and tensors[name].shape != shape]
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{directory} is an adapter for another model: {'; '.join(problems[:3])}{more}")
+    check_tensors(directory, tensors, wanted)
     if not adapters(model):
         attach(model, **known)
     with torch.no_grad():
@@ -215,6 +209,17 @@ def load_adapter(model, directory):
             adapter.A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
             adapter.B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"][adapter.rows.cpu()])
     return model
+
+
+def check_tensors(directory, tensors, wanted):
+    """Raise ValueError unless the tensors are those of `wanted`, name -> shape, and no others."""
+    problems = [f"missing {name}" for name in wanted if name not in tensors]
+    problems += [f"unexpected {name}" for name in tensors if name not in wanted]
+    problems += [f"{name} has shape {list(tensors[name].shape)}, the model needs {list(shape)}"
+                 for name, shape in wanted.items() if name in tensors and tensors[name].shape != shape]
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{directory} is an adapter for another model: {'; '.join(problems[:3])}{more}")
 
 
 def read_adapter(directory):
@@ -299,12 +304,7 @@ def load_peft(model, config, tensors, directory):
     import peft
 
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-    mine = peft.get_peft_model_state_dict(model)
-    problems = [f"missing {name}" for name in mine if name not in tensors]
-    problems += [f"unexpected {name}" for name in tensors if name not in mine]
-    problems += [f"{name} has another shape" for name in mine if name in tensors and mine[name].shape != tensors[name].shape]
-    if problems:
-        raise ValueError(f"{directory} is an adapter for another model: {'; '.join(problems[:3])}")
+    check_tensors(directory, tensors, {name: tensor.shape for name, tensor in peft.get_peft_model_state_dict(model).items()})
     peft.set_peft_model_state_dict(model, tensors)
     return model
 
@@ -342,9 +342,7 @@ class LayerSelector:
         owners = Counter(p for parameters in found for p in parameters)
         self.parameters = [[p for p in parameters if owners[p] == 1] for parameters in found]  # not what layers share
         self.norms = [[*layer.input_layernorm.parameters(), *layer.post_attention_layernorm.parameters()] for layer in layers]
-        # Norm weights are thermometers, but where a method trains them they are that too.
-        self.borrowed = [w for norms, own in zip(self.norms, self.parameters)
-                         for w in norms if not any(w is p for p in own)]
+        self.borrowed = [w for norms in self.norms for w in norms if not w.requires_grad]  # thermometers and no more
         self.count = len(layers) if select == "all" else max(1, round(k_ratio * len(layers)))
         if self.count < len(layers) and not any(self.parameters):
             raise ValueError("nothing that trains belongs to a layer: layers cannot be selected, k_ratio must be 1")
