@@ -2,6 +2,7 @@
 
     python eval.py --ckpt tiny --task toy --adapter runs/tiny-toy-rosa
     python eval.py --ckpt checkpoints/llama2-7b --task gsm8k,SVAMP --adapter runs/llama2-7b-arithmetic-rosa
+    python eval.py --ckpt tiny --prompt "Tom has 3 pens. He buys 4 more. How many pens does he have?"
     python eval.py --ckpt tiny --loss other_task.json notes.txt      # what was forgotten: loss on something else
     python eval.py --ckpt tiny --activations fig1.png                # Figure 1 of the paper
     python eval.py --compare runs/*                                  # runs side by side, as Markdown
@@ -26,13 +27,14 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import Llama, choose_device_and_dtype, find_checkpoint
+from model import NAMES, Llama, choose_device_and_dtype, find_checkpoint
 
 
 def parse_args(arguments=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     p.error = fail
-    p.add_argument("--ckpt", default="tiny", help="checkpoint: a directory, a name in checkpoints/, or the bundled tiny")
+    p.add_argument("--ckpt", default="tiny", help="checkpoint: a directory, a name in checkpoints/, "
+                   f"an org/name in Hugging Face's cache, or a name known: {', '.join(NAMES)}; tiny is bundled")
     p.add_argument("--task", default="toy", help="toy, arithmetic, commonsense, or test sets, separated by commas")
     p.add_argument("--adapter", type=Path, help="adapter directory, as train.py writes it (default: the model alone)")
     p.add_argument("--limit", type=int, help="only the first so many examples of each test set or file")
@@ -40,8 +42,9 @@ def parse_args(arguments=None):
                    help="likelihood: of a multiple-choice question's options the most probable is the answer")
     p.add_argument("--batch-size", type=int, default=32, help="examples at a time")
     p.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
+    p.add_argument("--prompt", help="instead of scoring: answer this one question, printing the answer as it is made")
     p.add_argument("--loss", nargs="+", type=Path, metavar="FILE", help="instead of scoring: the loss, in nats per token, of "
-                   "the responses in a .json of training examples, of all tokens in any other text file")
+                   "the responses in a .json or .jsonl of training examples, of all tokens in any other text file")
     p.add_argument("--activations", type=Path, metavar="PNG", help="instead of scoring: draw the norms of Q and K per layer "
                    "and dimension over the first --limit examples (default 8); the numbers go into an .npz beside it")
     p.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="only print a table of these run directories")
@@ -76,20 +79,23 @@ def main(args):
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
+    if args.prompt is not None and not args.prompt.strip():
+        raise ValueError("--prompt is empty")
     texts = [load_texts(file, tokenizer, args.limit) for file in args.loss or ()]
     names, absent, examples = [], [], []
-    if not args.loss:
+    if not args.loss and not args.prompt:
         names, absent, examples = load_questions(args, tokenizer)
     model = Llama.from_pretrained(ckpt, device, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
-    context = model.config.max_position_embeddings
     for name, i, _, prompt in examples:
-        if args.score == "generate" and not args.activations and len(prompt) + args.max_new_tokens > context:
+        if args.score == "generate" and not args.activations and len(prompt) + args.max_new_tokens > model.config.context:
             raise ValueError(f"{name}, record {i}: the prompt has {len(prompt)} tokens; with --max-new-tokens "
-                             f"{args.max_new_tokens} it exceeds the context of {context}")
+                             f"{args.max_new_tokens} it exceeds the model's {model.config.limit}")
     if args.adapter:
         rosa.load_adapter(model, args.adapter)
+    if args.prompt:
+        return answer(args, model, tokenizer)
     print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; "
           f"adapter: {args.adapter or 'none'}")
     if args.loss:
@@ -114,7 +120,7 @@ def main(args):
     write(path, "".join(json.dumps(line) + "\n" for line in [*predictions.values(), *answered.values()]))
 
     # --- the loop: long prompts first, so that what does not fit in memory fails at once ---
-    eos_ids = {tokenizer.eos_id, *as_list(model.config.eos_token_id)}
+    eos_ids = eos_tokens(model, tokenizer)
     order = sorted(set(range(len(examples))) - set(predictions), key=lambda j: (-len(examples[j][3]), j))
     right, new_tokens = sum(line["correct"] for line in predictions.values()), 0
     start = time.perf_counter()
@@ -165,6 +171,29 @@ def main(args):
     write_json(args.out / "results.json", {"scores": scores, "micro": micro, "macro": macro, "counts": counts,
                                            "intervals": intervals, "score": args.score})
     print(f"every answer is in {path}")
+
+
+def answer(args, model, tokenizer):
+    """Print the answer to --prompt as it is made: of its text so far, what is new."""
+    shown = ""
+
+    def show(_, ids):
+        nonlocal shown
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):  # a character whose bytes have not all come yet
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+
+    prompt = tasks.encode_prompt({"instruction": args.prompt}, tokenizer)
+    room = max(1, model.config.context - len(prompt))
+    ids, = model.generate([prompt], min(args.max_new_tokens, room), eos_tokens(model, tokenizer), show)
+    print(tokenizer.decode(ids)[len(shown):])
+
+
+def eos_tokens(model, tokenizer):
+    """Every id that ends an answer."""
+    eos = model.config.eos_token_id  # one, several or none
+    return {tokenizer.eos_id, *([] if eos is None else eos if isinstance(eos, list) else [eos])}
 
 
 def load_questions(args, tokenizer):
@@ -219,8 +248,9 @@ def read_predictions(path):
 
 
 def load_texts(file, tokenizer, limit):
-    """A file as (ids that are given, ids that are predicted) pairs: the examples of a .json, pieces of 256 tokens of a text."""
-    if file.suffix == ".json":
+    """A file as (ids that are given, ids that are predicted) pairs: the examples of a .json or .jsonl, else pieces of 256
+    tokens of the text."""
+    if file.suffix in (".json", ".jsonl"):
         return [tasks.encode_example(example, tokenizer) for example in tasks.load_examples(file)[:limit]]
     ids = tokenizer.encode(file.read_text(encoding="utf-8"))
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
@@ -327,11 +357,6 @@ def compare(runs):
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for row in rows:
         print(f"| {' | '.join(row.get(name, '–') for name in columns)} |")
-
-
-def as_list(eos):
-    """A config's eos_token_id, one number, several or none, as a list."""
-    return [] if eos is None else eos if isinstance(eos, list) else [eos]
 
 
 def write(path, text):

@@ -7,8 +7,8 @@ Modules and parameters are named as in a Hugging Face checkpoint, so a tensor's 
     tokens [B, T] -> embed_tokens -> L x ( x += self_attn(input_layernorm(x)) ; x += mlp(post_attention_layernorm(x)) )
                   -> norm -> lm_head -> logits [B, T, V]
 
-Implemented: `model_type` "llama" (LLaMA 1, 2, 3, SmolLM, TinyLlama, ...) and "qwen2" (the same block with biases on
-q, k and v). Whatever else a config.json asks for is refused by name.
+Implemented: `model_type` "llama" (LLaMA 1, 2, 3, SmolLM, TinyLlama, ...), "mistral" (the same), and "qwen2" (the same with
+biases on q, k and v). Whatever else a config.json asks for is refused by name.
 
 Letters in shapes: B rows, T tokens, D hidden_size, H query heads, K key/value heads, d head_dim, V vocab_size,
 L layers, S positions in the cache.
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import platform
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +29,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 HERE = Path(__file__).resolve().parent
+
+FAMILIES = {  # model_type -> its architecture, and what it takes for a field on which config.json is silent, where not as below
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}),
+    "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 32, "max_position_embeddings": 32768}),
+}
+NAMES = {  # short names of repositories on the Hugging Face Hub
+    "llama2-7b": "meta-llama/Llama-2-7b-hf", "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B", "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B", "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M", "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B", "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+}
 
 
 @dataclass
@@ -46,17 +61,18 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", ...}
-    attention_bias: bool = False  # on q, k, v and o; qwen2 has it on q, k and v whatever this says
-    mlp_bias: bool = False
+    attention_bias: bool = False  # on q, k, v and o; llama alone: qwen2 has biases on q, k and v, mistral has none
+    mlp_bias: bool = False  # llama alone
+    sliding_window: int | None = None  # mistral alone: as many tokens attention sees; None: all
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):
+                     "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
             value = getattr(self, name)
-            optional = name in ("num_key_value_heads", "head_dim")
+            optional = name in ("num_key_value_heads", "head_dim", "sliding_window")
             if not (optional and value is None) and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.num_key_value_heads is None:
@@ -78,9 +94,24 @@ class LlamaConfig:
         for token in self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]:
             if token is not None and type(token) is not int:
                 raise ValueError(f"eos_token_id must be a token id or a list of them, not {self.eos_token_id!r}")
-        if self.model_type not in ("llama", "qwen2"):
-            raise ValueError(f"model_type {self.model_type!r} is not implemented: only llama and qwen2 are")
+        if self.model_type not in FAMILIES:
+            raise ValueError(f"model_type {self.model_type!r} is not implemented: only {', '.join(FAMILIES)} are")
+        if self.model_type != "llama":
+            self.attention_bias = self.mlp_bias = False
+        if self.model_type != "mistral":
+            self.sliding_window = None
         rope_inverse_frequencies(self)  # refuses what it cannot compute
+
+    @property
+    def context(self):
+        """The longest sequence, in tokens: within it a sliding window hides nothing."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+    @property
+    def limit(self):
+        """What sets `context`, in words."""
+        windowed = self.context < self.max_position_embeddings
+        return f"{'sliding window' if windowed else 'context'} of {self.context}"
 
     @classmethod
     def from_file(cls, path):
@@ -100,6 +131,13 @@ def implemented_fields(raw, generation):
     required = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     if absent := [name for name in required if name not in raw]:
         raise ValueError(f"the key {absent[0]!r} is missing")
+    architecture, silent = FAMILIES.get(str(raw["model_type"]), (None, {}))
+    if architecture and str(raw.get("architectures") or [architecture]).lower() != str([architecture]).lower():
+        raise ValueError(f"architectures = {raw['architectures']!r} is not implemented (only {[architecture]!r} is)")
+    layer_types = raw.get("layer_types")
+    if isinstance(layer_types, list) and any(kind != "full_attention" for kind in layer_types):
+        raise ValueError(f"layer_types = {layer_types!r} is not implemented (only 'full_attention' is)")
+    raw = silent | raw
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # rope_parameters: transformers 5
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling must be an object, not {rope!r}")
@@ -179,8 +217,8 @@ class Llama(nn.Module):
     def hidden_states(self, tokens, cache=None):
         """What `lm_head` reads: [B, T] -> [B, T, D]. With a cache the tokens follow those that it holds."""
         _, T = tokens.shape
-        if T > self.config.max_position_embeddings:
-            raise ValueError(f"{T} tokens are more than the model's context of {self.config.max_position_embeddings}")
+        if T > self.config.context:
+            raise ValueError(f"{T} tokens are more than the model's {self.config.limit}")
         positions = torch.arange(T, device=tokens.device)  # [T]
         if cache is not None:
             positions = cache.advance(positions)  # [B, T]
@@ -199,18 +237,19 @@ class Llama(nn.Module):
         return SummedCrossEntropy.apply(self.hidden_states(tokens)[labelled], self.lm_head.weight, labels[labelled])
 
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, eos_id):
+    def generate(self, prompts, max_new_tokens, eos_id, on_token=None):
         """Greedy continuation of a batch of prompts, lists of ids of any lengths. Returns the new ids of each, the
         end-of-sequence token left out; `eos_id` is one id or several. A row's answer does not depend on the others'.
+        `on_token(row, ids)` is called with the new ids of a row, a list, each time that there is one more.
 
         Raises ValueError, before anything runs, for an empty prompt or one whose answer may not fit the context."""
         eos_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise ValueError(f"prompt {i} is empty")
-            if len(prompt) + max_new_tokens > self.config.max_position_embeddings:
+            if len(prompt) + max_new_tokens > self.config.context:
                 raise ValueError(f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the "
-                                 f"model's context of {self.config.max_position_embeddings}")
+                                 f"model's {self.config.limit}")
         answers = [[] for _ in prompts]
         if not prompts or max_new_tokens < 1:
             return answers
@@ -222,6 +261,8 @@ class Llama(nn.Module):
             for slot, token in enumerate(next_ids.tolist()):
                 if token not in eos_ids:
                     answers[running[slot]].append(token)
+                    if on_token:
+                        on_token(running[slot], answers[running[slot]])
                     if len(answers[running[slot]]) < max_new_tokens:
                         unfinished.append(slot)
             if not unfinished:
@@ -239,8 +280,8 @@ class Llama(nn.Module):
 
         Raises ValueError for a text beyond the model's context."""
         longest = max(len(prompt) + len(ids) for prompt, some in zip(prompts, continuations) for ids in some)
-        if longest > self.config.max_position_embeddings:
-            raise ValueError(f"{longest} tokens are more than the model's context of {self.config.max_position_embeddings}")
+        if longest > self.config.context:
+            raise ValueError(f"{longest} tokens are more than the model's {self.config.limit}")
         owner = torch.tensor([i for i, some in enumerate(continuations) for _ in some], device=self.device)  # [N]
         ids, lengths = pad([ids for some in continuations for ids in some])  # [N, T]
         ids, lengths = ids.to(self.device), lengths.to(self.device)
@@ -312,8 +353,10 @@ class Llama(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         raw = {key: value for key, value in asdict(self.config).items() if value is not None}
-        raw |= {"architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[self.config.model_type]],
-                "hidden_act": "silu", "torch_dtype": str(self.dtype).removeprefix("torch.")}
+        raw |= {"architectures": [FAMILIES[self.config.model_type][0]], "hidden_act": "silu",
+                "torch_dtype": str(self.dtype).removeprefix("torch.")}
+        if self.config.model_type == "mistral":
+            raw["sliding_window"] = self.config.sliding_window  # null: none; were it absent, that would say 4096
         partial = directory / "model.safetensors.partial"
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
         os.replace(partial, directory / "model.safetensors")
@@ -344,11 +387,10 @@ class Attention(nn.Module):
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         qkv_bias = config.attention_bias or config.model_type == "qwen2"
-        o_bias = config.attention_bias and config.model_type == "llama"
         self.q_proj = Linear(config.hidden_size, query_size, bias=qkv_bias)
         self.k_proj = Linear(config.hidden_size, key_size, bias=qkv_bias)
         self.v_proj = Linear(config.hidden_size, key_size, bias=qkv_bias)
-        self.o_proj = Linear(query_size, config.hidden_size, bias=o_bias)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=config.attention_bias)
 
     def forward(self, x, rope, cache, layer):
         B, T, _ = x.shape
@@ -598,14 +640,32 @@ def choose_device_and_dtype(device="auto", dtype="auto"):
 
 
 def find_checkpoint(ckpt):
-    """The directory that `ckpt` names: itself, `checkpoints/<ckpt>`, or the bundled `data/<ckpt>`."""
+    """The directory that `ckpt` names: itself, `checkpoints/<ckpt>`, the bundled `data/<ckpt>`, or what Hugging Face's cache
+    holds of the repository `ckpt`, which is an org/name or a key of NAMES. Raises FileNotFoundError saying how to get it."""
     for directory in (Path(ckpt), Path("checkpoints") / ckpt, HERE / "data" / ckpt):
         if (directory / "config.json").is_file():
             return directory
     if Path(ckpt).is_dir():
         raise FileNotFoundError(f"{ckpt} has no config.json: is it a Hugging Face checkpoint directory?")
-    raise FileNotFoundError(f"no checkpoint {ckpt!r}: neither a directory of that name nor checkpoints/{ckpt}; "
-                            f"README.md says how to download one, and `tiny` is bundled")
+    repository = NAMES.get(str(ckpt), str(ckpt))
+    absent = f"no checkpoint {str(ckpt)!r}: neither a directory of that name nor checkpoints/{ckpt}"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise FileNotFoundError(f"{absent}; the names known are tiny, {', '.join(NAMES)}, and any org/name on the Hugging Face Hub")
+    cache = hub_cache() / ("models--" + repository.replace("/", "--"))
+    head = cache / "refs" / "main"
+    directory = cache / "snapshots" / head.read_text().strip() if head.is_file() else cache
+    if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
+        return directory
+    raise FileNotFoundError(f"{absent}, and Hugging Face's cache {hub_cache()} does not hold {repository}. To download it (hf comes "
+                            f"with pip install huggingface_hub): hf download {repository} --include '*.json' "
+                            f"--include 'tokenizer*' --include 'model*.safetensors'")
+
+
+def hub_cache():
+    """Where huggingface_hub keeps what it downloads."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
+    return Path(os.path.expandvars(cache)).expanduser()
 
 
 def tensor_table(directory):

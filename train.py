@@ -28,7 +28,7 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import Llama, choose_device_and_dtype, find_checkpoint, read_json
+from model import NAMES, Llama, choose_device_and_dtype, find_checkpoint, read_json
 
 try:
     import resource
@@ -48,7 +48,8 @@ METHODS = {  # method -> its own options and their defaults; another method refu
 def parse_args(arguments=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     p.error = fail
-    p.add_argument("--ckpt", default="tiny", help="checkpoint: a directory, a name in checkpoints/, or the bundled tiny")
+    p.add_argument("--ckpt", default="tiny", help="checkpoint: a directory, a name in checkpoints/, "
+                   f"an org/name in Hugging Face's cache, or a name known: {', '.join(NAMES)}; tiny is bundled")
     p.add_argument("--task", default="toy", help="toy, arithmetic, commonsense, or test sets (gsm8k,SVAMP) with --train-file")
     p.add_argument("--method", default="rosa", help="rosa; lora: every row of the targets adapts; full: every weight trains; "
                    "peft:NAME: a method of the package peft, such as peft:IA3, peft:OFT, peft:LN_TUNING")
@@ -138,8 +139,8 @@ def main(args):
     model = Llama.from_pretrained(ckpt, device, dtype)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
-    if args.max_len > model.config.max_position_embeddings:
-        raise ValueError(f"--max-len {args.max_len} exceeds the context of {ckpt}: {model.config.max_position_embeddings}")
+    if args.max_len > model.config.context:
+        raise ValueError(f"--max-len {args.max_len} exceeds the model's {model.config.limit}")
     torch.manual_seed(args.seed)
     attach(args, model)
     selector = rosa.LayerSelector(model, args.k_ratio, args.select_every, args.score_ema, args.select)

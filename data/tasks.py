@@ -95,26 +95,49 @@ def test_examples(name, data_dir):
     return examples
 
 
+PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))  # the same by three names
+
+
 def load_examples(file, needed=("instruction", "output")):
-    """A JSON array of {"instruction", "input", "output", "answer"}. Raises ValueError naming file and record."""
-    try:
-        records = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{file} is not a JSON file: {error}") from None
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"{file} must hold a JSON array of at least one example")
-    for i, record in enumerate(records):
+    """The examples in a JSON array, or in JSON Lines, as dicts of text: "instruction", "input", "output", "answer", of which
+    each has `needed`; a question and its response may go by any names in PAIRS. Raises ValueError naming file and record."""
+    examples = []
+    for place, record in read_records(file):
         if not isinstance(record, dict):
-            raise ValueError(f"{file}, record {i}: not an object but {type(record).__name__}")
-        for field in needed:
-            if field not in record:
-                raise ValueError(f"{file}, record {i}: the field {field!r} is missing")
-        for field in ("instruction", "input", "output", "answer"):
-            if field in needed and not record[field]:
-                raise ValueError(f"{file}, record {i}: the field {field!r} is empty")
-            if not isinstance(record.get(field, ""), str):
-                raise ValueError(f"{file}, record {i}: the field {field!r} is not text but {record[field]!r}")
-    return records
+            raise ValueError(f"{place}: not an object but {type(record).__name__}")
+        asked, told = next((pair for pair in PAIRS if pair[0] in record), PAIRS[0])
+        names = {"instruction": asked, "input": "input", "output": told, "answer": "answer"}
+        for field, name in names.items():
+            if field in needed and name not in record:
+                raise ValueError(f"{place}: the field {name!r} is missing")
+            if field in needed and not record[name]:
+                raise ValueError(f"{place}: the field {name!r} is empty")
+            if not isinstance(record.get(name, ""), str):
+                raise ValueError(f"{place}: the field {name!r} is not text but {record[name]!r:.50}")
+        examples.append(record | {field: record[name] for field, name in names.items() if name in record})
+    if not examples:
+        raise ValueError(f"{file} must hold at least one example: a JSON array of them, or one a line")
+    return examples
+
+
+def read_records(file):
+    """(where it stands, value) of every element of a JSON array, or of every line of JSON Lines."""
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error}") from None
+    if text.lstrip().startswith("["):
+        return [(f"{file}, record {i}", value) for i, value in enumerate(parse(text, file))]
+    # Not splitlines: a string in JSON may hold what Unicode takes for the end of a line.
+    lines = [(f"{file}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(place, parse(line, place)) for place, line in lines]
+
+
+def parse(text, place):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON: {error}") from None
 
 
 CHOICES = {"boolq": r"\b(?:true|false)\b", "piqa": r"solution[12]", "hellaswag": r"ending[1-4]", "winogrande": r"option[12]"}

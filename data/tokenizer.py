@@ -30,22 +30,29 @@ def load_tokenizer(ckpt):
 
 
 class SentencePieceTokenizer:
-    """LLaMA 1 and 2: a space is put before the text, bytes stand in for unknown characters."""
+    """LLaMA 1 and 2, Mistral: a space is put before a text that does not begin with one, bytes stand in for unknown
+    characters. These are the ids that transformers 5 gives; SentencePiece alone would put a second space before the first."""
 
     def __init__(self, file, settings):
+        # One more protobuf field after the others overrides what the model says: normalizer_spec { add_dummy_prefix: false }.
+        no_prefix = b"\x1a\x02\x18\x00"
         try:
-            self.model = SentencePieceProcessor(model_file=str(file))
+            proto = file.read_bytes()
+            self.prefixing = SentencePieceProcessor(model_proto=proto)
+            self.plain = SentencePieceProcessor(model_proto=proto + no_prefix)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{file} is not a SentencePiece model: {str(error).strip()}") from None
-        self.vocab_size = self.model.vocab_size()
-        self.bos_id = self.model.bos_id() if settings.get("add_bos_token", True) else None
-        self.eos_id = self.model.eos_id()
+        if settings.get("add_prefix_space") is False:
+            self.prefixing = self.plain
+        self.vocab_size = self.plain.vocab_size()
+        self.bos_id = self.plain.bos_id() if settings.get("add_bos_token", True) else None
+        self.eos_id = self.plain.eos_id()
 
     def encode(self, text):
-        return self.model.encode(text)
+        return (self.plain if text.startswith((" ", "▁")) else self.prefixing).encode(text)
 
     def decode(self, ids):
-        return self.model.decode(ids)
+        return self.prefixing.decode(ids)
 
 
 class JsonTokenizer:

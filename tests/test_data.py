@@ -95,7 +95,7 @@ def test_sentencepiece_encodes_and_decodes_every_text(tiny):
         ids = tiny.encode(text)
         assert not {0, 1, 2} & set(ids), text  # never a control token, whatever a user writes
         if "▁" not in text:
-            assert tiny.decode(ids) == text
+            assert tiny.decode(ids) == text.removeprefix(" ")  # a first space is the one that would be put there
     assert tiny.decode([1, *tiny.encode("seven"), 2]) == "seven"
     assert tiny.encode("12") == tiny.encode("1") + tiny.encode("2")[-1:]  # each digit is a token
 

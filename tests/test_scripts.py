@@ -480,7 +480,7 @@ MISTAKES = {
     "lr": (train_script, ["--lr", "nan"], "--lr must be"),
     "batches": (train_script, ["--batch-size", "6"], "--batch-size 6 is not a multiple of --micro-batch-size 4"),
     "no steps": (train_script, ["--max-steps", "0"], "--max-steps must be at least 1"),
-    "max-len beyond context": (train_script, ["--max-len", "300"], "--max-len 300 exceeds the context"),
+    "max-len beyond context": (train_script, ["--max-len", "300"], "--max-len 300 exceeds the model's context of 256"),
     "all too long": (train_script, ["--max-len", "9"], "0 of 100 examples have at most --max-len 9 tokens"),
     "no data": (train_script, ["--task", "arithmetic"], "python data/download.py all"),
     "no data, eval": (eval_script, ["--task", "arithmetic", "--data-dir", "d"], "python data/download.py all --dir d"),
@@ -500,7 +500,7 @@ MISTAKES = {
     "device unknown": (eval_script, ["--device", "abacus"], "device 'abacus' is not available"),
     "nothing to resume": (train_script, ["--resume"], "nothing was saved there"),
     "no adapter": (eval_script, ["--adapter", "absent"], "no adapter_config.json"),
-    "answer beyond context": (eval_script, ["--max-new-tokens", "250"], "it exceeds the context of 256"),
+    "answer beyond context": (eval_script, ["--max-new-tokens", "250"], "it exceeds the model's context of 256"),
 }
 
 
