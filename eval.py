@@ -86,8 +86,6 @@ def main(args):
     if not args.loss and not args.prompt:
         names, absent, examples = load_questions(args, tokenizer)
     model = Llama.from_pretrained(ckpt, device, dtype)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
     for name, i, _, prompt in examples:
         if args.score == "generate" and not args.activations and len(prompt) + args.max_new_tokens > model.config.context:
             raise ValueError(f"{name}, record {i}: the prompt has {len(prompt)} tokens; with --max-new-tokens "

@@ -19,8 +19,10 @@ import math
 import os
 import platform
 import re
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -316,23 +318,12 @@ class Llama(nn.Module):
         config = LlamaConfig.from_file(directory)
         with torch.device("meta"):
             model = cls(config)
-        stored = tensor_table(directory)  # name -> (file, shape, dtype)
-        wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
-        if config.tie_word_embeddings:
-            del wanted["lm_head.weight"]
-            stored.pop("lm_head.weight", None)
-        stored = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
-        problems = [f"missing {name}" for name in wanted if name not in stored]
-        problems += [f"unexpected {name}" for name in stored if name not in wanted]
-        problems += [f"{name} has shape {list(stored[name][1])}, config.json says {list(shape)}"
-                     for name, shape in wanted.items() if name in stored and stored[name][1] != shape]
-        problems += [f"{name} is stored as {stored[name][2]}, not as a float of 16, 32 or 64 bits"
-                     for name in wanted if name in stored and stored[name][2] not in ("F16", "BF16", "F32", "F64")]
-        if problems:
-            raise ValueError(f"{directory}: the tensors do not fit the config: " + "; ".join(problems))
-        for name in sorted(wanted, key=lambda name: -math.prod(wanted[name])):
-            with safe_open(stored[name][0], framework="pt") as file:  # opened anew: closing unmaps what was read
-                tensor = file.get_tensor(name).to(device=device, dtype=dtype, copy=True)
+        # In Hugging Face's cache a checkpoint is models--org--name/snapshots/<commit>.
+        cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+$", directory.as_posix())
+        model.name_or_path = "/".join(cached.groups()) if cached else str(directory)
+        table = tensor_table(directory, model)
+        for name in sorted(table, key=lambda name: -math.prod(table[name].shape)):
+            tensor = read_tensor(table, name).to(device=device, dtype=dtype, copy=True)
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
         if config.tie_word_embeddings:
@@ -620,6 +611,28 @@ def pad(rows):
     return tokens, lengths
 
 
+@torch.inference_mode()
+def logits_layer_by_layer(config, tokens, read):
+    """What `Llama` computes, tokens [B, T] -> logits [B, T, V], with one layer's weights in memory at a time: `read(name)`
+    returns a tensor of the checkpoint, of any device and dtype, the same for all."""
+    with torch.device("meta"):
+        model = Llama(config)
+
+    def filled(name):
+        module = model.get_submodule(name)
+        module.load_state_dict({key: read(f"{name}.{key}") for key in module.state_dict()}, assign=True)
+        return module
+
+    rope = rope_table(torch.arange(tokens.shape[1], device=tokens.device), model.inv_freq)
+    x = filled("model.embed_tokens")(tokens)
+    model.model.embed_tokens = None  # its weights go
+    for i in range(config.num_hidden_layers):
+        x = filled(f"model.layers.{i}")(x, rope, None, i)
+        model.model.layers[i] = None
+    x = filled("model.norm")(x)
+    return linear(x, read("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"))
+
+
 def choose_device_and_dtype(device="auto", dtype="auto"):
     """(torch.device, torch.dtype) for two flags. Device "auto": CUDA, then MPS, then the CPU. Dtype "auto": bfloat16
     where the device computes it natively (CUDA, CPUs with AVX512-BF16 or AMX), float32 elsewhere."""
@@ -668,8 +681,40 @@ def hub_cache():
     return Path(os.path.expandvars(cache)).expanduser()
 
 
-def tensor_table(directory):
-    """name -> (file, shape, stored dtype) of every tensor in a checkpoint directory, from the files' headers alone."""
+class Stored(NamedTuple):
+    file: Path
+    shape: tuple
+    dtype: str  # as safetensors names it: BF16
+
+
+def tensor_table(directory, model):
+    """name -> Stored of every parameter of the model, which may be on the meta device, from the headers of the files in a
+    checkpoint directory. Raises ValueError or OSError, naming every tensor that does not fit."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    stored = stored_tensors(directory)
+    if model.config.tie_word_embeddings:
+        del wanted["lm_head.weight"]
+        stored.pop("lm_head.weight", None)
+    stored = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    problems = [f"missing {name}" for name in wanted if name not in stored]
+    problems += [f"unexpected {name}" for name in stored if name not in wanted]
+    problems += [f"{name} has shape {list(stored[name].shape)}, config.json says {list(shape)}"
+                 for name, shape in wanted.items() if name in stored and stored[name].shape != shape]
+    problems += [f"{name} is stored as {stored[name].dtype}, not as a float of 16, 32 or 64 bits"
+                 for name in wanted if name in stored and stored[name].dtype not in ("F16", "BF16", "F32", "F64")]
+    if problems:
+        raise ValueError(f"{directory}: the tensors do not fit the config: " + "; ".join(problems))
+    return stored
+
+
+def read_tensor(table, name):
+    """A tensor of a checkpoint, mapped from its file: what is read of it goes when the tensor goes."""
+    with safe_open(table[name].file, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def stored_tensors(directory):
+    """name -> Stored of every tensor in a checkpoint directory."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if single.is_file():
         files = [single]
@@ -695,10 +740,19 @@ def tensor_table(directory):
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
                     entry = tensors.get_slice(name)
-                    table[name] = file, tuple(entry.get_shape()), entry.get_dtype()
+                    table[name] = Stored(file, tuple(entry.get_shape()), entry.get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{file} is not a whole safetensors file ({error}): download it again") from None
     return table
+
+
+def copy_companions(source, directory):
+    """Copy what makes a checkpoint directory complete beside config and weights: the tokenizer, the generation config."""
+    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
+                    "generation_config.json"):
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, directory / file.name)
 
 
 def read_json(path, missing=None):

@@ -16,11 +16,16 @@ and it is a LoRA whose B is zero in all other rows; with low_freq_ratio = 1 it i
 DLS, Dynamic Layer Selection: `LayerSelector`, at the end of the file.
 
 Names of modules are those of a Hugging Face LLaMA; nothing else is asked of the model.
+
+    python rosa.py merge --ckpt llama2-7b --adapter runs/llama2-7b-arithmetic-rosa --out merged     # a checkpoint again
 """
 
+import argparse
 import json
 import math
 import os
+import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -168,7 +173,8 @@ def save_adapter(model, directory):
         tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.A.detach().cpu()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
     config = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True,
+        "base_model_name_or_path": getattr(model, "name_or_path", None),
         "r": known["rank"], "lora_alpha": known["alpha"], "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         "target_modules": [TARGETS[target].split(".")[1] for target in known["targets"]],
     }
@@ -194,14 +200,7 @@ def load_adapter(model, directory):
     if adapters(model) and (mine := settings(model)) != known:
         differing = [f"{key} {known[key]} (the model has {mine[key]})" for key in known if known[key] != mine[key]]
         raise ValueError(f"{directory} has {', '.join(differing)}")
-    wanted = {}
-    for i, layer in enumerate(model.model.layers):
-        for target in known["targets"]:
-            linear = layer.get_submodule(TARGETS[target])
-            name = f"base_model.model.model.layers.{i}.{TARGETS[target]}"
-            wanted[f"{name}.lora_A.weight"] = (known["rank"], linear.in_features)
-            wanted[f"{name}.lora_B.weight"] = (linear.out_features, known["rank"])
-    check_tensors(directory, tensors, wanted)
+    check_tensors(directory, tensors, lora_shapes(model, known))
     if not adapters(model):
         attach(model, **known)
     with torch.no_grad():
@@ -209,6 +208,18 @@ def load_adapter(model, directory):
             adapter.A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
             adapter.B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"][adapter.rows.cpu()])
     return model
+
+
+def lora_shapes(model, known):
+    """name -> shape of the tensors in a file of an adapter for the model, known: arguments of `attach`."""
+    shapes = {}
+    for i, layer in enumerate(model.model.layers):
+        for target in known["targets"]:
+            linear = layer.get_submodule(TARGETS[target])
+            name = f"base_model.model.model.layers.{i}.{TARGETS[target]}"
+            shapes[f"{name}.lora_A.weight"] = (known["rank"], linear.in_features)
+            shapes[f"{name}.lora_B.weight"] = (linear.out_features, known["rank"])
+    return shapes
 
 
 def check_tensors(directory, tensors, wanted):
@@ -222,6 +233,12 @@ def check_tensors(directory, tensors, wanted):
         raise ValueError(f"{directory} is an adapter for another model: {'; '.join(problems[:3])}{more}")
 
 
+# Of PEFT's LoraConfig: what read_adapter heeds, and what says nothing about the function that a trained adapter is.
+LORA_FIELDS = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "exclude_modules", "lora_dropout", "task_type",
+               "base_model_name_or_path", "revision", "inference_mode", "init_lora_weights", "auto_mapping", "peft_version",
+               "layers_pattern", "megatron_core", "qalora_group_size", "loftq_config", "eva_config", "ensure_weight_tying"}
+
+
 def read_adapter(directory):
     """The settings, arguments for `attach`, and the tensors in an adapter directory. Where PEFT's code is needed to
     run the adapter the settings are {"peft": its config} instead."""
@@ -233,7 +250,8 @@ def read_adapter(directory):
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     except FileNotFoundError:
         absent = next(name for name in ("adapter_config.json", file.name) if not (directory / name).is_file())
-        raise FileNotFoundError(f"{directory} is no adapter directory: it has no {absent}") from None
+        pickled = ", only adapter_model.bin, a pickle, which can run code" if (directory / "adapter_model.bin").is_file() else ""
+        raise FileNotFoundError(f"{directory} is no adapter directory: it has no {absent}{pickled}") from None
     except SafetensorError as error:
         raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
     except ValueError as error:
@@ -241,12 +259,17 @@ def read_adapter(directory):
     try:
         if config["peft_type"] != "LORA" or "peft" in own:
             return {"peft": config}, tensors
-        for name in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
-                     "fan_in_fan_out"):
-            if config.get(name):
-                raise ValueError(f"{name} is not implemented")
-        targets = [target for target, module in TARGETS.items() if module.split(".")[1] in config["target_modules"]]
-        known = {"rank": config["r"], "alpha": config["lora_alpha"], "low_freq_ratio": 1.0, "targets": targets, "pairs": "low"}
+        for name, value in config.items():  # DoRA, rank_pattern, modules_to_save, ...: by name, future ones too
+            if name not in LORA_FIELDS and value and value != "none":
+                raise ValueError(f"{name} = {value!r:.60} is not implemented")
+        if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+            raise ValueError(f"init_lora_weights = {config['init_lora_weights']!r} changes the base weights too, which is not "
+                             "implemented: let PEFT convert it to a plain LoRA (save_pretrained's path_initial_model_for_"
+                             "weight_conversion)")
+        targets = [target for target, module in TARGETS.items() if any(f".{module}.lora_A." in name for name in tensors)]
+        # rsLoRA scales by alpha / sqrt(r), LoRA by alpha / r.
+        alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
+        known = {"rank": config["r"], "alpha": alpha, "low_freq_ratio": 1.0, "targets": targets, "pairs": "low"}
     except (ValueError, KeyError, TypeError) as error:  # a key that is absent, not an object
         problem = f"the key {error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{directory / 'adapter_config.json'}: {problem}") from None
@@ -380,3 +403,111 @@ class LayerSelector:
                 parameter.requires_grad_(i in self.active)
                 if i not in self.active:
                     parameter.grad = None
+
+
+# --- python rosa.py merge ---
+
+
+SHARD = 5 * 10**9  # bytes of a file at most
+SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+
+
+def merge_checkpoint(ckpt, adapter, out):
+    """Write the checkpoint in directory `ckpt` with an adapter folded into its weights, each in the dtype that it is stored
+    in, as the Hugging Face directory `out`. No more is in memory than the tensors of one file, 5 GB.
+
+    Returns what rounding has cost: the logits of a few prompts, [positions, V] in float32, with the adapter beside the
+    weights, and as merged. Raises ValueError or OSError with a line for the user, and then leaves nothing behind."""
+    from data import tasks, toy
+    from data.tokenizer import load_tokenizer
+    from model import Llama, LlamaConfig, copy_companions, logits_layer_by_layer, pad, read_tensor, tensor_table
+
+    partial = out.with_name(out.name + ".partial")
+    for directory in (out, partial):
+        if directory.exists():
+            raise FileExistsError(f"{directory} exists already: delete it, or choose another --out")
+    tokenizer = load_tokenizer(ckpt)
+    with torch.device("meta"):
+        model = Llama(LlamaConfig.from_file(ckpt))
+    table, updated = tensor_table(ckpt, model), updater(model, adapter)
+    sizes = {name: math.prod(stored.shape) * SIZES[stored.dtype] for name, stored in table.items()}
+    shards = [[]]
+    for name in table:
+        if shards[-1] and sum(sizes[held] for held in shards[-1]) + sizes[name] > SHARD:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+
+    partial.mkdir(parents=True)
+    try:
+        if (free := shutil.disk_usage(partial).free) < sum(sizes.values()):
+            raise OSError(f"--out {out} needs {sum(sizes.values()) / 1e9:.1f} GB, only {free / 1e9:.1f} are free there")
+        for file, names in zip(files, shards):
+            tensors = {name: read_tensor(table, name) for name in names}  # mapped, not read yet
+            tensors = {name: updated(name, tensor).to(tensor.dtype) for name, tensor in tensors.items()}
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": sum(sizes.values())},
+                     "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        shutil.copyfile(ckpt / "config.json", partial / "config.json")
+        copy_companions(ckpt, partial)
+        os.rename(partial, out)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+    merged = tensor_table(out, model)
+    tokens, lengths = pad([tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 4)])
+    told = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]: where there is no padding
+    return (logits_layer_by_layer(model.config, tokens, lambda name: updated(name, read_tensor(table, name)).float())[told],
+            logits_layer_by_layer(model.config, tokens, lambda name: read_tensor(merged, name).float())[told])
+
+
+def updater(model, directory):
+    """A function from a weight's name and the weight to the weight plus its update by the adapter in a directory, in float32;
+    a weight that has none is returned as it is. The model, whose adapter it must be, may be on the meta device."""
+    known, tensors = read_adapter(directory)
+    if "peft" in known:
+        raise ValueError(f"{directory} is no LoRA but an adapter of type {known['peft']['peft_type']}: merge it with peft")
+    check_tensors(directory, tensors, lora_shapes(model, known))
+
+    def updated(name, weight):
+        name = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{name}.lora_A.weight" not in tensors:
+            return weight
+        A, B = (tensors[f"{name}.lora_{factor}.weight"].float() for factor in "AB")
+        return weight.float() + (known["alpha"] / known["rank"]) * B @ A
+
+    return updated
+
+
+def fail(message):
+    """A user's mistake: one line, exit status 2."""
+    print(f"rosa.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run(arguments=None):
+    """The command line."""
+    from model import find_checkpoint
+
+    p = argparse.ArgumentParser(prog="rosa.py", description="Fold an adapter into a checkpoint.")
+    p.error = fail
+    p.add_argument("command", choices=["merge"])
+    p.add_argument("--ckpt", required=True, help="checkpoint: a directory, or a name as train.py takes it")
+    p.add_argument("--adapter", required=True, type=Path, help="adapter directory, as train.py or PEFT writes it")
+    p.add_argument("--out", required=True, type=Path, help="directory to be made: a complete Hugging Face checkpoint")
+    args = p.parse_args(arguments)
+    try:
+        before, after = merge_checkpoint(find_checkpoint(args.ckpt), args.adapter, args.out)
+    except (ValueError, OSError, ImportError) as error:
+        fail(error)
+    same = (before.argmax(-1) == after.argmax(-1)).sum()
+    print(f"{args.out} holds the merged checkpoint. Its rounding moved a logit by {(after - before).abs().max():.2g} at most (the "
+          f"largest is {before.abs().max():.3g}); of {len(before)} next tokens {same} are the same.")
+
+
+if __name__ == "__main__":
+    run()

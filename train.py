@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import NAMES, Llama, choose_device_and_dtype, find_checkpoint, read_json
+from model import NAMES, Llama, choose_device_and_dtype, copy_companions, find_checkpoint, read_json
 
 try:
     import resource
@@ -137,8 +136,6 @@ def main(args):
     tokenizer = load_tokenizer(ckpt)
     train_set, val_set, too_long = load_data(args, tokenizer)
     model = Llama.from_pretrained(ckpt, device, dtype)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{ckpt}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.config.vocab_size}")
     if args.max_len > model.config.context:
         raise ValueError(f"--max-len {args.max_len} exceeds the model's {model.config.limit}")
     torch.manual_seed(args.seed)
@@ -254,8 +251,7 @@ def save_best(args, model, ckpt):
     if args.method != "full":
         return rosa.save_adapter(model, args.out)
     model.save_pretrained(args.out)
-    for file in [*ckpt.glob("tokenizer*"), *ckpt.glob("generation_config.json")]:
-        shutil.copy(file, args.out)
+    copy_companions(ckpt, args.out)
 
 
 def load_data(args, tokenizer):

@@ -23,10 +23,15 @@ def load_tokenizer(ckpt):
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{file} is not a JSON object: {error}") from None
     if (directory / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(directory / "tokenizer.model", settings)
-    if (directory / "tokenizer.json").is_file():
-        return JsonTokenizer(directory / "tokenizer.json", settings)
-    raise FileNotFoundError(f"{directory} has no tokenizer.model and no tokenizer.json")
+        tokenizer = SentencePieceTokenizer(directory / "tokenizer.model", settings)
+    elif (directory / "tokenizer.json").is_file():
+        tokenizer = JsonTokenizer(directory / "tokenizer.json", settings)
+    else:
+        raise FileNotFoundError(f"{directory} has no tokenizer.model and no tokenizer.json")
+    rows = settings.get("vocab_size")
+    if type(rows) is int and tokenizer.vocab_size > rows:
+        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}")
+    return tokenizer
 
 
 class SentencePieceTokenizer:
