@@ -96,7 +96,7 @@ class LlamaConfig:
         for token in self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]:
             if token is not None and type(token) is not int:
                 raise ValueError(f"eos_token_id must be a token id or a list of them, not {self.eos_token_id!r}")
-        if self.model_type not in FAMILIES:
+        if str(self.model_type) not in FAMILIES:
             raise ValueError(f"model_type {self.model_type!r} is not implemented: only {', '.join(FAMILIES)} are")
         if self.model_type != "llama":
             self.attention_bias = self.mlp_bias = False

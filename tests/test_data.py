@@ -100,16 +100,6 @@ def test_sentencepiece_encodes_and_decodes_every_text(tiny):
     assert tiny.encode("12") == tiny.encode("1") + tiny.encode("2")[-1:]  # each digit is a token
 
 
-def test_sentencepiece_agrees_with_transformers(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.LlamaTokenizer.from_pretrained(str(tasks.Path(toy.__file__).parent / "tiny"))
-    ours = load_tokenizer("tiny")
-    for text in TEXTS:
-        # Its conversion drops the space that SentencePiece puts before a leading space, and takes "<s>" for the token.
-        if not text.startswith(("<", " ", "▁")):
-            assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids, text
-
-
 def test_a_checkpoint_says_whether_sequences_begin_with_bos(tmp_path):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c d e f"] * 9), model_writer=model, vocab_size=12,
@@ -163,8 +153,14 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "not a JSON file"), (b"[", "not a JSON file"), (b'["\xff"]', "not a JSON file"), (b"{}", "JSON array"), (b"[]", "at least one"),
-    (b"[1]", "record 0: not an object but int"),
+    (b"", "at least one example"), (b"[", "data.json: not JSON"), (b'["\xff"]', "not text in UTF-8"), (b"[]", "at least one example"),
+    (b"[1]", "record 0: not an object but int"), (b"{}", "line 1: the field 'instruction' is missing"),
+    (b'{"instruction": "a", "output": "b"}\n\n{"instruction": "a", "output"\n', "line 3: not JSON: Expecting"),
+    (b'{\n"instruction": "a", "output": "b"\n}', "line 1: not JSON"), (b'"a"\n', "line 1: not an object but str"),
+    (b'{"prompt": "a", "output": "b"}', "line 1: the field 'completion' is missing"),
+    (b'{"question": "a", "answer": ""}', "line 1: the field 'answer' is empty"),
+    (b'[{"question": "a", "answer": 7}]', "record 0: the field 'answer' is not text but 7"),
+    (b'[{"prompt": [{"role": "user"}], "completion": "b"}]', "record 0: the field 'prompt' is not text but"),
     (b'[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "record 1: the field 'output' is missing"),
     (b'[{"instruction": "a", "output": ""}]', "record 0: the field 'output' is empty"),
     (b'[{"instruction": null, "output": "b"}]', "record 0: the field 'instruction' is empty"),
@@ -176,6 +172,21 @@ def test_a_data_file_that_does_not_fit_is_named_with_the_record(tmp_path, conten
     with pytest.raises(ValueError, match=message) as error:
         tasks.load_examples(tmp_path / "data.json")
     assert "data.json" in str(error.value) and "\n" not in str(error.value)
+
+
+PLAIN = [{"instruction": "Add 1 and 2.", "output": "3"}, {"instruction": "Name it.", "input": "\u2028 a\nb", "output": "é"}]
+
+
+@pytest.mark.parametrize("fields", [("instruction", "output"), ("prompt", "completion"), ("question", "answer")])
+@pytest.mark.parametrize("lines", [False, True])
+def test_a_persons_own_examples(tmp_path, fields, lines):
+    names = dict(zip(("instruction", "output"), fields))
+    records = [{names.get(key, key): value for key, value in record.items()} for record in PLAIN]
+    text = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n" if lines else json.dumps(records, indent=1)
+    (tmp_path / "data").write_bytes(("\ufeff" + text).encode())
+    examples = tasks.load_examples(tmp_path / "data")
+    assert [{key: example[key] for key in plain} for plain, example in zip(PLAIN, examples, strict=True)] == PLAIN
+    assert tasks.prompt_text(examples[1]) == tasks.prompt_text(PLAIN[1])
 
 
 def test_tasks_and_their_files(tmp_path):

@@ -36,7 +36,9 @@ VARIANTS = {
     "llama3": {"rope_scaling": LLAMA3, "rope_theta": 100.0},
     "rope_parameters": {"rope_parameters": {**LLAMA3, "rope_theta": 100.0}},
     "rope_parameters default": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": 8},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 12},
+    "mistral, window": {"model_type": "mistral", "sliding_window": 60, "architectures": ["MistralForCausalLM"]},
 }
 
 
@@ -220,6 +222,10 @@ def test_loading_needs_no_second_copy(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"model_type": "gemma"}, "model_type 'gemma'"),
+    ({"model_type": ["llama"]}, "model_type"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, r"architectures = \['LlamaForSequenceClassification'\]"),
+    ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be"),
+    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not implemented"),
     ({"rope_scaling": {"rope_type": "linear"}}, "positive factor"),
@@ -262,10 +268,78 @@ def test_checkpoints_are_found_by_name(tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("checkpoints/mine")
     assert find_checkpoint("mine").samefile("checkpoints/mine") and find_checkpoint("tiny").name == "tiny"
-    with pytest.raises(FileNotFoundError, match="no checkpoint 'other'"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint 'other'.* names known are tiny, llama2-7b, "):
         find_checkpoint("other")
     with pytest.raises(FileNotFoundError, match="no config.json"):
         find_checkpoint("checkpoints")
+
+
+@pytest.mark.parametrize("name, repository", [("llama2-7b", "meta-llama/Llama-2-7b-hf"), ("some.org/A-model_1", "some.org/A-model_1")])
+def test_a_name_is_looked_for_here_then_in_the_cache_of_hugging_face(tmp_path, monkeypatch, model, name, repository):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", "$PWD/cache")
+    monkeypatch.setenv("PWD", str(tmp_path))
+    command = f"To download it .*: hf download {repository} --include '\\*.json' --include 'tokenizer\\*' --include 'model\\*.safetensors'"
+    with pytest.raises(FileNotFoundError, match=command):
+        find_checkpoint(name)
+    cached = tmp_path / "cache" / ("models--" + repository.replace("/", "--"))
+    model.save_pretrained(cached / "snapshots" / "0123abc")
+    with pytest.raises(FileNotFoundError, match=command):  # no revision is the main one yet
+        find_checkpoint(name)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc")
+    assert find_checkpoint(name) == cached / "snapshots" / "0123abc"
+    assert Llama.from_pretrained(name).name_or_path == repository  # which an adapter's config will name
+    (cached / "snapshots" / "0123abc" / "model.safetensors").rename(tmp_path / "weights")
+    with pytest.raises(FileNotFoundError, match=command):  # config.json alone is no checkpoint
+        find_checkpoint(name)
+    for nearer in (f"checkpoints/{name}", name):
+        model.save_pretrained(nearer)
+        assert find_checkpoint(name).samefile(nearer)
+    assert Llama.from_pretrained(name).name_or_path == name
+
+
+@pytest.mark.parametrize("environment", [{}, {"HF_HOME": "~/h"}, {"XDG_CACHE_HOME": "/x"}, {"HF_HOME": "$HOME/h", "HF_HUB_CACHE": "/c"},
+                                         {"HF_HUB_CACHE": "~/c", "XDG_CACHE_HOME": "/x"}])
+def test_the_cache_is_where_hugging_face_has_it(monkeypatch, environment):
+    pytest.importorskip("huggingface_hub")
+    for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    script = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    theirs = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    assert str(model_file.hub_cache()) == theirs
+
+
+# --- a sliding window ---
+
+
+def test_no_sequence_is_longer_than_a_sliding_window():
+    model = random_model(model_type="mistral", sliding_window=20)
+    prompt = random_tokens(20).tolist()
+    assert model(torch.tensor([prompt])).shape == (1, 20, 97)
+    with pytest.raises(ValueError, match="21 tokens are more than the model's sliding window of 20"):
+        model(random_tokens(1, 21))
+    with pytest.raises(ValueError, match="21 tokens are more than the model's sliding window of 20"):
+        model.log_likelihoods([prompt], [[[3]]])
+    with pytest.raises(ValueError, match="prompt 0 has 20 tokens; with 1 new ones it exceeds the model's sliding window of 20"):
+        model.generate([prompt], 1, None)
+    assert random_model(sliding_window=20)(random_tokens(1, 21)).shape == (1, 21, 97)  # mistral's alone
+
+
+def test_a_mistral_config_that_says_nothing_of_a_window_has_one(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+                                                     | {"model_type": "mistral", "num_attention_heads": 8, "max_position_embeddings": 9999}))
+    config = LlamaConfig.from_file(tmp_path)
+    assert (config.sliding_window, config.context, config.num_key_value_heads) == (4096, 4096, 8)
+
+
+def test_logits_layer_by_layer_are_the_logits(tmp_path):
+    for changes in ({}, {"tie_word_embeddings": True}, {"model_type": "qwen2"}):
+        model, tokens = random_model(**changes), random_tokens(2, 20)
+        weights = model.state_dict()
+        torch.testing.assert_close(model_file.logits_layer_by_layer(model.config, tokens, weights.get), model(tokens))
 
 
 # --- loss ---
@@ -335,6 +409,13 @@ def test_generation_with_a_cache_is_generation_without(changes):
     model = random_model(**changes)
     prompts = ragged(1, 13, 5, 30, 2, 13)
     assert model.generate(prompts, 25, None) == [greedy(model, prompt, 25) for prompt in prompts]
+
+
+def test_every_new_token_is_announced(model):
+    prompts, seen = [random_tokens(n, seed=n).tolist() for n in (5, 9, 7)], []
+    answers = model.generate(prompts, 12, list(range(0, 97, 5)), lambda row, ids: seen.append((row, list(ids))))
+    assert answers == [[ids for row, ids in seen if row == i][-1] if any(row == i for row, _ in seen) else [] for i in range(3)]
+    assert len(seen) == sum(map(len, answers)) > 3
 
 
 def test_rows_end_at_their_own_end_of_sequence(model):

@@ -445,6 +445,31 @@ def test_runs_side_by_side(ckpt, capsys):
     assert rows["base"]["method"] == "base" and rows["base"]["tokens/s"] == "–" and float(rows["base"]["loss on other"]) > 1
 
 
+def test_one_question_is_answered_as_it_is_asked(ckpt, capsys, monkeypatch):
+    run(eval_script, "--ckpt", "ckpt", "--prompt", "Why?", "--max-new-tokens", 30, "--dtype", "float32")
+    printed = capsys.readouterr().out
+    tokenizer, model = load_tokenizer("ckpt"), Llama.from_pretrained("ckpt")
+    prompt = tasks.encode_prompt({"instruction": "Why?"}, tokenizer)
+    ids, = model.generate([prompt], 30, tokenizer.eos_id)
+    assert printed == tokenizer.decode(ids) + "\n" and len(ids) == 30 and not Path("runs").exists()
+
+    # The bytes of a character come one by one; the answer may fill the context, and no more.
+    characters = tokenizer.encode("a🙂é")
+    pieces, counts = [], []
+
+    def generate(self, prompts, count, eos, on_token):
+        counts.append(count)
+        for n in range(1, len(characters) + 1):
+            on_token(0, characters[:n])
+        return [characters]
+
+    monkeypatch.setattr(Llama, "generate", generate)
+    monkeypatch.setattr("builtins.print", lambda text, **_: pieces.append(text))
+    run(eval_script, "--ckpt", "ckpt", "--prompt", "Why?", "--max-new-tokens", 5000)
+    assert "".join(pieces) == "a🙂é" and not any("\ufffd" in piece for piece in pieces) and "🙂" in pieces
+    assert counts == [256 - len(prompt)]
+
+
 def test_predictions_do_not_depend_on_the_batch(ckpt):
     model = Llama.from_pretrained("ckpt")
     for out, size in (("a", 1), ("b", 7), ("c", 32)):
@@ -493,6 +518,8 @@ MISTAKES = {
     "peft config absent": (train_script, ["--method", "peft:LORA", "--peft-config", "absent.json"], "absent.json"),
     "run into the checkpoint": (train_script, ["--out", "ckpt"], "is the checkpoint itself"),
     "no choice": (eval_script, ["--score", "likelihood"], "toy"),
+    "no question": (eval_script, ["--prompt", " "], "--prompt is empty"),
+    "no such checkpoint, by name": (eval_script, ["--ckpt", "llama2-7b"], "hf download meta-llama/Llama-2-7b-hf --include"),
     "nothing to compare": (eval_script, ["--compare", "ckpt"], "ckpt is no run directory"),
     "no text": (eval_script, ["--loss", "absent.json"], "absent.json"),
     "train file absent": (train_script, ["--train-file", "absent.json"], "absent.json"),
