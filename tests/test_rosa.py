@@ -232,17 +232,6 @@ def test_the_file_is_a_peft_lora_with_zero_rows_outside_the_low_frequencies(tmp_
                                                            "pairs": "low"}
 
 
-@pytest.mark.parametrize("ratio, targets", [(0.25, "q,k"), (1.0, ALL), (0.5, ALL)])
-def test_peft_reads_our_adapters(tmp_path, ratio, targets):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    model, tokens = random_model(), random_tokens(2, 20)
-    model.save_pretrained(tmp_path / "base")
-    save_adapter(randomise_adapters(attach(model, 4, 8, ratio, targets)), tmp_path / "adapter")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
-    torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
-
-
 def test_an_adapter_with_other_settings_is_refused_and_the_difference_named(tmp_path):
     save_adapter(attach(random_model(), 4, 8, 0.25), tmp_path)
     with pytest.raises(ValueError, match=r"rank 4 \(the model has 5\).*low_freq_ratio 0.25 \(the model has 0.5\)"):
