@@ -315,7 +315,8 @@ def peft_adapter(model):
 
     tensors = {f"base_model.model.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, tensor in peft.get_peft_model_state_dict(model).items()}
-    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    config = model.peft_config["default"].to_dict()
+    config |= {"inference_mode": True, "base_model_name_or_path": getattr(model, "name_or_path", None)}
     return json.loads(json.dumps(config, default=sorted)), tensors, {"peft": True}  # sorted: some options are sets
 
 
@@ -470,7 +471,7 @@ def updater(model, directory):
     a weight that has none is returned as it is. The model, whose adapter it must be, may be on the meta device."""
     known, tensors = read_adapter(directory)
     if "peft" in known:
-        raise ValueError(f"{directory} is no LoRA but an adapter of type {known['peft']['peft_type']}: merge it with peft")
+        raise ValueError(f"{directory} is an adapter of peft's own, of type {known['peft']['peft_type']}: only peft can merge it")
     check_tensors(directory, tensors, lora_shapes(model, known))
 
     def updated(name, weight):

@@ -89,7 +89,7 @@ def test_float32_weights_lose_nothing(ckpt, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["--out", "ckpt"], "ckpt exists already"), (["--out", "half"], "half.partial exists already"),
     (["--ckpt", "absent"], "no checkpoint 'absent'"), (["--adapter", "absent"], "absent is no adapter directory"),
-    (["--adapter", "ckpt"], "ckpt is no adapter directory"), (["--adapter", "ia3"], "no LoRA but an adapter of type IA3"),
+    (["--adapter", "ckpt"], "ckpt is no adapter directory"), (["--adapter", "ia3"], "of type IA3: only peft can merge it"),
     (["--adapter", "other"], "other is an adapter for another model: missing"), (["--rank", "3"], "unrecognized arguments: --rank 3"),
 ])
 def test_a_mistake_is_one_line_and_nothing_is_left_behind(ckpt, capsys, arguments, message):
