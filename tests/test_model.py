@@ -37,7 +37,7 @@ VARIANTS = {
     "rope_parameters": {"rope_parameters": {**LLAMA3, "rope_theta": 100.0}},
     "rope_parameters default": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "use_sliding_window": False, "sliding_window": 8},
-    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 12},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 12, "attention_bias": True, "mlp_bias": True},
     "mistral, window": {"model_type": "mistral", "sliding_window": 60, "architectures": ["MistralForCausalLM"]},
 }
 

@@ -16,7 +16,7 @@ import rosa
 import train as train_script
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
-from model import Llama
+from model import NAMES, Llama
 
 ROOT = Path(train_script.__file__).parent
 
@@ -539,6 +539,14 @@ def test_a_mistake_is_one_line_and_nothing_is_left_behind(ckpt, capsys, script, 
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and error.startswith(f"{script.__name__}.py: ") and message in error
     assert [path for path in Path().iterdir()] == [Path("ckpt")]
+
+
+@pytest.mark.parametrize("script", [train_script, eval_script])
+def test_help_shows_the_names_that_are_known(script, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.parse_args(["--help"])
+    words = capsys.readouterr().out.replace(",", " ").replace(";", " ").split()
+    assert stopped.value.code == 0 and {"tiny", "llama2-7b", "qwen2.5-7b", *NAMES} <= set(words)
 
 
 def test_an_absent_package_is_a_line_with_what_to_install(ckpt, monkeypatch, capsys):
