@@ -542,7 +542,8 @@ def test_a_mistake_is_one_line_and_nothing_is_left_behind(ckpt, capsys, script, 
 
 
 @pytest.mark.parametrize("script", [train_script, eval_script])
-def test_help_shows_the_names_that_are_known(script, capsys):
+def test_help_shows_the_names_that_are_known(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # unwrapped
     with pytest.raises(SystemExit) as stopped:
         script.parse_args(["--help"])
     words = capsys.readouterr().out.replace(",", " ").replace(";", " ").split()
