@@ -301,7 +301,7 @@ def activations(args, model, prompts):
     first_low = half - max(1, round(ratio * half))  # the first low-frequency pair
     args.activations.parent.mkdir(parents=True, exist_ok=True)
     np.savez(args.activations.with_suffix(".npz"), first_low_frequency_pair=first_low, **means)
-    quarters = np.array_split(np.sqrt((means["q"][:, :half] ** 2 + means["q"][:, half:] ** 2)).mean(0), 4)
+    quarters = np.array_split(np.sqrt(means["q"][:, :half] ** 2 + means["q"][:, half:] ** 2).mean(0), 4)
     print("mean norm of Q by quarter of the pairs, high to low frequency: "
           + ", ".join(f"{part.mean():.1f}" for part in quarters))
     print(f"numbers    {args.activations.with_suffix('.npz')}")

@@ -324,7 +324,8 @@ def load_peft(model, config, tensors, directory):
     """Put a saved PEFT adapter into a model, attaching it first if need be."""
     config = dict(config)
     if not hasattr(model, "peft_config"):
-        attach_peft(model, config.pop("peft_type"), config | {"inference_mode": False})
+        # Without the base's name, which PEFT would look for.
+        attach_peft(model, config.pop("peft_type"), config | {"inference_mode": False, "base_model_name_or_path": None})
     import peft
 
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
