@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -80,6 +81,7 @@ def parse_args(arguments=None):
     p.add_argument("--eval-every", type=int, default=100, help="optimiser steps between validations")
     p.add_argument("--save-every", type=int, default=100, help="optimiser steps between saves for --resume")
     p.add_argument("--resume", action="store_true", help="continue the run in --out from its last save")
+    p.add_argument("--overwrite", action="store_true", help="start anew in an --out that holds a run already")
     p.add_argument("--data-dir", default=tasks.DATA_DIR, help="directory laid out as LLM-Adapters' repository")
     p.add_argument("--train-file", help="train on this JSON file instead of the task's own; also looked for in --data-dir")
     p.add_argument("--out", type=Path, help="run directory (default: runs/<ckpt>-<task>-<method>)")
@@ -130,6 +132,8 @@ def fail(message):
 def main(args):
     # --- the model and its adapters ---
     ckpt = find_checkpoint(args.ckpt)
+    if (args.out / "log.jsonl").exists() and not (args.resume or args.overwrite):
+        raise ValueError(f"--out {args.out} holds a run already: --resume goes on with it, --overwrite starts anew")
     if args.out.resolve() == ckpt.resolve():
         raise ValueError(f"--out {args.out} is the checkpoint itself: choose another directory for the run")
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
@@ -168,7 +172,8 @@ def main(args):
         best = validate(model, val_set, args)
         save_best(args, model, ckpt)
         write_log(args.out / "log.jsonl", {"step": 0, "val_loss": best}, mode="w")
-        (args.out / "layers.jsonl").unlink(missing_ok=True)
+        for file in ("state.safetensors", "layers.jsonl", "layers.png", "summary.json"):  # of the run that was here
+            (args.out / file).unlink(missing_ok=True)
         print(f"validation loss {best:.4f} before training")
 
     # --- the loop ---
@@ -177,6 +182,7 @@ def main(args):
     layers = range(len(model.model.layers))
     bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True,
                bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}")
+    signals = note_signals()  # finish the step, save, stop
     while step < total_steps:
         epoch, position = divmod(step, batches_per_epoch)
         if position == 0 or step == first_step:
@@ -224,15 +230,35 @@ def main(args):
         if selector.probing:
             selection = {"step": step, "scores": selector.scores.tolist(), "active_layers": selector.active}
             write_log(args.out / "layers.jsonl", selection)
-        if step % args.save_every == 0 or step == total_steps:
+        if step % args.save_every == 0 or step == total_steps or signals:
             save_state(args, trainable, optimizer, selector, step, best)
         strip = "".join("█" if i in selector.active else "·" for i in layers)
         bar.set_postfix_str(f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {strip}", refresh=False)
         bar.update()
+        if signals and step < total_steps:
+            bar.close()
+            print(f"stopped after step {step}. To go on: the same command with --resume")
+            sys.exit(128 + signals[0])
     bar.close()
     write_summary(args, trainable_count, count, best, device)
     draw_layers(args.out)
     print(f"best validation loss {best:.4f}; its {'checkpoint' if args.method == 'full' else 'adapter'} is in {args.out}")
+
+
+def note_signals():
+    """A list that SIGINT and SIGTERM are put into as they come; a second one ends the process at once."""
+    noted = []
+
+    def note(number, _):
+        noted.append(number)
+        handle(signal.SIG_DFL)
+
+    def handle(handler):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handler)
+
+    handle(note)
+    return noted
 
 
 def attach(args, model):
@@ -314,7 +340,7 @@ def read_log(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-NOT_COMPARED = ("resume", "out", "device", "save_every")  # what may differ between a run and its resumption
+NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every")  # what may differ between a run and its resumption
 
 
 def save_state(args, trainable, optimizer, selector, step, best):

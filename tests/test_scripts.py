@@ -2,8 +2,10 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +116,7 @@ def test_a_method_of_peft_runs_in_the_same_loop_and_is_read_back(ckpt):
 
 def test_the_selections_of_a_run_are_written_and_drawn(ckpt, monkeypatch, capsys):
     for _ in range(2):  # a new run in the same place begins a new log
-        run(train_script, *QUICK, "--out", "out")
+        run(train_script, *QUICK, "--out", "out", "--overwrite")
     probes = read_log("out", "layers.jsonl")
     assert [probe["step"] for probe in probes] == [1, 3, 5]
     for probe in probes:
@@ -210,12 +212,70 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(ckpt, monkeypatch, opt
         run(train_script, *arguments, "--out", "parts", "--resume", "--batch-size", 4)
 
 
+def test_a_run_is_not_begun_over_another_unless_asked_to(ckpt, capsys):
+    run(train_script, *QUICK, "--out", "out")
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    with pytest.raises(SystemExit) as stopped:
+        train_script.run([str(argument) for argument in (*QUICK, "--out", "out", "--seed", 1)])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.endswith("--out out holds a run already: --resume goes on with it, --overwrite starts anew\n")
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+
+    # A run that starts anew and dies before its first save leaves nothing of the old one to resume.
+    with pytest.MonkeyPatch.context() as patch:
+        def killed(*_):
+            raise KeyboardInterrupt
+
+        patch.setattr(train_script, "collate", killed)
+        patch.setattr(train_script, "validate", lambda *_: 9.0)
+        with pytest.raises(KeyboardInterrupt):
+            run(train_script, *QUICK, "--out", "out", "--overwrite")
+    with pytest.raises(FileNotFoundError, match="nothing was saved there"):
+        run(train_script, *QUICK, "--out", "out", "--resume")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, code):
+    arguments = [*QUICK, "--max-steps", 12, "--select-every", 4]
+    run(train_script, *arguments, "--out", "whole")
+
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--task", "toy", "--train-file", "toy.json", "--out", "parts"]
+    Path("toy.json").write_text(json.dumps(toy.examples("train", 100)))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not Path("parts/log.jsonl").exists() or len(read_log("parts")) < 4:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(number)
+    printed, error = process.communicate(timeout=60)
+    steps = len(read_log("parts")) - 1
+    assert process.returncode == code and 3 <= steps < 12 and "Traceback" not in error
+    assert printed.endswith(f"stopped after step {steps}. To go on: the same command with --resume\n")
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    lines = [[{key: value for key, value in line.items() if key != "seconds"} for line in read_log(out)] for out in ("whole", "parts")]
+    assert lines[0] == lines[1]
+    name = "adapter_model.safetensors"
+    assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes()
+
+
+def test_a_second_signal_ends_a_run_at_once():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        noted = train_script.note_signals()
+        signal.raise_signal(signal.SIGINT)
+        assert noted == [signal.SIGINT]
+        assert [signal.getsignal(number) for number in before] == [signal.SIG_DFL, signal.SIG_DFL]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_dropout_acts_in_training_alone(ckpt):
     pytest.importorskip("peft")
     first = []
     for dropout in (0.0, 0.9):
         Path("options.json").write_text(json.dumps({"lora_dropout": dropout}))
-        run(train_script, *SHORT, "--method", "peft:LORA", "--peft-config", "options.json", "--lr", 1e-2, "--out", "out")
+        run(train_script, *SHORT, "--method", "peft:LORA", "--peft-config", "options.json", "--lr", 1e-2, "--out", "out",
+            "--overwrite")
         first.append([record.get("val_loss") or record["loss"] for record in read_log("out")])
     assert first[0][:2] == first[1][:2] and first[0][2] != first[1][2]  # step 0, step 1 (B is zero), step 2
     args = train_script.parse_args([str(a) for a in (*SHORT, "--method", "lora")])
