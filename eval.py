@@ -374,6 +374,9 @@ def run(arguments=None):
         main(parse_args(arguments))
     except (ValueError, OSError, ImportError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("eval.py: interrupted: the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -230,12 +230,13 @@ def main(args):
         if selector.probing:
             selection = {"step": step, "scores": selector.scores.tolist(), "active_layers": selector.active}
             write_log(args.out / "layers.jsonl", selection)
-        if step % args.save_every == 0 or step == total_steps or signals:
+        stopping = len(signals) > 0  # asked once: a signal from here on ends the next step
+        if step % args.save_every == 0 or step == total_steps or stopping:
             save_state(args, trainable, optimizer, selector, step, best)
         strip = "".join("█" if i in selector.active else "·" for i in layers)
         bar.set_postfix_str(f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {strip}", refresh=False)
         bar.update()
-        if signals and step < total_steps:
+        if stopping and step < total_steps:
             bar.close()
             print(f"stopped after step {step}. To go on: the same command with --resume")
             sys.exit(128 + signals[0])
@@ -423,6 +424,9 @@ def run(arguments=None):
         main(parse_args(arguments))
     except (ValueError, OSError, ImportError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("train.py: interrupted before its first step: nothing was changed since the last save", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

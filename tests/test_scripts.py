@@ -257,6 +257,18 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, cod
     assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes()
 
 
+@pytest.mark.parametrize("script", [train_script, eval_script])
+def test_an_interruption_while_loading_is_a_line(ckpt, script, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Llama, "from_pretrained", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        script.run(["--ckpt", "ckpt", "--max-len", "200", "--val-size", "20"] if script is train_script else ["--ckpt", "ckpt", "--limit", "1",
+                                                                                                         "--max-new-tokens", "9"])
+    assert stopped.value.code == 130 and capsys.readouterr().err.startswith(f"{script.__name__}.py: interrupted")
+
+
 def test_a_second_signal_ends_a_run_at_once():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
