@@ -375,7 +375,7 @@ def run(arguments=None):
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:
-        print("eval.py: interrupted: the same command goes on where it stopped", file=sys.stderr)
+        print("eval.py: interrupted: what was scored so far is kept, and not asked again", file=sys.stderr)
         sys.exit(130)
 
 
