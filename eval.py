@@ -92,6 +92,8 @@ def main(args):
                              f"{args.max_new_tokens} it exceeds the model's {model.config.limit}")
     if args.adapter:
         rosa.load_adapter(model, args.adapter)
+    if not hasattr(model, "peft_config"):  # PEFT's layers read the weights themselves
+        model.pack()
     if args.prompt:
         return answer(args, model, tokenizer)
     print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; "

@@ -1,5 +1,6 @@
 """Statements about RoAE: which dimensions it moves, what it leaves alone, how it merges, saves and loads."""
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import rope_table, rotate
+from model import ONEDNN, rope_table, rotate
 from rosa import RoAE, adapters, attach, load_adapter, merge, save_adapter
 
 # Rows of a projection with 2 heads of d = 8: pairs (i, i + 4), the slow ones last.
@@ -277,3 +278,25 @@ def test_a_peft_lora_from_elsewhere_loads(tmp_path, model):
     save_file(load_file(file), file)  # without our metadata
     load_adapter(model, tmp_path)
     assert {adapter.low_freq_ratio for adapter in adapters(model).values()} == {1.0} and len(adapters(model)) == 6
+
+
+@pytest.mark.skipif(not ONEDNN, reason="packed weights are for x86 CPUs")
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.5)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_weights_compute_the_same_with_and_without_adapters(dtype, tolerance, tied):
+    model = random_model(tie_word_embeddings=tied).to(dtype)
+    tokens = random_tokens(3, 20)
+    prompts = [row[: 5 + 7 * i].tolist() for i, row in enumerate(tokens)]
+    for adapted in (False, True):
+        other = copy.deepcopy(model)
+        if adapted:
+            randomise_adapters(attach(other, rank=4, targets="q,k,up"))
+        logits, answers = other(tokens), other.generate(prompts, 8, None)
+        embedding = other.model.embed_tokens.weight.clone()
+        other.pack().pack()  # twice is once
+        weights = [module.weight for module in other.modules() if isinstance(module, nn.Linear)]
+        assert len(weights) == 7 * 3 + 1 and all(weight.is_mkldnn for weight in weights)
+        torch.testing.assert_close(other(tokens), logits, atol=tolerance, rtol=0)
+        if dtype == torch.float32:
+            assert other.generate(prompts, 8, None) == answers
+        assert torch.equal(other.model.embed_tokens.weight, embedding)
