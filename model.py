@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 HERE = Path(__file__).resolve().parent
 
@@ -187,6 +188,7 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         self.inv_freq = rope_inverse_frequencies(config)  # no buffer: `.to(bfloat16)` must not round it
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False),
@@ -227,7 +229,10 @@ class Llama(nn.Module):
         rope = rope_table(positions, self.inv_freq)
         x = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):
-            x = layer(x, rope, cache, i)
+            if self.checkpoint_activations and torch.is_grad_enabled():  # keep x alone: the backward pass computes the layer again
+                x = checkpoint(layer, x, rope, cache, i, use_reentrant=False)
+            else:
+                x = layer(x, rope, cache, i)
         return self.model.norm(x)
 
     def loss(self, tokens, labels):
@@ -437,8 +442,9 @@ def linear(x, weight, bias=None):
     """x @ weight.T + bias: [.., in], [out, in], [out] -> [.., out].
 
     In float32 on an x86 CPU through oneDNN, which PyTorch itself calls for bfloat16 alone: the same sums at twice the
-    rate of MKL where that does not use AVX-512 (measured on an AMD EPYC). The weight may be packed: `Llama.pack`."""
-    if ONEDNN and x.device.type == "cpu" and (x.dtype == torch.float32 or weight.is_mkldnn):
+    rate of MKL where that does not use AVX-512 (measured on an AMD EPYC). The weight may be packed: `Llama.pack`.
+    Not under torch.compile, which cannot compile a bare call of that."""
+    if ONEDNN and not torch.compiler.is_compiling() and x.device.type == "cpu" and (x.dtype == torch.float32 or weight.is_mkldnn):
         return OneDNNLinear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)
 

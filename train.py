@@ -85,6 +85,9 @@ def parse_args(arguments=None):
     p.add_argument("--data-dir", default=tasks.DATA_DIR, help="directory laid out as LLM-Adapters' repository")
     p.add_argument("--train-file", help="train on this JSON file instead of the task's own; also looked for in --data-dir")
     p.add_argument("--out", type=Path, help="run directory (default: runs/<ckpt>-<task>-<method>)")
+    p.add_argument("--checkpoint-activations", action="store_true", help="keep one tensor a layer for the backward pass and "
+                   "compute the rest again: slower, in less memory")
+    p.add_argument("--compile", action="store_true", help="compile the layers with torch.compile: faster after a minute or so")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
     args = p.parse_args(arguments)
@@ -161,6 +164,10 @@ def main(args):
           f"{too_long:,} longer than {args.max_len} tokens left out")
     print(f"steps      {total_steps:,}: {total_steps / batches_per_epoch:.3g} epochs in batches of {args.batch_size}, "
           f"{args.micro_batch_size} at a time")
+
+    model.checkpoint_activations = args.checkpoint_activations
+    if args.compile:
+        compile_layers(model)
 
     # --- where to begin ---
     if args.resume:
@@ -262,6 +269,18 @@ def note_signals():
     return noted
 
 
+def compile_layers(model):
+    """Have every layer compiled at its first call, if anything can be compiled here."""
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=model.device))
+    except Exception as error:  # no C++ compiler, no Triton, a Python that is not supported: each its own class
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return print(f"compile    nothing can be compiled here ({reason.strip()}): going on without")
+    torch._dynamo.config.recompile_limit = 64  # a layer that trains, is probed, is frozen, runs without gradients: each is code
+    for layer in model.model.layers:
+        layer.compile(dynamic=True)
+
+
 def attach(args, model):
     """Let train what --method says, and nothing else."""
     if args.method in ("rosa", "lora"):
@@ -341,7 +360,7 @@ def read_log(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every")  # what may differ between a run and its resumption
+NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations")  # what may differ between a run and its resumption
 
 
 def save_state(args, trainable, optimizer, selector, step, best):

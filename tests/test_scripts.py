@@ -84,6 +84,54 @@ def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step(ckpt, o
     assert train_script.validate(model, held_out, args) == pytest.approx(best, abs=1e-6)
 
 
+@pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--k-ratio", 1), ("--method", "lora", "--targets", "q,down"),
+                                     ("--method", "full", "--lr", 1e-3)])
+def test_recomputed_activations_change_not_a_bit(ckpt, options):
+    options = options if "full" in options else ("--rank", 4, "--lr", 1e-2, *options)
+    for out, more in (("kept", ()), ("again", ("--checkpoint-activations",))):
+        run(train_script, *SHORT, "--out", out, *options, *more)
+    kept, again = ([record | {"seconds": 0} for record in read_log(out)] for out in ("kept", "again"))
+    assert kept == again
+    name = "model.safetensors" if "full" in options else "adapter_model.safetensors"
+    assert (Path("kept") / name).read_bytes() == (Path("again") / name).read_bytes()
+
+
+@pytest.mark.parametrize("recomputed", [True, False])
+def test_recomputed_activations_do_not_grow_with_depth(recomputed):
+    counts = []
+    for layers in (2, 6):
+        model = rosa.attach(random_model(num_hidden_layers=layers), rank=4)
+        model.model.embed_tokens.requires_grad_(True)  # else layer 0, whose input asks for no gradient, keeps its own
+        model.checkpoint_activations = recomputed
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+            model.hidden_states(torch.arange(40).view(2, 20))
+        counts.append(len({tensor.data_ptr() for tensor in kept}))
+    assert (counts[1] - counts[0] == 4) == recomputed
+
+
+@pytest.mark.parametrize("options", [(), ("--checkpoint-activations",)])
+def test_compiled_layers_compute_the_same(ckpt, options, monkeypatch):
+    """Traced and differentiated as torch.compile does, but run without a C++ compiler's minute: bench_train.py has that."""
+    compiled, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compiled.append(function)
+                        or real(function, **how | {"backend": "aot_eager"}))
+    for out, more in (("plain", ()), ("compiled", ("--compile", *options))):
+        run(train_script, *QUICK, "--out", out, *more)
+    assert len(compiled) == 1 + 4  # whether anything can be compiled here, and the layers
+    for one, other in zip(read_log("plain"), read_log("compiled")):
+        assert other["step"] == one["step"] and other.get("active_layers") == one.get("active_layers")
+        assert other.get("loss", 0) == pytest.approx(one.get("loss", 0), abs=1e-4)
+        assert other.get("val_loss", 0) == pytest.approx(one.get("val_loss", 0), abs=1e-4)
+
+
+def test_where_nothing_can_be_compiled_a_line_says_so(ckpt, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: 1 / 0)
+    run(train_script, *QUICK, "--out", "out", "--compile")
+    assert "compile    nothing can be compiled here (division by zero): going on without\n" in capsys.readouterr().out
+    assert len(read_log("out")) == 7
+
+
 def test_full_training_leaves_a_checkpoint_with_its_tokenizer(ckpt, capsys):
     arguments = [*SHORT, "--method", "full", "--k-ratio", 0.5, "--lr", 1e-3]
     args = run(train_script, *arguments, "--out", "out")
