@@ -1,0 +1,177 @@
+"""How cost grows: tokens/s and peak memory over sequence length, batch and model size; and LLaMA-2-7B on one machine.
+
+    python tests/bench_scale.py [--part growth,7b] [--device cpu] [--dir FOLDER]
+
+growth: random models in bfloat16 with RoSA at its defaults, every layer active, a process each: the median of two optimiser
+steps after the first. Linear where it should be: the milliseconds a token stay the same as the batch grows and follow the
+weights as the model grows; attention adds what grows with the length.
+7b: a random checkpoint in LLaMA-2-7B's shape (13.5 GB of bfloat16 in shards, under --dir, removed afterwards), two steps of
+`train.py --checkpoint-activations` on it, batch 1, 128 tokens. Where there is no room a line says so. Loading is compared with
+plainly reading the same files, both with their pages dropped from memory first.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from bench_train import ROOT, measure, peak_mib  # beside this file; puts the project on sys.path
+from safetensors.torch import save_file
+
+import rosa
+from model import Llama, LlamaConfig
+
+SHAPES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary, tied
+    "135M": (576, 1536, 30, 9, 3, 49152, True), "360M": (960, 2560, 32, 15, 5, 49152, True),
+    "1.7B": (2048, 8192, 24, 32, 32, 49152, True), "7B": (4096, 11008, 32, 32, 32, 32000, False),
+}
+POINTS = [("135M", 1, length) for length in (128, 256, 512, 1024, 2048, 4096)]
+POINTS += [("135M", batch, 128) for batch in (2, 4, 8, 16, 32)] + [(size, 1, 128) for size in ("360M", "1.7B", "7B")]
+
+
+def config(size):
+    hidden, intermediate, layers, heads, kv_heads, vocabulary, tied = SHAPES[size]
+    return LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+                       num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=4096,
+                       bos_token_id=1, eos_token_id=2)
+
+
+def random_model(size, device):
+    """On the device at once, in bfloat16."""
+    with torch.device("meta"):
+        model = Llama(config(size)).bfloat16()
+    model.to_empty(device=device)
+    if config(size).tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for name, parameter in model.named_parameters():
+        parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(std=0.02)
+    return model
+
+
+def point(args, size, batch, length):
+    model = rosa.attach(random_model(size, args.device))
+    weights = peak_mib(args.device)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable)
+    tokens = torch.randint(3, 32000, (batch, length), device=args.device)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        model.loss(tokens, tokens).backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if args.device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(times[1:]), "weights": weights, "peak": peak_mib(args.device)}
+
+
+def growth(args):
+    print("| model | batch | tokens each | tokens/s | ms a token | peak MiB | of it beyond the weights, KiB a token |\n" + "|---" * 7 + "|",
+          flush=True)
+    for size, batch, length in POINTS:
+        found = measure(__file__, f"{size} {batch} {length}", "bfloat16")
+        count = batch * length
+        print(f"| {size} | {batch} | {length} | {count / found['seconds']:,.0f} | {1000 * found['seconds'] / count:.2f} | {found['peak']:,.0f} | "
+              f"{(found['peak'] - found['weights']) * 1024 / count:,.0f} |", flush=True)
+
+
+def seven_b(args):
+    size = 2 * sum(p.numel() for p in meta_model("7B").parameters())
+    folder = Path(args.dir or tempfile.gettempdir())
+    if (free := shutil.disk_usage(folder).free) < 1.05 * size:
+        sys.exit(f"a checkpoint of {size / 1e9:.1f} GB does not fit into {folder}, which has {free / 1e9:.1f} GB free: choose another --dir")
+    ckpt = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        write_checkpoint(ckpt)
+        files = sorted(ckpt.glob("*.safetensors"))
+        drop_pages(files)
+        start = time.perf_counter()
+        for file in files:
+            with open(file, "rb", buffering=0) as opened:
+                buffer = bytearray(2**24)
+                while opened.readinto(buffer):
+                    pass
+        reading = time.perf_counter() - start
+        drop_pages(files)
+        loading = measure(__file__, f"load {ckpt}", "bfloat16")["seconds"]
+        print(f"loading {size / 1e9:.2f} GB: {loading:.1f} s; reading the files: {reading:.1f} s; {loading / reading:.2f} times")
+        words = " ".join(["seven"] * 300)
+        (ckpt / "data.json").write_text(json.dumps([{"instruction": "Go on.", "input": "", "output": words[: 60 + i]} for i in range(6)]))
+        command = [sys.executable, ROOT / "train.py", "--ckpt", ckpt, "--train-file", ckpt / "data.json", "--out", ckpt / "run",
+                   "--batch-size", 1, "--max-len", 128, "--val-size", 1, "--max-steps", 2, "--checkpoint-activations", "--dtype", "bfloat16"]
+        start = time.perf_counter()
+        process = subprocess.Popen([str(word) for word in command])
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit("train.py failed")
+        peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        log = [json.loads(line) for line in (ckpt / "run" / "log.jsonl").read_text().splitlines()][1:]
+        print(f"two steps: {time.perf_counter() - start:.0f} s in all, " + ", ".join(f"{step['tokens']} tokens in {step['seconds']:.1f} s"
+                                                                                    for step in log))
+        print(f"peak resident {peak / 1e9:.2f} GB; 1.15 times the weights and 1 GB: {1.15 * size / 1e9 + 1:.2f} GB")
+    finally:
+        shutil.rmtree(ckpt)
+
+
+def meta_model(size):
+    with torch.device("meta"):
+        return Llama(config(size))
+
+
+def write_checkpoint(directory):
+    """Random, a file a layer, with an index: never more than a layer in memory."""
+    model, weight_map = meta_model("7B"), {}
+    raw = {"model_type": "llama"}
+    raw |= {name: getattr(model.config, name) for name in LlamaConfig.__dataclass_fields__ if getattr(model.config, name) is not None}
+    (directory / "config.json").write_text(json.dumps(raw))
+    shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", directory)
+    shards = {}
+    for name, parameter in model.named_parameters():
+        shards.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else "rest", {})[name] = parameter.shape
+    for i, shard in enumerate(shards.values(), 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        save_file({name: torch.ones(shape, dtype=torch.bfloat16) if "norm" in name else torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+                   for name, shape in shard.items()}, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def drop_pages(files):
+    for file in files:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def load(_, ckpt):
+    start = time.perf_counter()
+    Llama.from_pretrained(ckpt)
+    return {"seconds": time.perf_counter() - start}
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--part", default="growth,7b"), p.add_argument("--device", default="cpu")
+    p.add_argument("--dir", help="where the checkpoint goes (default: the system's temporary folder)")
+    p.add_argument("--dtype", default="bfloat16", choices=("bfloat16",)), p.add_argument("--role", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.role:
+        first, *rest = args.role.split(" ", 2)
+        print(json.dumps(load(args, *rest) if first == "load" else point(args, first, *map(int, rest))))
+        return
+    for part in args.part.split(","):
+        {"growth": growth, "7b": seven_b}[part](args)
+
+
+if __name__ == "__main__":
+    main()
