@@ -104,7 +104,7 @@ def seven_b(args):
         drop_pages(files)
         loading = measure(__file__, f"load {ckpt}", "bfloat16")["seconds"]
         print(f"loading {size / 1e9:.2f} GB: {loading:.1f} s; reading the files: {reading:.1f} s; {loading / reading:.2f} times")
-        examples = [{"instruction": "Count.", "output": " ".join(map(str, range(32)))} for _ in range(6)]  # about 128 tokens each
+        examples = [{"instruction": "Count.", "output": " ".join(map(str, range(34)))} for _ in range(6)]  # about 126 tokens each
         (ckpt / "data.json").write_text(json.dumps(examples))
         command = [sys.executable, ROOT / "train.py", "--ckpt", ckpt, "--train-file", ckpt / "data.json", "--out", ckpt / "run",
                    "--batch-size", 1, "--max-len", 128, "--val-size", 1, "--max-steps", 2, "--checkpoint-activations", "--dtype", "bfloat16"]
