@@ -360,7 +360,8 @@ def read_log(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations")  # what may differ between a run and its resumption
+# What may differ between a run and its resumption.
+NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations")
 
 
 def save_state(args, trainable, optimizer, selector, step, best):

@@ -45,10 +45,8 @@ def config(size):
 
 def random_model(size, device):
     """On the device at once, in bfloat16."""
-    with torch.device("meta"):
-        model = Llama(config(size)).bfloat16()
-    model.to_empty(device=device)
-    if config(size).tie_word_embeddings:
+    model = meta_model(size).bfloat16().to_empty(device=device)
+    if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     for name, parameter in model.named_parameters():
         parameter.data.fill_(1.0) if "norm" in name else parameter.data.normal_(std=0.02)
@@ -130,8 +128,7 @@ def meta_model(size):
 def write_checkpoint(directory):
     """Random, a file a layer, with an index: never more than a layer in memory."""
     model, weight_map = meta_model("7B"), {}
-    raw = {"model_type": "llama"}
-    raw |= {name: getattr(model.config, name) for name in LlamaConfig.__dataclass_fields__ if getattr(model.config, name) is not None}
+    raw = {name: getattr(model.config, name) for name in LlamaConfig.__dataclass_fields__ if getattr(model.config, name) is not None}
     (directory / "config.json").write_text(json.dumps(raw))
     shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", directory)
     shards = {}

@@ -68,17 +68,18 @@ def ours(args, row):
     command = ["--ckpt", args.ckpt, "--train-file", args.train_file, "--out", out, "--dtype", args.dtype, "--device", args.device,
                "--batch-size", args.batch_size, "--max-len", args.max_len, "--max-steps", args.steps, "--val-size", 8,
                "--eval-every", 10**6, "--save-every", 10**6, *options]
+    command = [str(word) for word in command]
     before = matmul_rate(args.dtype, args.device)
     with (profiler() if args.profile else open(os.devnull)) as profile:
-        train.run([str(word) for word in command])
+        train.run(command)
     if args.profile:
         print_profile(profile, row, args.dtype)
     rate = statistics.median([before, matmul_rate(args.dtype, args.device)])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
     log = log[3 if args.steps > 5 else 1:]  # not the probe, nor what is compiled
+    options = train.parse_args(command)
     return {"rate": statistics.median(step["tokens"] / step["seconds"] for step in log), "loss": log[-1]["loss"],
-            "floor": statistics.median(floor(args, step, train.parse_args([str(word) for word in command])) / rate / step["seconds"]
-                                       for step in log)}
+            "floor": statistics.median(floor(args, step, options) / rate / step["seconds"] for step in log)}
 
 
 def floor(args, step, options):
