@@ -407,8 +407,10 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             cache.write(layer, k, v)
+        if q.requires_grad and q.device.type == "cpu":  # PyTorch's backward pass there takes twice as long in bfloat16
+            q, k, v = q.float(), k.float(), v.float()
         if cache is None or cache.fresh:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # [B, H, T, d]
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).to(x.dtype)  # [B, H, T, d]
         else:
             # The heads that share a key/value head stand in for a longer sequence: nothing is repeated.
             k, v, visible = cache.read(layer)  # [B, K, S, d] twice, [B, 1, H/K * T, S]
