@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from model import Llama, LlamaConfig, RMSNormFunction, SummedCrossEntropy, SwiGLU, find_checkpoint, linear
+from model import CausalAttention, Llama, LlamaConfig, RMSNormFunction, SummedCrossEntropy, SwiGLU, find_checkpoint, linear
 from rosa import attach
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -105,6 +105,34 @@ def test_gradients_of_our_own_functions_are_those_of_autograd():
         found, expected = (torch.autograd.grad(function(), inputs, grad) for function in (ours, theirs))
         for a, b in zip(found, expected):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads, kv_heads, length", [(4, 2, 37), (3, 3, 1), (6, 1, 64)])
+def test_our_attention_is_causal_attention(heads, kv_heads, length):
+    torch.manual_seed(heads)
+    q, k, v = (torch.randn(2, n, length, 16, dtype=torch.float64, requires_grad=True) for n in (heads, kv_heads, kv_heads))
+    grad = torch.randn(2, heads, length, 16, dtype=torch.float64)
+    ours, theirs = CausalAttention.apply(q, k, v), F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(ours, theirs)
+    for found, expected in zip(torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_our_attention_rounds_no_more_than_pytorchs():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, 100, 64) for n in (4, 2, 2))
+    k += 10 * torch.randn(64)  # keys with a large bias
+    inputs = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    grad = torch.randn(2, 4, 100, 64).bfloat16()
+    errors = []
+    for function in (CausalAttention.apply, lambda *some: F.scaled_dot_product_attention(*some, is_causal=True, enable_gqa=True)):
+        y, expected = function(*inputs), F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
+        found = (y, *torch.autograd.grad(y, inputs, grad))
+        expected = (expected, *torch.autograd.grad(expected, exact, grad.double()))
+        errors.append([((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, expected)])
+    for ours, theirs in zip(*errors):
+        assert ours < 1.5 * theirs + 1e-3
 
 
 def test_bfloat16_weights_keep_float32_rotation(model):
@@ -413,6 +441,16 @@ def test_generation_with_a_cache_is_generation_without(changes):
     prompts = ragged(1, 13, 5, 30, 2, 13)
     assert model.generate(prompts, 25, None) == [greedy(model, prompt, 25) for prompt in prompts]
 
+
+@pytest.mark.parametrize("lengths, common", [([5, 1, 9] * 4, 20), ([0, 3], 19), ([2, 2, 2], 21), ([4], 0)])
+def test_what_all_prompts_begin_with_is_computed_once(model, lengths, common):
+    prompts = [random_tokens(20, seed=50).tolist() + rest for rest in ragged(*lengths)]
+    expected = [greedy(model, prompt, 15) for prompt in prompts]
+    counts = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: counts.append(args[0].numel()))
+    assert model.generate(prompts, 15, None) == expected
+    groups = [prompts[i : i + 8] for i in range(0, len(prompts), 8)]
+    assert counts == [*[common] * (common > 0), *(len(group) * (max(map(len, group)) - common) for group in groups), *[len(prompts)] * 14]
 
 def test_every_new_token_is_announced(model):
     prompts, seen = [random_tokens(n, seed=n).tolist() for n in (5, 9, 7)], []
