@@ -83,7 +83,7 @@ class JsonTokenizer:
         self.bos_id = added[0] if added else None
         eos = settings.get("eos_token")
         eos = eos.get("content") if isinstance(eos, dict) else eos
-        self.eos_id = self.model.token_to_id(str(eos)) if eos else settings.get("eos_token_id")
+        self.eos_id = self.model.token_to_id(eos) if isinstance(eos, str) else settings.get("eos_token_id")
         if isinstance(self.eos_id, list):
             self.eos_id = next(iter(self.eos_id), None)
         if self.eos_id is None:

@@ -10,6 +10,7 @@ import json
 import math
 import random
 import resource
+import signal
 import struct
 import sys
 import time
@@ -147,8 +148,8 @@ def good(directory):
     (directory / "dataset" / "gsm8k").mkdir(parents=True)
     (directory / "dataset" / "gsm8k" / "test.json").write_text(json.dumps(records, ensure_ascii=False, indent=1))
     (directory / "data.json").write_text(json.dumps(records))
-    (directory / "data.jsonl").write_text("".join(json.dumps({"prompt": record["instruction"], "completion": record["output"]}) + "\n"
-                                                   for record in records))
+    lines = [{"prompt": record["instruction"], "input": record["input"], "completion": record["output"]} for record in records]
+    (directory / "data.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def read_config(directory, content):
@@ -247,6 +248,10 @@ def run(cases, seed, directory):
     """Read the cases, numbers, in a directory that is empty at first. Returns kind -> counts; raises Bad, naming the case."""
     good(directory)
     contents = {kind: (directory / file).read_bytes() for kind, (file, _, _) in KINDS.items()}
+    for kind, (file, read, _) in KINDS.items():
+        if outcome(read, directory, contents[kind], file) != "accepted":
+            raise Bad(f"{kind}: the good file is refused")
+    signal.signal(signal.SIGALRM, too_long)
     counts = {kind: {"cases": 0, "refused": 0, "accepted": 0} for kind in KINDS}
     for case in cases:
         kind = list(KINDS)[case % len(KINDS)]
@@ -256,18 +261,24 @@ def run(cases, seed, directory):
         (directory / file).write_bytes(content)
         start, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
             counts[kind][outcome(read, directory, content, file)] += 1
-            if (seconds := time.perf_counter() - start) > SECONDS:
-                raise Bad(f"it took {seconds:.1f} seconds")
+            if time.perf_counter() - start > SECONDS:
+                too_long()
             grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * (1 if sys.platform == "darwin" else 1024)
             if grown > BYTES:
                 raise Bad(f"it took {grown / 2**20:.0f} MB")
         except BaseException as error:
             raise Bad(f"{kind}, seed {seed}, case {case}: {type(error).__name__}: {error!s:.500}") from error
         finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
             (directory / file).write_bytes(contents[kind])
         counts[kind]["cases"] += 1
     return counts
+
+
+def too_long(*_):
+    raise Bad(f"it took more than {SECONDS} seconds")
 
 
 def outcome(read, directory, content, file):

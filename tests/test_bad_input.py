@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import eval as eval_script
 import fuzz
+import model as model_file
 import rosa
 import train as train_script
 from data import tasks, toy
-from model import Llama, one_line
+from model import Llama, LlamaConfig, one_line
 
 ROOT = Path(rosa.__file__).parent
 WEIGHTS, CONFIG, INDEX = Path("ckpt/model.safetensors"), Path("ckpt/config.json"), Path("ckpt/model.safetensors.index.json")
@@ -169,9 +170,10 @@ CHECKPOINTS = {
     "tensor missing": (lambda: edit_tensors(WEIGHTS, model__norm__weight=...), "ckpt: ", "missing model.norm.weight", "Download"),
     "tensor extra": (lambda: edit_tensors(WEIGHTS, more=torch.ones(2)), "ckpt: ", "unexpected more", "Download"),
     "hundreds of tensors": (lambda: edit_tensors(WEIGHTS, **{f"x{i}\x1b": torch.ones(1) for i in range(500)}),
-                            "ckpt: ", "unexpected x0\\x1b", "and 495 more", "Download"),
+                            "ckpt: ", "unexpected x101\\x1b; and 495 more", "Download"),
     "a tensor's name of a megabyte": (lambda: edit_tensors(WEIGHTS, **{"x" * 10**6: torch.ones(2)}), "unexpected xxx", "Download"),
     "index no JSON": (lambda: (shards(), INDEX.write_text("")), f"{INDEX} is not a JSON", "download"),
+    "index too deep": (lambda: (shards(), INDEX.write_text('{"weight_map":' * 10**5)), f"{INDEX} is not a JSON", "download"),
     "index without a map": (lambda: (shards(), INDEX.write_text('{"weight_map": [1]}')), f"{INDEX} has no weight_map", "download"),
     "shard absent": (lambda: shards(**{"lm_head.weight": "c.safetensors"}), f"{INDEX} names c.safetensors, which is absent", "download"),
     "shard with a null byte": (lambda: shards(**{"lm_head.weight": "c\0"}), f"{INDEX} names c\\x00, which is absent", "download"),
@@ -201,6 +203,27 @@ def test_weights_cut_short_anywhere_are_refused(here, capsys):
         refused(capsys, "eval", [], "ckpt/model.safetensors is not a whole safetensors file", "download it again")
     WEIGHTS.write_bytes(whole + b"\0")
     refused(capsys, "eval", [], "ckpt/model.safetensors is not a whole safetensors file", "download it again")
+
+
+@pytest.mark.parametrize("script, path", [("eval", WEIGHTS), ("eval", ADAPTER), ("merge", ADAPTER)])
+def test_a_file_that_may_not_be_read_is_said_to_be_that(here, capsys, monkeypatch, script, path):
+    def denied(file, *how):
+        if Path(file) == path:
+            raise PermissionError(13, "Permission denied", str(file))
+        return open(file, *how)
+
+    for module in (model_file, rosa):
+        monkeypatch.setattr(module, "open", denied, raising=False)
+    refused(capsys, script, ["--adapter", "adapter"], f"{path}: Permission denied")
+
+
+@pytest.mark.parametrize("revision", ["../../../ckpt", "here", "a\0b", "", "..", "\ud800"])
+def test_what_hugging_faces_cache_calls_main_lies_in_the_cache(here, capsys, revision):
+    main = Path("no cache/models--some--model/refs/main")
+    (main.parent.parent / "snapshots").mkdir(parents=True)
+    main.parent.mkdir()
+    main.write_bytes(revision.replace("here", str(Path("ckpt").absolute())).encode(errors="surrogatepass"))
+    refused(capsys, "eval", ["--ckpt", "some/model"], "does not hold some/model", "hf download some/model")
 
 
 def test_a_shard_may_be_a_link_as_in_hugging_faces_cache(here):
@@ -237,6 +260,10 @@ def test_a_config_that_asks_for_what_cannot_be_is_refused_by_its_key(here, capsy
     *_, key = changes  # the last
     said = {"head_dim": "head", "max_position_embeddings": "max_position", "num_hidden_layers": "layers", "rope_theta": "rope_theta"}
     refused(capsys, "eval", [], "ckpt", "config" if len(changes) > 4 else said.get(key, key.removeprefix("num_")))
+
+
+def test_a_whole_number_beyond_64_bits_is_a_number():
+    assert LlamaConfig(rope_theta=10**30, rms_norm_eps=10**30).rope_theta == 1e30
 
 
 # --- adapters ---

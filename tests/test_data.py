@@ -111,6 +111,21 @@ def test_a_checkpoint_says_whether_sequences_begin_with_bos(tmp_path):
     assert load_tokenizer(tmp_path).bos_id is None
 
 
+def test_a_tokenizer_without_an_end_of_sequence_is_refused(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c d e f"] * 9), model_writer=model, vocab_size=12,
+                                             hard_vocab_limit=False, minloglevel=2, eos_id=-1)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match="-1 is no end-of-sequence token: mend tokenizer_config.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    for eos in ("absent", {"text": "<eos>"}, 7):
+        write_json_tokenizer(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos, "eos_token_id": "1"}))
+        with pytest.raises(ValueError, match="end-of-sequence token"):
+            load_tokenizer(tmp_path)
+
+
 def write_json_tokenizer(directory, bos=False):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
