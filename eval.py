@@ -27,7 +27,7 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import NAMES, Llama, choose_device_and_dtype, find_checkpoint
+from model import NAMES, Llama, choose_device_and_dtype, find_checkpoint, one_line, read_json
 
 
 def parse_args(arguments=None):
@@ -69,7 +69,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def fail(message):
     """A user's mistake: one line, exit status 2."""
-    print(f"eval.py: {message}", file=sys.stderr)
+    print(f"eval.py: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -79,17 +79,28 @@ def main(args):
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
-    if args.prompt is not None and not args.prompt.strip():
-        raise ValueError("--prompt is empty")
+    if args.prompt is not None and not (args.prompt.strip() and tasks.is_unicode(args.prompt)):
+        raise ValueError("--prompt is empty, or not text in UTF-8")
     texts = [load_texts(file, tokenizer, args.limit) for file in args.loss or ()]
     names, absent, examples = [], [], []
     if not args.loss and not args.prompt:
         names, absent, examples = load_questions(args, tokenizer)
+    if args.activations:
+        examples = examples[: args.limit or 8]
     model = Llama.from_pretrained(ckpt, device, dtype)
-    for name, i, _, prompt in examples:
-        if args.score == "generate" and not args.activations and len(prompt) + args.max_new_tokens > model.config.context:
-            raise ValueError(f"{name}, record {i}: the prompt has {len(prompt)} tokens; with --max-new-tokens "
-                             f"{args.max_new_tokens} it exceeds the model's {model.config.limit}")
+    for name, i, example, prompt in examples:
+        room, more = 0, "an answer"
+        if args.score == "likelihood":
+            room = len(tokenizer.encode(max(tasks.options(name, example), key=len)))
+        elif not args.activations:
+            room, more = args.max_new_tokens, f"--max-new-tokens {args.max_new_tokens}"
+        if len(prompt) + room > model.config.context:
+            raise ValueError(f"{name}, record {i}: the prompt has {len(prompt)} tokens; with {more} it exceeds the model's "
+                             f"{model.config.limit}")
+    for file, pairs in zip(args.loss or (), texts):
+        for i, (given, predicted) in enumerate(pairs):
+            if (count := len(given) + len(predicted) - 1) > model.config.context:
+                raise ValueError(f"{file}, part {i}: {count} tokens exceed the model's {model.config.limit}: leave it out")
     if args.adapter:
         rosa.load_adapter(model, args.adapter)
     if not hasattr(model, "peft_config"):  # PEFT's layers read the weights themselves
@@ -101,7 +112,7 @@ def main(args):
     if args.loss:
         return losses(args, model, texts)
     if args.activations:
-        return activations(args, model, [prompt for _, _, _, prompt in examples[: args.limit or 8]])
+        return activations(args, model, [prompt for _, _, _, prompt in examples])
 
     # --- what is answered already ---
     args.out.mkdir(parents=True, exist_ok=True)
@@ -185,7 +196,8 @@ def answer(args, model, tokenizer):
             shown = text
 
     prompt = tasks.encode_prompt({"instruction": args.prompt}, tokenizer)
-    room = max(1, model.config.context - len(prompt))
+    if (room := model.config.context - len(prompt)) < 1:
+        raise ValueError(f"--prompt has {len(prompt)} tokens: no room for an answer is in the model's {model.config.limit}")
     ids, = model.generate([prompt], min(args.max_new_tokens, room), eos_tokens(model, tokenizer), show)
     print(tokenizer.decode(ids)[len(shown):])
 
@@ -234,13 +246,15 @@ def fingerprint(args, ckpt, dtype):
 
 
 def read_predictions(path):
-    """The lines of a predictions.jsonl, but a last one that was cut short."""
+    """The lines of a predictions.jsonl, but a last one that was cut short, and whatever else is no answer."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
-            lines.append(json.loads(text))
-        except ValueError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if isinstance(line, dict) and {"set", "index", "instruction", "answer", "correct"} <= line.keys():
+            lines.append(line)
     return lines
 
 
@@ -252,7 +266,12 @@ def load_texts(file, tokenizer, limit):
     tokens of the text."""
     if file.suffix in (".json", ".jsonl"):
         return [tasks.encode_example(example, tokenizer) for example in tasks.load_examples(file)[:limit]]
-    ids = tokenizer.encode(file.read_text(encoding="utf-8"))
+    try:
+        ids = tokenizer.encode(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not text in UTF-8") from None
+    if not ids:
+        raise ValueError(f"{file} holds no text")
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     return [([start], ids[i : i + 256]) for i in range(0, len(ids), 256)][:limit]
 
@@ -262,7 +281,7 @@ def losses(args, model, texts):
     """Mean cross-entropy per predicted token of each file, printed and added to losses.json."""
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "losses.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = read_json(path, missing={})
     for file, pairs in zip(args.loss, texts):
         total = 0.0
         for given, predicted in tqdm(sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1])), desc=file.name, leave=False):
@@ -330,8 +349,7 @@ def compare(runs):
     """Print a Markdown table of run directories; what one does not hold is a dash."""
     rows = []
     for run in runs:
-        held = {name: json.loads((run / f"{name}.json").read_text(encoding="utf-8")) if (run / f"{name}.json").is_file() else {}
-                for name in ("args", "summary", "results", "losses")}
+        held = {name: read_json(run / f"{name}.json", missing={}) for name in ("args", "summary", "results", "losses")}
         if not any(held.values()):
             raise FileNotFoundError(f"{run} is no run directory: it has no args.json, results.json or losses.json")
         options, summary, results = held["args"], held["summary"], held["results"]

@@ -76,8 +76,9 @@ class LlamaConfig:
                      "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"):
             value = getattr(self, name)
             optional = name in ("num_key_value_heads", "head_dim", "sliding_window")
-            if not (optional and value is None) and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            most = 2**10 if name == "num_hidden_layers" else 2**24  # beyond, even a model without memory cannot be made
+            if not (optional and value is None) and (type(value) is not int or not 1 <= value <= most):
+                raise ValueError(f"{name} must be a whole number from 1 to {most:,}, not {value!r}")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
@@ -90,20 +91,25 @@ class LlamaConfig:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+        if self.num_attention_heads * self.head_dim > 2**24:
+            raise ValueError(f"num_attention_heads {self.num_attention_heads} x head_dim {self.head_dim} is more than 2^24")
         for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
+            setattr(self, name, positive(name, getattr(self, name)))
+        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+            if getattr(self, name) not in (True, False, None):
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
         for token in self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]:
             if token is not None and type(token) is not int:
-                raise ValueError(f"eos_token_id must be a token id or a list of them, not {self.eos_token_id!r}")
+                raise ValueError("eos_token_id, here or in generation_config.json, must be a token id or a list of them, "
+                                 f"not {self.eos_token_id!r}")
         if str(self.model_type) not in FAMILIES:
             raise ValueError(f"model_type {self.model_type!r} is not implemented: only {', '.join(FAMILIES)} are")
         if self.model_type != "llama":
             self.attention_bias = self.mlp_bias = False
         if self.model_type != "mistral":
             self.sliding_window = None
-        rope_inverse_frequencies(self)  # refuses what it cannot compute
+        if not rope_inverse_frequencies(self).isfinite().all():
+            raise ValueError(f"rope_theta {self.rope_theta} with rope_scaling {self.rope_scaling} gives no finite frequencies")
 
     @property
     def context(self):
@@ -168,18 +174,25 @@ def rope_inverse_frequencies(config):
     kind = scaling.get("rope_type", scaling.get("type"))
     needed = {"linear": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if kind not in needed:
+    if str(kind) not in needed:
         raise ValueError(f"rope_scaling type {kind!r} is not implemented: only linear and llama3 are")
-    for name in needed[kind]:
-        if type(scaling.get(name)) not in (int, float) or scaling[name] <= 0:
-            raise ValueError(f"rope_scaling needs a positive {name}, not {scaling.get(name)!r}")
+    scaling = {name: positive(f"rope_scaling's {name}", scaling.get(name)) for name in needed[kind]}
     if kind == "linear":
         return frequencies / scaling["factor"]
     # LLaMA 3.1: wavelengths beyond the original context are stretched, short ones kept, the ones between blended.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # full turns in that context
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    if low >= high:
+        raise ValueError(f"rope_scaling's low_freq_factor {low} is not below its high_freq_factor {high}")
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as it is; 0: divided by factor
     return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+
+
+def positive(name, value):
+    """A config.json's number as a float. Raises ValueError for what is none, or not positive."""
+    if type(value) not in (int, float) or not 0 < value < 1e38:  # within float32
+        raise ValueError(f"{name} must be a positive number, not {value!r}")
+    return float(value)
 
 
 class Llama(nn.Module):
@@ -729,9 +742,10 @@ def choose_device_and_dtype(device="auto", dtype="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
+        torch.empty(1, device=device).item()  # "meta" has no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(f"device {device!r} is not available ({reason}): choose auto, cpu, cuda or mps") from None
     device = torch.device(device)
     if dtype != "auto":
         return device, getattr(torch, dtype)
@@ -749,14 +763,15 @@ def find_checkpoint(ckpt):
         if (directory / "config.json").is_file():
             return directory
     if Path(ckpt).is_dir():
-        raise FileNotFoundError(f"{ckpt} has no config.json: is it a Hugging Face checkpoint directory?")
+        raise FileNotFoundError(f"the directory {str(ckpt)!r} has no config.json: give that of a Hugging Face checkpoint")
     repository = NAMES.get(str(ckpt), str(ckpt))
     absent = f"no checkpoint {str(ckpt)!r}: neither a directory of that name nor checkpoints/{ckpt}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise FileNotFoundError(f"{absent}; the names known are tiny, {', '.join(NAMES)}, and any org/name on the Hugging Face Hub")
     cache = hub_cache() / ("models--" + repository.replace("/", "--"))
     head = cache / "refs" / "main"
-    directory = cache / "snapshots" / head.read_text().strip() if head.is_file() else cache
+    # Of what the file says the last part alone: it shall lead nowhere else.
+    directory = cache / "snapshots" / Path(head.read_text(errors="replace").strip()).name if head.is_file() else cache
     if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
         return directory
     raise FileNotFoundError(f"{absent}, and Hugging Face's cache {hub_cache()} does not hold {repository}. To download it (hf comes "
@@ -779,7 +794,7 @@ class Stored(NamedTuple):
 
 def tensor_table(directory, model):
     """name -> Stored of every parameter of the model, which may be on the meta device, from the headers of the files in a
-    checkpoint directory. Raises ValueError or OSError, naming every tensor that does not fit."""
+    checkpoint directory. Raises ValueError or OSError, naming the first tensors that do not fit."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
     stored = stored_tensors(directory)
     if model.config.tie_word_embeddings:
@@ -793,7 +808,9 @@ def tensor_table(directory, model):
     problems += [f"{name} is stored as {stored[name].dtype}, not as a float of 16, 32 or 64 bits"
                  for name in wanted if name in stored and stored[name].dtype not in ("F16", "BF16", "F32", "F64")]
     if problems:
-        raise ValueError(f"{directory}: the tensors do not fit the config: " + "; ".join(problems))
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{directory}: the tensors do not fit the config: {'; '.join(problems[:5])}{more}. Download both "
+                         "again, of one model")
     return stored
 
 
@@ -811,29 +828,40 @@ def stored_tensors(directory):
     elif index.is_file():
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
-            raise ValueError(f"{index} has no weight_map from tensor names to file names")
+            raise ValueError(f"{index} has no weight_map from tensor names to file names: download it again")
         files = [directory / file for file in sorted(set(names.values()))]
         for file in files:
             if file.parent != directory or file.name in ("", ".", ".."):
-                raise ValueError(f"{index} names a file outside its directory: {file}")
+                raise ValueError(f"{index} names a file outside its directory, {file}: download the checkpoint again")
             if not file.is_file():
-                raise FileNotFoundError(f"{index} names {file.name}, which is absent: download it again")
+                raise FileNotFoundError(f"{index} names {file.name}, which is absent: download it")
     else:
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
         if pickled:
             raise ValueError(f"{directory} holds only pickled weights ({pickled[0]}), which can run code when they are "
                              "loaded: download or convert to model.safetensors")
-        raise FileNotFoundError(f"{directory} has no model.safetensors and no model.safetensors.index.json")
+        raise FileNotFoundError(f"{directory} has no model.safetensors and no model.safetensors.index.json: download them")
     table = {}
     for file in files:
         try:
+            open(file, "rb").close()  # which says why where it cannot: safe_open calls it absent
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():
+                    if name in table:
+                        raise ValueError(f"{name} is in {table[name].file} and in {file.name}: download the checkpoint again")
                     entry = tensors.get_slice(name)
                     table[name] = Stored(file, tuple(entry.get_shape()), entry.get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{file} is not a whole safetensors file ({error}): download it again") from None
     return table
+
+
+def one_line(message):
+    """A message, an exception say, as one line for a terminal, whatever the names and values that it quotes hold."""
+    if isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.filename}: {message.strerror}"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
+    return text if len(text) <= 600 else f"{text[:400]} ... {text[-180:]}"  # the end says what to do
 
 
 def copy_companions(source, directory):
@@ -853,8 +881,8 @@ def read_json(path, missing=None):
         if missing is None:
             raise
         return missing
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise ValueError(f"{path} is not a JSON file: {error}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a thousand brackets
+        raise ValueError(f"{path} is not a JSON file ({error}): mend or download it") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object: mend or download it")
     return value

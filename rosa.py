@@ -51,14 +51,7 @@ class RoAE(nn.Linear):
 
     def __init__(self, linear, num_heads, rank=64, alpha=128, low_freq_ratio=0.5, pairs="low"):
         nn.Module.__init__(self)  # not nn.Linear's, which would make a weight of its own
-        if type(rank) is not int or rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"alpha must be a positive number, not {alpha!r}")
-        if not 0 < low_freq_ratio <= 1:
-            raise ValueError(f"low_freq_ratio must be in (0, 1], not {low_freq_ratio!r}")
-        if pairs not in ("low", "high", "random"):
-            raise ValueError(f"pairs must be low, high or random, not {pairs!r}")
+        check_settings(rank, alpha, low_freq_ratio, pairs)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias, self.base_class = linear.weight, linear.bias, type(linear)
         self.num_heads, self.rank, self.alpha = num_heads, rank, alpha
@@ -104,6 +97,18 @@ class RoAE(nn.Linear):
         linear = self.base_class(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = weight, self.bias
         return linear
+
+
+def check_settings(rank, alpha, low_freq_ratio, pairs):
+    """Raise ValueError for what is none of an adapter's, whoever says so: a program, or a file."""
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
+    if not isinstance(alpha, (int, float)) or not 0 < alpha < 1e38:  # within float32
+        raise ValueError(f"alpha must be a positive number, not {alpha!r}")
+    if not isinstance(low_freq_ratio, (int, float)) or not 0 < low_freq_ratio <= 1:
+        raise ValueError(f"low_freq_ratio must be in (0, 1], not {low_freq_ratio!r}")
+    if pairs not in ("low", "high", "random"):
+        raise ValueError(f"pairs must be low, high or random, not {pairs!r}")
 
 
 def attach(model, rank=64, alpha=128, low_freq_ratio=0.5, targets="q,k", pairs="low"):
@@ -200,7 +205,7 @@ def load_adapter(model, directory):
     if adapters(model) and (mine := settings(model)) != known:
         differing = [f"{key} {known[key]} (the model has {mine[key]})" for key in known if known[key] != mine[key]]
         raise ValueError(f"{directory} has {', '.join(differing)}")
-    check_tensors(directory, tensors, lora_shapes(model, known))
+    check_lora(directory, tensors, model, known)
     if not adapters(model):
         attach(model, **known)
     with torch.no_grad():
@@ -210,16 +215,22 @@ def load_adapter(model, directory):
     return model
 
 
-def lora_shapes(model, known):
-    """name -> shape of the tensors in a file of an adapter for the model, known: arguments of `attach`."""
-    shapes = {}
-    for i, layer in enumerate(model.model.layers):
-        for target in known["targets"]:
-            linear = layer.get_submodule(TARGETS[target])
-            name = f"base_model.model.model.layers.{i}.{TARGETS[target]}"
-            shapes[f"{name}.lora_A.weight"] = (known["rank"], linear.in_features)
-            shapes[f"{name}.lora_B.weight"] = (linear.out_features, known["rank"])
-    return shapes
+def check_lora(directory, tensors, model, known):
+    """Raise ValueError unless the tensors are those of an adapter for the model, known: arguments of `attach`."""
+    linears = {f"base_model.model.model.layers.{i}.{TARGETS[target]}": (target, layer.get_submodule(TARGETS[target]))
+               for i, layer in enumerate(model.model.layers) for target in known["targets"]}
+    shapes = {f"{name}.lora_A.weight": (known["rank"], linear.in_features) for name, (_, linear) in linears.items()}
+    shapes |= {f"{name}.lora_B.weight": (linear.out_features, known["rank"]) for name, (_, linear) in linears.items()}
+    check_tensors(directory, tensors, shapes)
+    if wrong := [name for name in tensors if not tensors[name].is_floating_point()]:
+        raise ValueError(f"{directory}: {wrong[0]} is {tensors[wrong[0]].dtype}, not floats: copy the adapter again")
+    for name, (target, linear) in linears.items():
+        if target in ("q", "k") and known["low_freq_ratio"] < 1:  # B is read in the adapted rows alone
+            heads = model.config.num_attention_heads if target == "q" else model.config.num_key_value_heads
+            rows = RoAE(nn.Linear(1, linear.out_features), heads, 1, 1, known["low_freq_ratio"], known["pairs"]).rows
+            if tensors[f"{name}.lora_B.weight"].index_fill(0, rows, 0).any():
+                raise ValueError(f"{directory}: {name}.lora_B.weight is not zero outside the rows of low_freq_ratio "
+                                 f"{known['low_freq_ratio']}, pairs {known['pairs']}, in its metadata: copy the adapter again")
 
 
 def check_tensors(directory, tensors, wanted):
@@ -230,7 +241,8 @@ def check_tensors(directory, tensors, wanted):
                  for name, shape in wanted.items() if name in tensors and tensors[name].shape != shape]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(f"{directory} is an adapter for another model: {'; '.join(problems[:3])}{more}")
+        raise ValueError(f"{directory} is an adapter for another model: {'; '.join(problems[:3])}{more}. Give --ckpt "
+                         "the one that it was trained on")
 
 
 # Of PEFT's LoraConfig: what read_adapter heeds, and what says nothing about the function that a trained adapter is.
@@ -244,19 +256,24 @@ def read_adapter(directory):
     run the adapter the settings are {"peft": its config} instead."""
     file = directory / "adapter_model.safetensors"
     try:
-        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+        place = directory / "adapter_config.json"
+        config = json.loads(place.read_text(encoding="utf-8"))
+        open(file, "rb").close()  # which says why where it cannot: safe_open calls it absent
         with safe_open(file, framework="pt") as opened:
+            place = f"the metadata of {file}"
             own = json.loads((opened.metadata() or {}).get("rosa", "{}"))
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         absent = next(name for name in ("adapter_config.json", file.name) if not (directory / name).is_file())
         pickled = ", only adapter_model.bin, a pickle, which can run code" if (directory / "adapter_model.bin").is_file() else ""
         raise FileNotFoundError(f"{directory} is no adapter directory: it has no {absent}{pickled}") from None
     except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{directory / 'adapter_config.json'}: {error}") from None
+        raise ValueError(f"{file} is not a whole safetensors file ({error}): copy it again") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON ({error}): copy it again") from None
     try:
+        if not isinstance(config, dict) or not isinstance(own, dict) or not isinstance(config["peft_type"], str):
+            raise TypeError("not the JSON object that save_adapter or PEFT writes")
         if config["peft_type"] != "LORA" or "peft" in own:
             return {"peft": config}, tensors
         for name, value in config.items():  # DoRA, rank_pattern, modules_to_save, ...: by name, future ones too
@@ -270,10 +287,16 @@ def read_adapter(directory):
         # rsLoRA scales by alpha / sqrt(r), LoRA by alpha / r.
         alpha = config["lora_alpha"] * (math.sqrt(config["r"]) if config.get("use_rslora") else 1)
         known = {"rank": config["r"], "alpha": alpha, "low_freq_ratio": 1.0, "targets": targets, "pairs": "low"}
+        for name in own:  # they may add the rows to what PEFT reads, and change nothing of it
+            if name not in known or name not in ("low_freq_ratio", "pairs") and own[name] != known[name]:
+                raise ValueError(f"{name} {known.get(name)!r} is {own[name]!r} in the metadata of {file.name}: "
+                                 "copy the adapter again")
+        known |= own
+        check_settings(*(known[name] for name in ("rank", "alpha", "low_freq_ratio", "pairs")))
     except (ValueError, KeyError, TypeError) as error:  # a key that is absent, not an object
         problem = f"the key {error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{directory / 'adapter_config.json'}: {problem}") from None
-    return known | own, tensors
+    return known, tensors
 
 
 # --- any other method, by the optional package peft ---
@@ -322,10 +345,12 @@ def peft_adapter(model):
 
 def load_peft(model, config, tensors, directory):
     """Put a saved PEFT adapter into a model, attaching it first if need be."""
-    config = dict(config)
     if not hasattr(model, "peft_config"):
-        # Without the base's name, which PEFT would look for.
-        attach_peft(model, config.pop("peft_type"), config | {"inference_mode": False, "base_model_name_or_path": None})
+        options = config | {"inference_mode": False, "base_model_name_or_path": None}  # the base's name PEFT would look for
+        try:
+            attach_peft(model, options.pop("peft_type"), options)
+        except (ValueError, ImportError) as error:
+            raise type(error)(f"{directory}: {error}") from None
     import peft
 
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
@@ -473,7 +498,7 @@ def updater(model, directory):
     known, tensors = read_adapter(directory)
     if "peft" in known:
         raise ValueError(f"{directory} is an adapter of peft's own, of type {known['peft']['peft_type']}: only peft can merge it")
-    check_tensors(directory, tensors, lora_shapes(model, known))
+    check_lora(directory, tensors, model, known)
 
     def updated(name, weight):
         name = f"base_model.model.{name.removesuffix('.weight')}"
@@ -487,7 +512,9 @@ def updater(model, directory):
 
 def fail(message):
     """A user's mistake: one line, exit status 2."""
-    print(f"rosa.py: {message}", file=sys.stderr)
+    from model import one_line
+
+    print(f"rosa.py: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 

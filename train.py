@@ -28,7 +28,7 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import NAMES, Llama, choose_device_and_dtype, copy_companions, find_checkpoint, read_json
+from model import NAMES, Llama, choose_device_and_dtype, copy_companions, find_checkpoint, one_line, read_json
 
 try:
     import resource
@@ -108,14 +108,24 @@ def parse_args(arguments=None):
         args.dtype = "float32"
     if args.out is None:
         args.out = Path("runs") / f"{Path(args.ckpt).name}-{args.task}-{args.method.replace(':', '-')}"
-    for name in ("epochs", "batch_size", "micro_batch_size", "max_len", "max_steps", "val_size", "eval_every", "save_every"):
-        if (value := getattr(args, name)) is not None and value < 1:
+    for name in ("epochs", "batch_size", "micro_batch_size", "max_len", "max_steps", "val_size", "eval_every", "save_every",
+                 "rank", "select_every"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
             fail(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    for name in ("low_freq_ratio", "k_ratio"):
+        if not 0 < getattr(args, name, 1) <= 1:
+            fail(f"--{name.replace('_', '-')} must be in (0, 1], not {getattr(args, name)}")
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     if args.batch_size % args.micro_batch_size:
         fail(f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size}")
-    if not 0 < args.lr < math.inf:
-        fail(f"--lr must be a positive number, not {args.lr}")
+    for target in getattr(args, "targets", "q").split(","):
+        if target not in rosa.TARGETS:
+            fail(f"--targets has the unknown target {target!r}: choose from {','.join(rosa.TARGETS)}")
+    for name in ("lr", "alpha"):
+        if not 0 < getattr(args, name, 1) < math.inf:
+            fail(f"--{name} must be a positive number, not {getattr(args, name)}")
+    if not 0 <= args.seed < 2**63:
+        fail(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
     return args
 
 
@@ -128,7 +138,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def fail(message):
     """A user's mistake: one line, exit status 2."""
-    print(f"train.py: {message}", file=sys.stderr)
+    print(f"train.py: {one_line(message)}", file=sys.stderr)
     sys.exit(2)
 
 

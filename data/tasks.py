@@ -5,6 +5,7 @@ that scores compare; a clone of that repository serves as the data directory. `t
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -88,10 +89,15 @@ def test_examples(name, data_dir):
         return None
     examples = load_examples(file, needed=("instruction", "answer"))
     for i, example in enumerate(examples):
+        answer = example["answer"]
         try:
-            is_correct(name, "0", example["answer"])
+            choice = name in CHOICES or name == "AQuA"
+            possible = extract_answer(name, answer) == answer if choice else math.isfinite(float(answer.replace(",", "")))
         except ValueError:
-            raise ValueError(f"{file}, record {i}: the answer {example['answer']!r} is not a number") from None
+            possible = False
+        if not possible:
+            kind = "choice" if choice else "number"
+            raise ValueError(f"{file}, record {i}: the answer {answer!r:.50} is not a {kind} of {name}: mend it")
     return examples
 
 
@@ -114,6 +120,8 @@ def load_examples(file, needed=("instruction", "output")):
                 raise ValueError(f"{place}: the field {name!r} is empty")
             if not isinstance(record.get(name, ""), str):
                 raise ValueError(f"{place}: the field {name!r} is not text but {record[name]!r:.50}")
+            if not is_unicode(record.get(name, "")):
+                raise ValueError(f"{place}: the field {name!r} holds half a character, which cannot be encoded: mend it")
         examples.append(record | {field: record[name] for field, name in names.items() if name in record})
     if not examples:
         raise ValueError(f"{file} must hold at least one example: a JSON array of them, or one a line")
@@ -125,7 +133,7 @@ def read_records(file):
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error}") from None
+        raise ValueError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
     if text.lstrip().startswith("["):
         return [(f"{file}, record {i}", value) for i, value in enumerate(parse(text, file))]
     # Not splitlines: a string in JSON may hold what Unicode takes for the end of a line.
@@ -136,8 +144,17 @@ def read_records(file):
 def parse(text, place):
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second: a thousand brackets
         raise ValueError(f"{place}: not JSON: {error}") from None
+
+
+def is_unicode(text):
+    """Whether a text can be encoded: JSON and command lines can hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 CHOICES = {"boolq": r"\b(?:true|false)\b", "piqa": r"solution[12]", "hellaswag": r"ending[1-4]", "winogrande": r"option[12]"}

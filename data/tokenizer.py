@@ -16,21 +16,24 @@ def load_tokenizer(ckpt):
     .vocab_size. Raises ValueError, OSError or ImportError with a line for the user."""
     directory = Path(ckpt) if Path(ckpt).is_dir() else HERE / ckpt  # `tiny` lies beside this file
     settings = {}
-    for file in (directory / "config.json", directory / "tokenizer_config.json"):
+    for file in (directory / "tokenizer_config.json", directory / "config.json"):
         if file.is_file():
             try:
-                settings |= json.loads(file.read_text(encoding="utf-8"))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{file} is not a JSON object: {error}") from None
+                settings |= {**json.loads(file.read_text(encoding="utf-8"))}
+            except (ValueError, TypeError, RecursionError) as error:
+                raise ValueError(f"{file} is not a JSON object ({error}): mend or download it") from None
     if (directory / "tokenizer.model").is_file():
         tokenizer = SentencePieceTokenizer(directory / "tokenizer.model", settings)
     elif (directory / "tokenizer.json").is_file():
         tokenizer = JsonTokenizer(directory / "tokenizer.json", settings)
     else:
-        raise FileNotFoundError(f"{directory} has no tokenizer.model and no tokenizer.json")
+        raise FileNotFoundError(f"{directory} has no tokenizer.model and no tokenizer.json: download the model's own")
     rows = settings.get("vocab_size")
-    if type(rows) is int and tokenizer.vocab_size > rows:
-        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}")
+    if type(rows) is int and 0 < rows < tokenizer.vocab_size:
+        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: "
+                         "download the model's own")
+    if type(tokenizer.eos_id) is not int or not 0 <= tokenizer.eos_id < tokenizer.vocab_size:
+        raise ValueError(f"{directory}: {tokenizer.eos_id!r} is no end-of-sequence token: mend tokenizer_config.json")
     return tokenizer
 
 
@@ -41,12 +44,12 @@ class SentencePieceTokenizer:
     def __init__(self, file, settings):
         # One more protobuf field after the others overrides what the model says: normalizer_spec { add_dummy_prefix: false }.
         no_prefix = b"\x1a\x02\x18\x00"
+        proto = file.read_bytes()
         try:
-            proto = file.read_bytes()
             self.prefixing = SentencePieceProcessor(model_proto=proto)
             self.plain = SentencePieceProcessor(model_proto=proto + no_prefix)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{file} is not a SentencePiece model: {str(error).strip()}") from None
+            raise ValueError(f"{file} is not a SentencePiece model ({str(error).strip()}): download it again") from None
         if settings.get("add_prefix_space") is False:
             self.prefixing = self.plain
         self.vocab_size = self.plain.vocab_size()
@@ -71,18 +74,18 @@ class JsonTokenizer:
         try:
             self.model = Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
-            raise ValueError(f"{file} is not a tokenizer that the package tokenizers reads: {error}") from None
+            raise ValueError(f"{file} is no tokenizer that the package tokenizers reads ({error}): download it again") from None
         self.model.encode_special_tokens = True  # "</s>" in somebody's text is four characters
         self.model.no_truncation()
         self.model.no_padding()
-        self.vocab_size = self.model.get_vocab_size()
+        self.vocab_size = 1 + max(self.model.get_vocab().values(), default=-1)
         added = self.model.encode("").ids  # what the post-processor puts around a text
         self.bos_id = added[0] if added else None
         eos = settings.get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        self.eos_id = self.model.token_to_id(eos) if eos else settings.get("eos_token_id")
+        eos = eos.get("content") if isinstance(eos, dict) else eos
+        self.eos_id = self.model.token_to_id(eos) if isinstance(eos, str) else settings.get("eos_token_id")
         if isinstance(self.eos_id, list):
-            self.eos_id = self.eos_id[0]
+            self.eos_id = next(iter(self.eos_id), None)
         if self.eos_id is None:
             raise ValueError(f"{file.parent}: neither tokenizer_config.json nor config.json names an end-of-sequence token")
 

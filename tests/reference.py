@@ -21,7 +21,7 @@ def logits(directory, tokens):
         return y + weights[name + ".bias"] if name + ".bias" in weights else y
 
     def norm(x, name):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config["rms_norm_eps"]) * weights[name + ".weight"]
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.get("rms_norm_eps", 1e-6)) * weights[name + ".weight"]
 
     def rotate(x):  # [T, d]: pair i as the complex number x[i] + j x[i + d/2]
         z = (x[:, : d // 2] + 1j * x[:, d // 2 :]) * np.exp(1j * angles)

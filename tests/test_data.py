@@ -111,6 +111,21 @@ def test_a_checkpoint_says_whether_sequences_begin_with_bos(tmp_path):
     assert load_tokenizer(tmp_path).bos_id is None
 
 
+def test_a_tokenizer_without_an_end_of_sequence_is_refused(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b c d e f"] * 9), model_writer=model, vocab_size=12,
+                                             hard_vocab_limit=False, minloglevel=2, eos_id=-1)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    with pytest.raises(ValueError, match="-1 is no end-of-sequence token: mend tokenizer_config.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    for eos in ("absent", {"text": "<eos>"}, 7):
+        write_json_tokenizer(tmp_path)
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos, "eos_token_id": "1"}))
+        with pytest.raises(ValueError, match="end-of-sequence token"):
+            load_tokenizer(tmp_path)
+
+
 def write_json_tokenizer(directory, bos=False):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -152,28 +167,6 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
 # --- files ---
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"", "at least one example"), (b"[", "data.json: not JSON"), (b'["\xff"]', "not text in UTF-8"), (b"[]", "at least one example"),
-    (b"[1]", "record 0: not an object but int"), (b"{}", "line 1: the field 'instruction' is missing"),
-    (b'{"instruction": "a", "output": "b"}\n\n{"instruction": "a", "output"\n', "line 3: not JSON: Expecting"),
-    (b'{\n"instruction": "a", "output": "b"\n}', "line 1: not JSON"), (b'"a"\n', "line 1: not an object but str"),
-    (b'{"prompt": "a", "output": "b"}', "line 1: the field 'completion' is missing"),
-    (b'{"question": "a", "answer": ""}', "line 1: the field 'answer' is empty"),
-    (b'[{"question": "a", "answer": 7}]', "record 0: the field 'answer' is not text but 7"),
-    (b'[{"prompt": [{"role": "user"}], "completion": "b"}]', "record 0: the field 'prompt' is not text but"),
-    (b'[{"instruction": "a", "output": "b"}, {"instruction": "a"}]', "record 1: the field 'output' is missing"),
-    (b'[{"instruction": "a", "output": ""}]', "record 0: the field 'output' is empty"),
-    (b'[{"instruction": null, "output": "b"}]', "record 0: the field 'instruction' is empty"),
-    (b'[{"instruction": "a", "output": 7}]', "record 0: the field 'output' is not text but 7"),
-    (b'[{"instruction": "a", "output": "b", "input": 3}]', "record 0: the field 'input' is not text but 3"),
-])
-def test_a_data_file_that_does_not_fit_is_named_with_the_record(tmp_path, content, message):
-    (tmp_path / "data.json").write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
-        tasks.load_examples(tmp_path / "data.json")
-    assert "data.json" in str(error.value) and "\n" not in str(error.value)
-
-
 PLAIN = [{"instruction": "Add 1 and 2.", "output": "3"}, {"instruction": "Name it.", "input": "\u2028 a\nb", "output": "é"}]
 
 
@@ -207,9 +200,6 @@ def test_tasks_and_their_files(tmp_path):
     (tmp_path / "dataset" / "gsm8k").mkdir(parents=True)
     (tmp_path / "dataset" / "gsm8k" / "test.json").write_text('[{"instruction": "a", "answer": "1"}]')
     assert len(tasks.test_examples("gsm8k", tmp_path)) == 1
-    (tmp_path / "dataset" / "gsm8k" / "test.json").write_text('[{"instruction": "a", "answer": "one"}]')
-    with pytest.raises(ValueError, match="record 0: the answer 'one' is not a number"):
-        tasks.test_examples("gsm8k", tmp_path)
 
 
 # --- answers ---

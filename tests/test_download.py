@@ -135,8 +135,8 @@ def test_a_task_is_its_training_file_and_its_test_sets(server, capsys, task, cou
 
 def test_the_files_lie_where_the_tasks_look_for_them(server, capsys):
     example = b'[{"instruction": "1 + 1?", "input": "", "output": "2", "answer": "2"}]'
-    server.content = dict.fromkeys(server.content, example)
-    download.BLOB_IDS.update(dict.fromkeys(server.content, git_id(example)))
+    server.content = {file: example.replace(b'"2"}', b'"A"}') if "AQuA" in file else example for file in server.content}
+    download.BLOB_IDS.update({file: git_id(content) for file, content in server.content.items()})
     run(server, capsys, "arithmetic")
     for name in tasks.TASKS["arithmetic"]:
         assert len(tasks.test_examples(name, tasks.DATA_DIR)) == 1

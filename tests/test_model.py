@@ -182,16 +182,6 @@ def test_shards_load_as_one_file_does(tmp_path, model):
     assert torch.equal(Llama.from_pretrained(tmp_path)(random_tokens(1, 9)), model(random_tokens(1, 9)))
 
 
-@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/passwd", "absent.safetensors"])
-def test_an_index_reaches_no_file_but_its_own_shards(tmp_path, model, file):
-    directory = tmp_path / "checkpoint"
-    model.save_pretrained(directory)
-    (directory / "model.safetensors").rename(tmp_path / "outside.safetensors")
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": file}}))
-    with pytest.raises((ValueError, FileNotFoundError), match="index.json names"):
-        Llama.from_pretrained(directory)
-
-
 def test_every_tensor_that_does_not_fit_is_named(tmp_path, model):
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -216,22 +206,6 @@ def test_derivable_tensors_of_old_checkpoints_are_ignored(tmp_path):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
-def test_pickled_weights_are_refused(tmp_path, model):
-    model.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="pickled weights .pytorch_model.bin.*safetensors"):
-        Llama.from_pretrained(tmp_path)
-
-
-def test_a_file_cut_short_is_named(tmp_path, model):
-    model.save_pretrained(tmp_path)
-    whole = (tmp_path / "model.safetensors").read_bytes()
-    for length in (0, 4, 100, len(whole) - 1):
-        (tmp_path / "model.safetensors").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
-            Llama.from_pretrained(tmp_path)
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads peak memory from /proc")
 def test_loading_needs_no_second_copy(tmp_path):
     random_model(hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8,
@@ -250,41 +224,24 @@ def test_loading_needs_no_second_copy(tmp_path):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"model_type": "gemma"}, "model_type 'gemma'"),
-    ({"model_type": ["llama"]}, "model_type"),
     ({"architectures": ["LlamaForSequenceClassification"]}, r"architectures = \['LlamaForSequenceClassification'\]"),
     ({"model_type": "mistral", "sliding_window": 0}, "sliding_window must be"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not implemented"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "positive factor"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling's factor must be a positive number"),
     ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"use_sliding_window": True}, "use_sliding_window"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-    ({"num_attention_heads": 5}, "num_attention_heads 5"),
-    ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
-    ({"hidden_size": 32.5}, "hidden_size"),
-    ({"hidden_size": -32}, "hidden_size"),
-    ({"vocab_size": 0}, "vocab_size"),
-    ({"head_dim": 7}, "head_dim 7 is odd"),
-    ({"rms_norm_eps": 0}, "rms_norm_eps"),
-    ({"eos_token_id": "</s>"}, "eos_token_id"),
 ])
 def test_what_a_config_asks_for_and_is_not_implemented_is_refused_by_name(tmp_path, changes, message):
     (tmp_path / "config.json").write_text(json.dumps(BASE | changes))
     with pytest.raises(ValueError, match=message) as error:
         LlamaConfig.from_file(tmp_path)
     assert "config.json" in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", "\xff", '{"model_type": "llama"}'])
-def test_a_config_that_is_none_is_named(tmp_path, text):
-    (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(ValueError, match="config.json"):
-        LlamaConfig.from_file(tmp_path)
 
 
 def test_generation_config_decides_the_end_of_sequence(tmp_path):

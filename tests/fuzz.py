@@ -1,0 +1,295 @@
+"""A fuzzer of everything that is read: config.json, an index, a safetensors header, an adapter, data files.
+
+A case flips, cuts and inserts bytes in one good file, or puts another value into its JSON, and has it read. Whatever follows is either a refusal, ValueError,
+OSError or ImportError with a message for one line, or a result that an independent reading of the same bytes, by json and
+NumPy, gives too; within 5 seconds and 200 MB. A case is decided by the seed and its number alone: `python bench_fuzz.py`.
+"""
+
+import contextlib
+import json
+import math
+import random
+import resource
+import signal
+import struct
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import reference
+import torch
+from conftest import random_model, randomise_adapters
+from safetensors.torch import load_file, save_file
+
+import rosa
+from data import tasks
+from model import Llama, LlamaConfig, one_line
+
+TOKENS = [3, 1, 4, 1, 5]
+SECONDS, BYTES = 5, 200 * 2**20  # of one case, at most
+PIECES = [b"-", b"0", b"9" * 30, b"9" * 5000, b"1e999", b"NaN", b"-Infinity", b"null", b"true", b"{}", b"[]", b'""', b'"', b"\\", b"[" * 2000, b"{",
+          b"}", b",", b":", b"\xff", b"\0", b"\n", b"\\ud800", b"\xe2\x80\xa8", b"../", b"/", b".5", b"e9", b"F16", b"BF16", b"F64", b"llama"]
+
+VALUES = [None, True, False, 0, -1, 1, 2, 3, 10**9, 10**30, 0.5, 1e300, 1e-300, math.nan, math.inf, "", "1", "a", "x" * 10**5, "\0", "\ud800", "../a",
+          "/etc/passwd", "inf", "linear", "mistral", "qwen2", [], [[]], {}, [1, 2], {"a": 1}, {"rope_type": "linear", "factor": 2.0}]
+
+
+class Bad(AssertionError):
+    """An outcome that is neither a clean refusal nor right."""
+
+
+def mutated(rng, content, part):
+    """The bytes of a file with one to three changes, made in one part of it."""
+    change = rng.choice((changed_bytes, changed_values))
+    if part == "all":
+        return change(rng, content)
+    size, = struct.unpack("<Q", content[:8])
+    text = content[8 : 8 + size]
+    if part == "header" and rng.random() < 0.3:  # the length too, or a length that is no longer right
+        return changed_bytes(rng, content[: 8 + size]) + content[8 + size :]
+    if part == "header":
+        text = change(rng, text)
+    else:
+        header = json.loads(text)
+        header["__metadata__"]["rosa"] = change(rng, header["__metadata__"]["rosa"].encode()).decode(errors="replace")
+        text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + size :]
+
+
+def changed_values(rng, content):
+    """JSON, or lines of it, with another value in one place, or with a key less, twice or by another name."""
+    lines = content.split(b"\n") if content.count(b"\n{") > 2 else [content]
+    at = rng.randrange(len(lines))
+    value = holder = {"": json.loads(lines[at] or b"0")}
+    key = ""
+    while isinstance(holder[key], (dict, list)) and holder[key] and (key == "" or rng.random() < 0.9):
+        holder = holder[key]
+        key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+    if isinstance(holder, dict) and rng.random() < 0.2:
+        moved = holder.pop(key)
+        if rng.random() < 0.5:
+            holder[rng.choice(("", key + "s", key.upper(), "x" * 10**5, "\ud800\x1b", *holder))] = moved
+    else:
+        old = holder[key]
+        near = [old + rng.choice((-1, 1, 0.5, 2**31, 2**63)), -old, old / 2, old * 10**9] if type(old) in (int, float) else [[old], {"a": old}]
+        holder[key] = rng.choice([*near, *near, *VALUES, rng.choice([other for other in holder.values()] if isinstance(holder, dict) else holder)])
+    lines[at] = json.dumps(value.get("")).encode()
+    return b"\n".join(lines)
+
+
+def changed_bytes(rng, content):
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        at = rng.randrange(len(content) or 1)
+        kind = rng.choice(("flip", "set", "digit", "insert", "piece", "piece", "cut", "remove", "repeat"))
+        few = rng.choice((1, 1, 2, 5, 20))
+        if kind == "flip" and content:
+            content[at] ^= 1 << rng.randrange(8)
+        elif kind == "set" and content:
+            content[at] = rng.randrange(256)
+        elif kind == "digit":  # what stays JSON is what may be read wrongly
+            digits = [i for i, byte in enumerate(content) if chr(byte).isdigit()]
+            if digits:
+                content[rng.choice(digits)] = rng.choice(b"0123456789")
+        elif kind == "insert":
+            content[at:at] = rng.randbytes(few)
+        elif kind == "piece":
+            content[at : at + rng.choice((0, 0, 1, few))] = rng.choice(PIECES)
+        elif kind == "cut":
+            del content[at:]
+        elif kind == "remove":
+            del content[at : at + few]
+        else:
+            content[at:at] = content[at : at + few]
+    return bytes(content)
+
+
+def tensors_of(content):
+    """(name -> float64 array of every tensor, the metadata) of a safetensors file's bytes, read by json and NumPy."""
+    size, = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
+    metadata, found = header.pop("__metadata__", None) or {}, {}
+    for name, entry in header.items():
+        raw = data[entry["data_offsets"][0] : entry["data_offsets"][1]]
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            values = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
+        else:
+            values = np.frombuffer(raw, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[entry["dtype"]])
+        found[name] = values.astype(np.float64).reshape(entry["shape"])
+    return found, metadata
+
+
+def equal(found, expected, what):
+    if set(found) != set(expected):
+        raise Bad(f"{what}: {sorted(set(found) ^ set(expected))[:3]}")
+    for name, value in expected.items():
+        if not np.array_equal(found[name].detach().double().numpy(), value, equal_nan=True):
+            raise Bad(f"{what}: {name} differs")
+
+
+# --- what is fuzzed: a good directory, the file in it, and what must hold of an accepted one ---
+
+
+def good(directory):
+    """The good files, made once."""
+    model = random_model(num_hidden_layers=2, hidden_size=16, intermediate_size=24, head_dim=8)
+    model.save_pretrained(directory / "ckpt")
+    tensors = load_file(directory / "ckpt" / "model.safetensors")
+    (directory / "sharded").mkdir()
+    (directory / "sharded" / "config.json").write_bytes((directory / "ckpt" / "config.json").read_bytes())
+    files = {name: f"model-0000{1 + i % 3}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, directory / "sharded" / file)
+    (directory / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 9}, "weight_map": files}, indent=1))
+    rosa.save_adapter(randomise_adapters(rosa.attach(model, 2, 4, 0.5, "q,v")), directory / "adapter")
+    records = [{"instruction": f"Add {i} and 1.", "input": "é\u2028" * (i % 2), "output": f"It is {i + 1}.", "answer": str(i + 1)} for i in range(4)]
+    (directory / "dataset" / "gsm8k").mkdir(parents=True)
+    (directory / "dataset" / "gsm8k" / "test.json").write_text(json.dumps(records, ensure_ascii=False, indent=1))
+    (directory / "data.json").write_text(json.dumps(records))
+    lines = [{"prompt": record["instruction"], "input": record["input"], "completion": record["output"]} for record in records]
+    (directory / "data.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def read_config(directory, content):
+    """Accepted: the fields are those that json reads, and the model computes what the NumPy reference computes with them."""
+    model = Llama.from_pretrained(directory / "ckpt")
+    raw, config = json.loads(content.decode("utf-8")), LlamaConfig.from_file(directory / "ckpt")
+    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+                 "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "eos_token_id", "model_type"):
+        default = {"num_key_value_heads": config.num_attention_heads, "head_dim": config.hidden_size // config.num_attention_heads}
+        value = raw.get(name)
+        if value is None and not (name in raw and name == "tie_word_embeddings"):  # null: as good as false
+            value = default.get(name, LlamaConfig.__dataclass_fields__[name].default)
+        if getattr(config, name) != (float(value) if name in ("rms_norm_eps", "rope_theta") else value):
+            raise Bad(f"{name} is {getattr(config, name)!r}, config.json says {raw.get(name)!r}")
+    if config.context >= len(TOKENS):
+        with np.errstate(all="ignore"), torch.inference_mode():
+            expected = reference.logits(directory / "ckpt", TOKENS)
+            if not np.allclose(model(torch.tensor([TOKENS]))[0].double().numpy(), expected, atol=1e-3, rtol=1e-3, equal_nan=True):
+                raise Bad("the logits are not those of the reference")
+
+
+def read_weights(directory, content):
+    """Accepted: every tensor holds what NumPy reads at its offsets."""
+    equal(Llama.from_pretrained(directory / "ckpt").state_dict(), tensors_of(content)[0], "model.safetensors")
+
+
+def read_index(directory, content):
+    """Accepted: every tensor holds what its shard holds, by the index where that names one."""
+    found = Llama.from_pretrained(directory / "sharded").state_dict()
+    expected = {}
+    for file in set(json.loads(content)["weight_map"].values()):
+        path = directory / "sharded" / file
+        if path.resolve().parent != (directory / "sharded").resolve():
+            raise Bad(f"{file} lies outside")
+        expected |= tensors_of(path.read_bytes())[0]
+    equal(found, expected, "the shards")
+
+
+def read_adapter(directory, content):
+    """Accepted: the model's updates are alpha / rank * B A, of the tensors that NumPy reads, in memory and merged."""
+    model = rosa.load_adapter(random_model(num_hidden_layers=2, hidden_size=16, intermediate_size=24, head_dim=8), directory / "adapter")
+    config = json.loads((directory / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors, metadata = tensors_of((directory / "adapter" / "adapter_model.safetensors").read_bytes())
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    own = json.loads(metadata.get("rosa", "{}"))
+    if (own.get("rank", config["r"]), own.get("alpha", scale * config["r"])) != (config["r"], scale * config["r"]):
+        raise Bad("config and metadata disagree")
+    updates, names = {}, rosa.adapters(model)
+    if {f"base_model.model.{name}.lora_{factor}.weight" for name in names for factor in "AB"} != set(tensors):
+        raise Bad("other tensors are adapted")
+    for name, adapter in names.items():
+        B = np.zeros((adapter.out_features, adapter.rank))
+        B[adapter.rows.numpy()] = adapter.B.detach().double().numpy()
+        with np.errstate(all="ignore"):
+            updates[name] = scale * tensors[f"base_model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.{name}.lora_A.weight"]
+            if not np.allclose(adapter.alpha / adapter.rank * B @ adapter.A.detach().double().numpy(), updates[name], equal_nan=True):
+                raise Bad(f"{name} has another update")
+
+
+def read_data(file, needed):
+    def read(directory, content):
+        """Accepted: the examples are the records that json reads."""
+        examples = tasks.load_examples(directory / file, needed=needed) if "gsm8k" not in file else tasks.test_examples("gsm8k", directory)
+        text = content.decode("utf-8").removeprefix("\ufeff")
+        records = json.loads(text) if text.lstrip()[0] == "[" else [json.loads(line) for line in text.split("\n") if line.strip()]
+        if len(examples) != len(records):
+            raise Bad(f"{len(examples)} examples of {len(records)} records")
+        for example, record in zip(examples, records):
+            pairs = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
+            question, response = next(pair for pair in pairs if pair[0] in record)
+            expected = {"instruction": record[question], "output": record.get(response), "input": record.get("input"),
+                        "answer": record.get("answer")}
+            for field, value in expected.items():
+                if example.get(field) != value or (field in needed and not isinstance(value, str)):
+                    raise Bad(f"{field} is {example.get(field)!r}, the record says {value!r}")
+            tasks.prompt_text(example).encode()
+            if "gsm8k" in file and not math.isfinite(float(record["answer"].replace(",", ""))):
+                raise Bad(f"the answer {record['answer']!r} is no number")
+    return read
+
+
+KINDS = {  # kind -> the file, what reads and verifies it, the part of it that is fuzzed
+    "config.json": ("ckpt/config.json", read_config, "all"),
+    "index": ("sharded/model.safetensors.index.json", read_index, "all"),
+    "safetensors header": ("ckpt/model.safetensors", read_weights, "header"),
+    "adapter config": ("adapter/adapter_config.json", read_adapter, "all"),
+    "adapter header": ("adapter/adapter_model.safetensors", read_adapter, "header"),
+    "adapter metadata": ("adapter/adapter_model.safetensors", read_adapter, "metadata"),
+    "data, array": ("data.json", read_data("data.json", ("instruction", "output")), "all"),
+    "data, lines": ("data.jsonl", read_data("data.jsonl", ("instruction", "output")), "all"),
+    "test set": ("dataset/gsm8k/test.json", read_data("dataset/gsm8k/test.json", ("instruction", "answer")), "all"),
+}
+
+
+def run(cases, seed, directory):
+    """Read the cases, numbers, in a directory that is empty at first. Returns kind -> counts; raises Bad, naming the case."""
+    good(directory)
+    contents = {kind: (directory / file).read_bytes() for kind, (file, _, _) in KINDS.items()}
+    for kind, (file, read, _) in KINDS.items():
+        if outcome(read, directory, contents[kind], file) != "accepted":
+            raise Bad(f"{kind}: the good file is refused")
+    signal.signal(signal.SIGALRM, too_long)
+    counts = {kind: {"cases": 0, "refused": 0, "accepted": 0} for kind in KINDS}
+    for case in cases:
+        kind = list(KINDS)[case % len(KINDS)]
+        file, read, part = KINDS[kind]
+        rng = random.Random(f"{seed} {case}")
+        content = mutated(rng, contents[kind], part)
+        (directory / file).write_bytes(content)
+        start, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            counts[kind][outcome(read, directory, content, file)] += 1
+            if time.perf_counter() - start > SECONDS:
+                too_long()
+            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * (1 if sys.platform == "darwin" else 1024)
+            if grown > BYTES:
+                raise Bad(f"it took {grown / 2**20:.0f} MB")
+        except BaseException as error:
+            raise Bad(f"{kind}, seed {seed}, case {case}: {type(error).__name__}: {error!s:.500}") from error
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            (directory / file).write_bytes(contents[kind])
+        counts[kind]["cases"] += 1
+    return counts
+
+
+def too_long(*_):
+    raise Bad(f"it took more than {SECONDS} seconds")
+
+
+def outcome(read, directory, content, file):
+    """"refused" or "accepted"; raises Bad or whatever else came of it."""
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+            warnings.simplefilter("error")  # a warning is a line on stderr that nobody meant
+            read(directory, content)
+    except (ValueError, OSError, ImportError) as error:
+        line = one_line(error)
+        if not line.isprintable() or len(line) > 700 or Path(file).parts[0] not in line:
+            raise Bad(f"the refusal {line!r} names no file or is no line") from error
+        return "refused"
+    return "accepted"
