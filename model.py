@@ -344,8 +344,8 @@ class Llama(nn.Module):
     def from_pretrained(cls, ckpt, device="cpu", dtype=None):
         """Load a Hugging Face directory, or a name that `find_checkpoint` knows. dtype None: as stored.
 
-        One tensor at a time goes from the memory-mapped file to its place, the largest first, so that resident memory
-        never exceeds the model by more than a small tensor. Raises ValueError or OSError with a line for the user."""
+        One tensor at a time goes from the memory-mapped file to its place: file by file, as disks read fastest, of each the largest
+        first, so that resident memory never exceeds the model by much. Raises ValueError or OSError with a line for the user."""
         directory = find_checkpoint(ckpt)
         config = LlamaConfig.from_file(directory)
         with torch.device("meta"):
@@ -354,7 +354,7 @@ class Llama(nn.Module):
         cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+$", directory.as_posix())
         model.name_or_path = "/".join(cached.groups()) if cached else str(directory)
         table = tensor_table(directory, model)
-        for name in sorted(table, key=lambda name: -math.prod(table[name].shape)):
+        for name in sorted(table, key=lambda name: (table[name].file, -math.prod(table[name].shape))):
             tensor = read_tensor(table, name).to(device=device, dtype=dtype, copy=True)
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
