@@ -7,28 +7,33 @@
 A run directory (--out) holds the best adapter, `args.json`, and `log.jsonl`: {"step": 0, "val_loss": x}, then a line
 per optimiser step with step, loss, lr, tokens, seconds, active_layers, and val_loss where it was measured.
 `layers.jsonl` has a line per selection of layers, with their scores; at its end the run adds their picture,
-`layers.png`, and `summary.json`, the run in six numbers.
+`layers.png`, and `summary.json`, the run in six numbers. `state.safetensors` is what --resume goes on from: a run that was
+killed at any moment and resumed ends in the same bytes as one that never was.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import math
 import os
 import random
+import shlex
+import shutil
 import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import NAMES, Llama, choose_device_and_dtype, copy_companions, find_checkpoint, read_json
+from model import NAMES, Llama, choose_device_and_dtype, copy_companions, find_checkpoint, read_json, stored_tensors
 
 try:
     import resource
@@ -80,8 +85,9 @@ def parse_args(arguments=None):
     p.add_argument("--val-size", type=int, default=300, help="training examples held out for validation")
     p.add_argument("--eval-every", type=int, default=100, help="optimiser steps between validations")
     p.add_argument("--save-every", type=int, default=100, help="optimiser steps between saves for --resume")
-    p.add_argument("--resume", action="store_true", help="continue the run in --out from its last save")
-    p.add_argument("--overwrite", action="store_true", help="start anew in an --out that holds a run already")
+    begin = p.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true", help="continue the run in --out from its last save")
+    begin.add_argument("--overwrite", action="store_true", help="start anew in an --out that holds a run already")
     p.add_argument("--data-dir", default=tasks.DATA_DIR, help="directory laid out as LLM-Adapters' repository")
     p.add_argument("--train-file", help="train on this JSON file instead of the task's own; also looked for in --data-dir")
     p.add_argument("--out", type=Path, help="run directory (default: runs/<ckpt>-<task>-<method>)")
@@ -126,25 +132,31 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def fail(message):
-    """A user's mistake: one line, exit status 2."""
+def fail(message, status=2):
+    """One line and the exit status: 2 for a user's mistake, 1 for what happens to a run on its way."""
+    for bar in list(tqdm._instances):  # the line shall be one of its own
+        bar.close()
     print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 def main(args):
     # --- the model and its adapters ---
     ckpt = find_checkpoint(args.ckpt)
-    if (args.out / "log.jsonl").exists() and not (args.resume or args.overwrite):
+    if (args.out / "args.json").exists() and not (args.resume or args.overwrite):
         raise ValueError(f"--out {args.out} holds a run already: --resume goes on with it, --overwrite starts anew")
     if args.out.resolve() == ckpt.resolve():
         raise ValueError(f"--out {args.out} is the checkpoint itself: choose another directory for the run")
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
-    train_set, val_set, too_long = load_data(args, tokenizer)
+    train_set, val_set, records, too_long = load_data(args, tokenizer)
+    args.dtype = str(dtype).removeprefix("torch.")  # of "auto" the answer is part of the run
     model = Llama.from_pretrained(ckpt, device, dtype)
     if args.max_len > model.config.context:
         raise ValueError(f"--max-len {args.max_len} exceeds the model's {model.config.limit}")
+    description = describe(args, ckpt, model, train_set, val_set)
+    if args.resume:
+        check_same(args, description)
     torch.manual_seed(args.seed)
     attach(args, model)
     selector = rosa.LayerSelector(model, args.k_ratio, args.select_every, args.score_ema, args.select)
@@ -156,7 +168,7 @@ def main(args):
 
     trainable_count, count = (sum(p.numel() for p in some) for some in (trainable.values(), model.parameters()))
     lengths = [len(prompt) + len(response) for prompt, response in train_set]
-    print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; what trains in float32")
+    print(f"model      {ckpt}: {len(model.model.layers)} layers, {args.dtype} on {device}; what trains in float32")
     print(f"method     {args.method}{f' on {args.targets}' if 'targets' in args else ''}; "
           f"{selector.count} of {len(model.model.layers)} layers train at a time")
     print(f"trainable params: {trainable_count:,} || all params: {count:,} || trainable%: {100 * trainable_count / count:.4f}")
@@ -170,21 +182,31 @@ def main(args):
         compile_layers(model)
 
     # --- where to begin ---
-    if args.resume:
+    with saving(args.out):
+        for leftover in args.out.glob("*.partial"):  # of a save that was cut short
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    if args.resume and (args.out / "state.safetensors").exists():
         step, best = load_state(args, trainable, optimizer, selector)
     else:
         step = 0
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+        with saving(args.out):
+            if not args.resume:  # first: what is left of another run is from here on no run
+                (args.out / "args.json").unlink(missing_ok=True)
+            for file in ("state.safetensors", *LOGS, "layers.png", "summary.json"):
+                (args.out / file).unlink(missing_ok=True)
+        write(args.out / "args.json", json.dumps(description, indent=2) + "\n")
         best = validate(model, val_set, args)
-        save_best(args, model, ckpt)
-        write_log(args.out / "log.jsonl", {"step": 0, "val_loss": best}, mode="w")
-        for file in ("state.safetensors", "layers.jsonl", "layers.png", "summary.json"):  # of the run that was here
-            (args.out / file).unlink(missing_ok=True)
+        if not math.isfinite(best):
+            fail(f"the validation loss is {best} before training: is {ckpt} whole?", 1)
         print(f"validation loss {best:.4f} before training")
+        save_best(args, model, ckpt)
+        write_log(args.out / "log.jsonl", {"step": 0, "val_loss": best})
+        save_state(args, trainable, optimizer, selector, step, best)
 
     # --- the loop ---
-    first_step = step
+    first_step = saved = step
+    skipped = 0  # steps in a row that were not applied
     model.train()  # for the dropout that a method of peft may have
     layers = range(len(model.model.layers))
     bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True,
@@ -218,8 +240,11 @@ def main(args):
             loss += micro_loss.item()
         selector.after_backward()
 
-        torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
-        optimizer.step()
+        # A step that is not finite would spoil the weights for good: it is not applied, and after three in a row the run ends.
+        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
+        skipped = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped + 1
+        if not skipped:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
@@ -227,6 +252,10 @@ def main(args):
         token_count = sum(len(prompt) + len(response) for prompt, response in batch)
         record = {"step": step, "loss": loss, "lr": lr, "tokens": token_count, "seconds": seconds,
                   "active_layers": selector.active}
+        if skipped:
+            record["skipped"] = True
+            culprits = f"loss {loss:.3g}, gradient {norm:.3g}, examples {[records[i] for i in batches[position]]}"
+            tqdm.write(f"step {step:5}  not applied: {culprits}")
         if step % args.eval_every == 0 or step == total_steps:
             record["val_loss"] = validate(model, val_set, args)
             tqdm.write(f"step {step:5}  validation loss {record['val_loss']:.4f}")
@@ -238,14 +267,18 @@ def main(args):
             selection = {"step": step, "scores": selector.scores.tolist(), "active_layers": selector.active}
             write_log(args.out / "layers.jsonl", selection)
         stopping = len(signals) > 0  # asked once: a signal from here on ends the next step
-        if step % args.save_every == 0 or step == total_steps or stopping:
+        if skipped == 3:
+            fail(f"step {step} was the third in a row that is not finite: {culprits}, counted from 0 in the training data. The "
+                 f"last good state, of step {saved}, is in {args.out / 'state.safetensors'}", 1)
+        if not skipped and (step % args.save_every == 0 or step == total_steps or stopping):
             save_state(args, trainable, optimizer, selector, step, best)
+            saved = step
         strip = "".join("█" if i in selector.active else "·" for i in layers)
         bar.set_postfix_str(f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {strip}", refresh=False)
         bar.update()
         if stopping and step < total_steps:
             bar.close()
-            print(f"stopped after step {step}. To go on: the same command with --resume")
+            print(f"stopped after step {step}. To go on: {resume_command()}")
             sys.exit(128 + signals[0])
     bar.close()
     write_summary(args, trainable_count, count, best, device)
@@ -294,23 +327,33 @@ def attach(args, model):
 
 def save_best(args, model, ckpt):
     """The adapter, or with --method full a whole checkpoint, tokenizer included: `eval.py --ckpt` takes it."""
-    if args.method != "full":
-        return rosa.save_adapter(model, args.out)
-    model.save_pretrained(args.out)
-    copy_companions(ckpt, args.out)
+    new = args.out / "best.partial"
+    with saving(new):
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        if args.method == "full":
+            model.save_pretrained(new)
+            copy_companions(ckpt, new)
+        else:
+            rosa.save_adapter(model, new)
+        for file in new.iterdir():
+            write(args.out / file.name, lambda partial: os.replace(file, partial))
+        new.rmdir()
 
 
 def load_data(args, tokenizer):
-    """(training examples, validation examples, how many were longer than --max-len), as (prompt ids, response ids)."""
+    """(training examples, validation examples, the training examples' places in their file, how many were longer than
+    --max-len). An example is (prompt ids, response ids)."""
     examples = tasks.train_examples(args.task, args.data_dir, args.train_file)
     encoded = [tasks.encode_example(example, tokenizer)
                for example in tqdm(examples, desc="tokenizing", leave=False, disable=None)]
-    kept = [pair for pair in encoded if len(pair[0]) + len(pair[1]) <= args.max_len]
+    kept = [i for i, (prompt, response) in enumerate(encoded) if len(prompt) + len(response) <= args.max_len]
     if len(kept) <= args.val_size:
         raise ValueError(f"{len(kept)} of {len(encoded)} examples have at most --max-len {args.max_len} tokens: too few to "
                          f"hold --val-size {args.val_size} of them out and train on the rest")
     random.Random(args.seed).shuffle(kept)
-    return kept[args.val_size :], kept[: args.val_size], len(encoded) - len(kept)
+    held_out, records = kept[: args.val_size], kept[args.val_size :]
+    return [encoded[i] for i in records], [encoded[i] for i in held_out], records, len(encoded) - len(kept)
 
 
 def make_batches(lengths, batch_size, seed):
@@ -351,43 +394,120 @@ def validate(model, examples, args):
     return total / sum(len(response) for _, response in examples)
 
 
-def write_log(path, record, mode="a"):
-    with open(path, mode, encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+# --- what a run leaves on disk, and how it goes on from there ---
 
 
-def read_log(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
+LOGS = ("log.jsonl", "layers.jsonl")
 # What may differ between a run and its resumption.
 NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations")
 
 
+@contextlib.contextmanager
+def saving(path):
+    """A disk that is full, read-only or gone ends the run in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        fail(f"cannot write {path}: {error}. What was saved before is whole; once this is mended: {resume_command()}", 1)
+
+
+def write(path, content):
+    """Replace a file whole: written beside it, flushed to disk, renamed. content: text, or a function that writes a file."""
+    partial = path.with_name(path.name + ".partial")
+    with saving(path):
+        try:
+            partial.write_text(content, encoding="utf-8") if isinstance(content, str) else content(partial)
+            flush(partial)
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # of the error that brought us here
+                partial.unlink()
+            raise
+        if os.name == "posix":  # a rename is on disk once its directory is
+            flush(path.parent)
+
+
+def flush(path):
+    """Have the disk hold what was written."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_log(path, record):
+    """Add a line. JSON has no word for a number that is not finite: null stands for it."""
+    record = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+    with saving(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_log(path):
+    """The records of a log, as far as it is whole: a kill may have cut the last line."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def describe(args, ckpt, model, train_set, val_set):
+    """args.json: the arguments, and hashes by which a resumption knows the checkpoint and the data again. Of the checkpoint
+    these are its config, what its tensors are, and one small tensor, which another model of the same shape has otherwise."""
+    tensors = sorted((name, t.file.name, t.file.stat().st_size, t.shape, t.dtype) for name, t in stored_tensors(ckpt).items())
+    found = {"config.json of the checkpoint": (ckpt / "config.json").read_bytes(), "tensors of the checkpoint": tensors,
+             "final norm of the checkpoint": model.model.norm.weight.tolist(),
+             "training examples": train_set, "held-out examples": val_set}
+    if getattr(args, "peft_config", None):
+        found["options in --peft-config"] = read_json(args.peft_config)
+    hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in found.items()}
+    return json.loads(json.dumps(vars(args) | {"hashes": hashes}, default=str))
+
+
+def check_same(args, description):
+    """Raise ValueError naming a difference between this run and the one that was begun in --out."""
+    if not (args.out / "args.json").is_file():
+        raise FileNotFoundError(f"--resume: {args.out} has no args.json: nothing was saved there yet; run without --resume")
+    before = read_json(args.out / "args.json")
+    for key, value in before.items():
+        if key not in (*NOT_COMPARED, "hashes") and (now := description.get(key)) != value:
+            raise ValueError(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}, not {now}")
+    for name, value in before.get("hashes", {}).items():
+        if description["hashes"].get(name) != value:
+            raise ValueError(f"--resume: the {name} differ from those that the run in {args.out} began with")
+
+
+def resume_command():
+    arguments = [argument for argument in sys.argv if argument not in ("--resume", "--overwrite")]
+    return shlex.join(["python", *arguments, "--resume"])
+
+
 def save_state(args, trainable, optimizer, selector, step, best):
-    """Everything that the rest of the run depends on, in one file, replaced whole."""
+    """Everything that the rest of the run depends on, in one file. The random state is a function of the step."""
     tensors = {f"trainable.{name}": p.detach().cpu().contiguous() for name, p in trainable.items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value.cpu() for key, value in moments.items()}
-    tensors["scores"] = selector.scores
-    progress = {"step": step, "best": best, "active": selector.active,
-                "args": {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}}
-    partial = args.out / "state.safetensors.partial"
-    save_file(tensors, partial, metadata={"progress": json.dumps(progress, default=str)})
-    os.replace(partial, args.out / "state.safetensors")
+    if selector.scores is not None:
+        tensors["scores"] = selector.scores
+    progress = {"progress": json.dumps({"step": step, "best": best, "active": selector.active})}
+    for log in LOGS:  # their lines up to this step are not to be lost when the state is there
+        with saving(args.out / log), contextlib.suppress(FileNotFoundError):
+            flush(args.out / log)
+    write(args.out / "state.safetensors", lambda partial: save_file(tensors, partial, metadata=progress))
 
 
 def load_state(args, trainable, optimizer, selector):
     """Undo `save_state`; returns (step, best validation loss). Log lines beyond that step are dropped."""
     path = args.out / "state.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume: {path} is absent: nothing was saved there yet; run without --resume")
-    with safe_open(path, framework="pt") as file:
-        progress = json.loads(file.metadata()["progress"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    for key, value in progress["args"].items():
-        if (now := json.loads(json.dumps(vars(args).get(key), default=str))) != value:
-            raise ValueError(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}, not {now}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): --overwrite starts anew") from None
     moments = {}
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -398,11 +518,11 @@ def load_state(args, trainable, optimizer, selector):
                 i, key = rest.split(".")
                 moments.setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    selector.scores = tensors["scores"]
+    selector.scores = tensors.get("scores")
     selector.activate(progress["active"])
-    for log in (args.out / "log.jsonl", args.out / "layers.jsonl"):
-        lines = [json.dumps(record) + "\n" for record in read_log(log) if record["step"] <= progress["step"]]
-        log.write_text("".join(lines), encoding="utf-8")
+    for log in LOGS:
+        lines = [json.dumps(record) + "\n" for record in read_log(args.out / log) if record["step"] <= progress["step"]]
+        write(args.out / log, "".join(lines))
     return progress["step"], progress["best"]
 
 
@@ -415,7 +535,7 @@ def write_summary(args, trainable_count, count, best, device):
         summary["peak_memory"] = torch.cuda.max_memory_allocated()
     elif resource:  # of the whole process; kilobytes, on a Mac bytes
         summary["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write(args.out / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def draw_layers(out):
@@ -435,7 +555,7 @@ def draw_layers(out):
     axes.set_xticks(range(0, len(probes), every), [probe["step"] for probe in probes[::every]], rotation=90)
     axes.set(xlabel="optimiser step", ylabel="layer", title="selected layers (dots)")
     figure.colorbar(image, label="score, share of the highest")
-    figure.savefig(out / "layers.png", dpi=120)
+    write(out / "layers.png", lambda partial: figure.savefig(partial, format="png", dpi=120))
 
 
 def run(arguments=None):
@@ -445,8 +565,7 @@ def run(arguments=None):
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:
-        print("train.py: interrupted before its first step: nothing was changed since the last save", file=sys.stderr)
-        sys.exit(130)
+        fail("interrupted before its first step: what was saved before is whole", 130)
 
 
 if __name__ == "__main__":
