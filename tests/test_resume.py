@@ -131,18 +131,20 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_never_stopped(ckpt, opti
         shutil.copytree("whole", "out")
         Path("out/args.json").write_text(json.dumps(json.loads(Path("whole/args.json").read_text()) | {"seed": 9}))
 
+    def begun():
+        return Path("out/args.json").exists() and json.loads(Path("out/args.json").read_text())["seed"] == 0
+
     rng, kills, steps = random.Random(options[1]), 0, []
     while kills < 20:
-        begun = Path("out/args.json").exists() and json.loads(Path("out/args.json").read_text())["seed"] == 0
         fatal = rng.randint(1, count.value // 4) if rng.random() < 0.7 else None
-        child = processes.Process(target=life, args=([*arguments, *(["--resume"] if begun else options[2:])], fatal))
+        child = processes.Process(target=life, args=([*arguments, *(["--resume"] if begun() else options[2:])], fatal))
         child.start()
         child.join(60 if fatal else rng.uniform(0, seconds / 2))
         child.kill()
         child.join()
         kills += child.exitcode == -signal.SIGKILL
         assert child.exitcode in (0, -signal.SIGKILL), Path("printed.txt").read_text()
-        if Path("out/state.safetensors").exists() and json.loads(Path("out/args.json").read_text())["seed"] == 0:
+        if begun() and Path("out/state.safetensors").exists():
             steps.append(state()[0]["step"])  # whole at every moment, and so is the best adapter
             rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
     assert steps == sorted(steps) and len(set(steps)) > 3  # a kill loses nothing that was saved
