@@ -20,7 +20,9 @@ import os
 import platform
 import re
 import shutil
+import sys
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -657,8 +659,12 @@ def choose_device_and_dtype(device="auto", dtype="auto"):
     where the device computes it natively (CUDA, CPUs with AVX512-BF16 or AMX), float32 elsewhere."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and processes()[1] > 1:  # each process of a machine its own
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=device)
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from None
     device = torch.device(device)
@@ -669,6 +675,46 @@ def choose_device_and_dtype(device="auto", dtype="auto"):
     else:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return device, torch.bfloat16 if native else torch.float32
+
+
+def processes():
+    """(rank, number of processes), as torchrun tells each of those that it has started; alone: (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes():
+    """Meet the other processes that torchrun has started, if it has. Of all only the first prints."""
+    rank, world = processes()
+    if world > 1:
+        # Patient: others wait in `gather` while the first writes gigabytes. A process that dies is noticed at once.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(hours=1))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def gather(value=None):
+    """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come."""
+    values = [value] * processes()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def agree(script, problem=None):
+    """All processes meet here, when they are set up or have found what is wrong. If anything is, all end, exit status 2: the
+    first prints a line, and one for what another alone has found."""
+    problems = gather(problem and str(problem))
+    if not any(problems):
+        return
+    for rank, line in enumerate(problems):
+        if line and line not in problems[:rank] and processes()[0] == 0:
+            print(f"{script}: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def died(error):
+    """Whether a RuntimeError says that another process has ended, or no longer answers: gloo's has no class of its own."""
+    return processes()[1] > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError))
 
 
 def find_checkpoint(ckpt):

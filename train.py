@@ -3,6 +3,7 @@
     python train.py --ckpt tiny --task toy
     python train.py --ckpt checkpoints/llama2-7b --task arithmetic --data-dir LLM-Adapters
     python train.py --ckpt tiny --task toy --method peft:IA3 --lr 1e-2
+    torchrun --nproc_per_node=8 train.py --ckpt llama2-7b --task arithmetic      # the same run, by eight processes
 
 A run directory (--out) holds the best adapter, `args.json`, and `log.jsonl`: {"step": 0, "val_loss": x}, then a line
 per optimiser step with step, loss, lr, tokens, seconds, active_layers, and val_loss where it was measured.
@@ -13,6 +14,7 @@ killed at any moment and resumed ends in the same bytes as one that never was.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -23,6 +25,7 @@ import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -33,7 +36,8 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import NAMES, Llama, choose_device_and_dtype, copy_companions, find_checkpoint, read_json, stored_tensors
+from model import (NAMES, Llama, agree, choose_device_and_dtype, copy_companions, died, find_checkpoint, gather,
+                   join_processes, processes, read_json, read_tensor, stored_tensors)
 
 try:
     import resource
@@ -93,6 +97,8 @@ def parse_args(arguments=None):
     p.add_argument("--out", type=Path, help="run directory (default: runs/<ckpt>-<task>-<method>)")
     p.add_argument("--checkpoint-activations", action="store_true", help="keep one tensor a layer for the backward pass and "
                    "compute the rest again: slower, in less memory")
+    p.add_argument("--shard", action="store_true", help="keep of the frozen weights a share in each process (FSDP2): for models "
+                   "larger than a device")
     p.add_argument("--compile", action="store_true", help="compile the layers with torch.compile: faster after a minute or so")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
@@ -120,6 +126,13 @@ def parse_args(arguments=None):
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     if args.batch_size % args.micro_batch_size:
         fail(f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size}")
+    if args.shard:
+        if processes()[1] == 1:
+            fail("--shard needs several processes: torchrun --nproc_per_node=N train.py ...")
+        if kind not in ("rosa", "lora"):
+            fail(f"--shard shards weights that are frozen, with --method rosa or lora: not with {args.method}")
+        if args.compile or args.checkpoint_activations:
+            fail("--shard goes with neither --compile nor --checkpoint-activations")
     if not 0 < args.lr < math.inf:
         fail(f"--lr must be a positive number, not {args.lr}")
     return args
@@ -132,16 +145,23 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def fail(message, status=2):
-    """One line and the exit status: 2 for a user's mistake, 1 for what happens to a run on its way."""
+def fail(message):
+    """A user's mistake: one line, exit status 2."""
+    agree("train.py", message)
+
+
+def stop(message, status=1):
+    """What befalls a run on its way: one line, told by the first process, and the end."""
     for bar in list(tqdm._instances):  # the line shall be one of its own
         bar.close()
-    print(f"train.py: {message}", file=sys.stderr)
+    if processes()[0] == 0:
+        print(f"train.py: {message}", file=sys.stderr)
     sys.exit(status)
 
 
 def main(args):
     # --- the model and its adapters ---
+    rank, world = processes()
     ckpt = find_checkpoint(args.ckpt)
     if (args.out / "args.json").exists() and not (args.resume or args.overwrite):
         raise ValueError(f"--out {args.out} holds a run already: --resume goes on with it, --overwrite starts anew")
@@ -151,7 +171,7 @@ def main(args):
     tokenizer = load_tokenizer(ckpt)
     train_set, val_set, records, too_long = load_data(args, tokenizer)
     args.dtype = str(dtype).removeprefix("torch.")  # of "auto" the answer is part of the run
-    model = Llama.from_pretrained(ckpt, device, dtype)
+    model = load_mapped(ckpt) if args.shard else Llama.from_pretrained(ckpt, device, dtype)
     if args.max_len > model.config.context:
         raise ValueError(f"--max-len {args.max_len} exceeds the model's {model.config.limit}")
     description = describe(args, ckpt, model, train_set, val_set)
@@ -168,7 +188,8 @@ def main(args):
 
     trainable_count, count = (sum(p.numel() for p in some) for some in (trainable.values(), model.parameters()))
     lengths = [len(prompt) + len(response) for prompt, response in train_set]
-    print(f"model      {ckpt}: {len(model.model.layers)} layers, {args.dtype} on {device}; what trains in float32")
+    print(f"model      {ckpt}: {len(model.model.layers)} layers, {args.dtype} on {device}; what trains in float32"
+          + (f"; {world} processes" if world > 1 else ""))
     print(f"method     {args.method}{f' on {args.targets}' if 'targets' in args else ''}; "
           f"{selector.count} of {len(model.model.layers)} layers train at a time")
     print(f"trainable params: {trainable_count:,} || all params: {count:,} || trainable%: {100 * trainable_count / count:.4f}")
@@ -182,26 +203,28 @@ def main(args):
         compile_layers(model)
 
     # --- where to begin ---
-    with saving(args.out):
-        for leftover in args.out.glob("*.partial"):  # of a save that was cut short
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    step = None
     if args.resume and (args.out / "state.safetensors").exists():
         step, best = load_state(args, trainable, optimizer, selector)
-    else:
+    agree("train.py")
+    if len(set(gather(step))) > 1:
+        raise ValueError(f"--resume: {args.out} holds different states on different machines: share it, or copy it to each")
+    peers = None  # the processes, as a group in which one that is silent for so long is taken for dead
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        peers = torch.distributed.new_group(backend=backend, timeout=timedelta(seconds=50))
+    if args.shard:
+        shard(model, peers, device, dtype)
+    if step is None:
         step = 0
-        args.out.mkdir(parents=True, exist_ok=True)
-        with saving(args.out):
-            if not args.resume:  # first: what is left of another run is from here on no run
-                (args.out / "args.json").unlink(missing_ok=True)
-            for file in ("state.safetensors", *LOGS, "layers.png", "summary.json"):
-                (args.out / file).unlink(missing_ok=True)
-        write(args.out / "args.json", json.dumps(description, indent=2) + "\n")
+        begin(args, description)
         best = validate(model, val_set, args)
         if not math.isfinite(best):
-            fail(f"the validation loss is {best} before training: is {ckpt} whole?", 1)
+            stop(f"the validation loss is {best} before training: is {ckpt} whole?")
         print(f"validation loss {best:.4f} before training")
         save_best(args, model, ckpt)
-        write_log(args.out / "log.jsonl", {"step": 0, "val_loss": best})
+        if rank == 0:
+            write_log(args.out / "log.jsonl", {"step": 0, "val_loss": best})
         save_state(args, trainable, optimizer, selector, step, best)
 
     # --- the loop ---
@@ -209,7 +232,7 @@ def main(args):
     skipped = 0  # steps in a row that were not applied
     model.train()  # for the dropout that a method of peft may have
     layers = range(len(model.model.layers))
-    bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True,
+    bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True, disable=rank > 0,
                bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}")
     signals = note_signals()  # finish the step, save, stop
     while step < total_steps:
@@ -229,15 +252,16 @@ def main(args):
         # What dropout or a random selection draws depends on the step alone, so that a resumed run draws the same.
         torch.manual_seed(args.seed + step)
 
-        # Gradients of the mean loss per response token, over all micro-batches together.
+        # Gradients of the mean loss per response token, over the micro-batches of all processes together.
         selector.before_forward(step)
         response_tokens = sum(len(response) for _, response in batch)
         loss = 0.0
-        for i in range(0, len(batch), args.micro_batch_size):
-            tokens, labels = collate(batch[i : i + args.micro_batch_size], device)
+        for micro_batch in own_micro_batches(batch, args.micro_batch_size):
+            tokens, labels = collate(micro_batch, device)
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()
             loss += micro_loss.item()
+        loss, noted = add_up(peers, model, loss, len(signals))
         selector.after_backward()
 
         # A step that is not finite would spoil the weights for good: it is not applied, and after three in a row the run ends.
@@ -255,21 +279,22 @@ def main(args):
         if skipped:
             record["skipped"] = True
             culprits = f"loss {loss:.3g}, gradient {norm:.3g}, examples {[records[i] for i in batches[position]]}"
-            tqdm.write(f"step {step:5}  not applied: {culprits}")
+            print_above(f"step {step:5}  not applied: {culprits}")
         if step % args.eval_every == 0 or step == total_steps:
             record["val_loss"] = validate(model, val_set, args)
-            tqdm.write(f"step {step:5}  validation loss {record['val_loss']:.4f}")
+            print_above(f"step {step:5}  validation loss {record['val_loss']:.4f}")
             if record["val_loss"] < best:  # the adapter kept is the best one, not the last one
                 best = record["val_loss"]
                 save_best(args, model, ckpt)
-        write_log(args.out / "log.jsonl", record)
-        if selector.probing:
+        if rank == 0:
+            write_log(args.out / "log.jsonl", record)
+        if rank == 0 and selector.probing:
             selection = {"step": step, "scores": selector.scores.tolist(), "active_layers": selector.active}
             write_log(args.out / "layers.jsonl", selection)
-        stopping = len(signals) > 0  # asked once: a signal from here on ends the next step
+        stopping = (noted if peers else len(signals)) > 0  # asked once: a signal from here on ends the next step
         if skipped == 3:
-            fail(f"step {step} was the third in a row that is not finite: {culprits}, counted from 0 in the training data. The "
-                 f"last good state, of step {saved}, is in {args.out / 'state.safetensors'}", 1)
+            stop(f"step {step} was the third in a row that is not finite: {culprits}, counted from 0 in the training data. The "
+                 f"last good state, of step {saved}, is in {args.out / 'state.safetensors'}")
         if not skipped and (step % args.save_every == 0 or step == total_steps or stopping):
             save_state(args, trainable, optimizer, selector, step, best)
             saved = step
@@ -279,10 +304,11 @@ def main(args):
         if stopping and step < total_steps:
             bar.close()
             print(f"stopped after step {step}. To go on: {resume_command()}")
-            sys.exit(128 + signals[0])
+            sys.exit(128 + (signals or [signal.SIGTERM])[0])
     bar.close()
-    write_summary(args, trainable_count, count, best, device)
-    draw_layers(args.out)
+    if rank == 0:
+        write_summary(args, trainable_count, count, best, device)
+        draw_layers(args.out)
     print(f"best validation loss {best:.4f}; its {'checkpoint' if args.method == 'full' else 'adapter'} is in {args.out}")
 
 
@@ -325,6 +351,48 @@ def attach(args, model):
         rosa.attach_peft(model, args.method.removeprefix("peft:"), read_json(args.peft_config) if args.peft_config else {})
 
 
+def load_mapped(ckpt):
+    """The model on the CPU, its weights still in their files: they take memory as they are read, and what is not, none."""
+    model = Llama.from_pretrained(ckpt, "meta")
+    table = stored_tensors(find_checkpoint(ckpt))
+    for name in model.state_dict():
+        if name in table:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(read_tensor(table, name)))
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def shard(model, peers, device, dtype):
+    """Leave each process some rows of every frozen weight (FSDP2). A layer's weights are brought together while it computes,
+    those of the embedding and lm_head from the forward to the backward pass. Adapters and norms, which are small, all have."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import DTensor
+
+    mesh = DeviceMesh.from_group(peers, device.type)
+    kept = {p: torch.float32 if p.requires_grad else dtype for name, p in model.named_parameters()
+            if p.requires_grad or "norm" in name}
+    for parameter, its_dtype in kept.items():
+        parameter.data = parameter.data.to(device, its_dtype, copy=True)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=set(kept))
+        module._apply(lambda tensor: tensor.to(dtype) if isinstance(tensor, DTensor) else tensor)
+    register_fsdp_forward_method(model, "loss")
+
+
+def by_the_first(save):
+    """Have the first process do it, and the others wait until it is done."""
+    @functools.wraps(save)
+    def saving_once(*arguments):
+        if processes()[0] == 0:
+            save(*arguments)
+        gather()
+    return saving_once
+
+
+@by_the_first
 def save_best(args, model, ckpt):
     """The adapter, or with --method full a whole checkpoint, tokenizer included: `eval.py --ckpt` takes it."""
     new = args.out / "best.partial"
@@ -346,7 +414,7 @@ def load_data(args, tokenizer):
     --max-len). An example is (prompt ids, response ids)."""
     examples = tasks.train_examples(args.task, args.data_dir, args.train_file)
     encoded = [tasks.encode_example(example, tokenizer)
-               for example in tqdm(examples, desc="tokenizing", leave=False, disable=None)]
+               for example in tqdm(examples, desc="tokenizing", leave=False, disable=processes()[0] > 0 or None)]
     kept = [i for i, (prompt, response) in enumerate(encoded) if len(prompt) + len(response) <= args.max_len]
     if len(kept) <= args.val_size:
         raise ValueError(f"{len(kept)} of {len(encoded)} examples have at most --max-len {args.max_len} tokens: too few to "
@@ -369,10 +437,35 @@ def make_batches(lengths, batch_size, seed):
     return batches
 
 
+def own_micro_batches(examples, size):
+    """What of these examples this process computes, in micro-batches of at most `size`. All processes have as many, since those
+    of a sharded model compute in step: where examples are too few for that, the last is empty."""
+    rank, world = processes()
+    rounds = math.ceil(len(examples) / (size * world))
+    size = math.ceil(len(examples) / (rounds * world))
+    micro_batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+    return (micro_batches[rank::world] + [[]])[:rounds]
+
+
+def add_up(peers, model, *numbers):
+    """Add up the gradients of all processes, each process's own being replaced, and some numbers, which are returned: in one
+    message of float32."""
+    if peers is None:
+        return numbers
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([*(grad.flatten().float() for grad in grads), torch.tensor(numbers, device=model.device)])
+    torch.distributed.all_reduce(flat, group=peers)
+    *sums, numbers = flat.split([*(grad.numel() for grad in grads), len(numbers)])
+    for grad, total in zip(grads, sums):
+        grad.copy_(total.view_as(grad))
+    return numbers.tolist()
+
+
 def collate(examples, device):
-    """Pad on the right: tokens [B, T], and labels [B, T], the next token where it belongs to the response, else -100."""
-    width = max(len(prompt) + len(response) for prompt, response in examples) - 1
-    tokens = torch.zeros(len(examples), width, dtype=torch.long)
+    """Pad on the right: tokens [B, T], and labels [B, T], the next token where it belongs to the response, else -100. No examples
+    are one token, and nothing to predict."""
+    width = max((len(prompt) + len(response) for prompt, response in examples), default=2) - 1
+    tokens = torch.zeros(max(1, len(examples)), width, dtype=torch.long)
     labels = torch.full_like(tokens, -100)
     for row, (prompt, response) in enumerate(examples):
         ids = prompt + response
@@ -387,11 +480,18 @@ def validate(model, examples, args):
     model.eval()
     by_length = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
     total = 0.0
-    for i in tqdm(range(0, len(by_length), args.micro_batch_size), desc="validation", leave=False, disable=None):
-        tokens, labels = collate(by_length[i : i + args.micro_batch_size], model.device)
+    micro_batches = own_micro_batches(by_length, args.micro_batch_size)
+    for micro_batch in tqdm(micro_batches, desc="validation", leave=False, disable=processes()[0] > 0 or None):
+        tokens, labels = collate(micro_batch, model.device)
         total += model.loss(tokens, labels).item()
     model.train()
-    return total / sum(len(response) for _, response in examples)
+    return sum(gather(total)) / sum(len(response) for _, response in examples)
+
+
+def print_above(line):
+    """Print while the bar is there."""
+    if processes()[0] == 0:
+        tqdm.write(line)
 
 
 # --- what a run leaves on disk, and how it goes on from there ---
@@ -399,7 +499,7 @@ def validate(model, examples, args):
 
 LOGS = ("log.jsonl", "layers.jsonl")
 # What may differ between a run and its resumption.
-NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations")
+NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations", "shard")
 
 
 @contextlib.contextmanager
@@ -408,7 +508,7 @@ def saving(path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        fail(f"cannot write {path}: {error}. What was saved before is whole; once this is mended: {resume_command()}", 1)
+        stop(f"cannot write {path}: {error}. What was saved before is whole; once this is mended: {resume_command()}")
 
 
 def write(path, content):
@@ -459,7 +559,7 @@ def describe(args, ckpt, model, train_set, val_set):
     these are its config, what its tensors are, and one small tensor, which another model of the same shape has otherwise."""
     tensors = sorted((name, t.file.name, t.file.stat().st_size, t.shape, t.dtype) for name, t in stored_tensors(ckpt).items())
     found = {"config.json of the checkpoint": (ckpt / "config.json").read_bytes(), "tensors of the checkpoint": tensors,
-             "final norm of the checkpoint": model.model.norm.weight.tolist(),
+             "final norm of the checkpoint": model.model.norm.weight.to(getattr(torch, args.dtype)).tolist(),
              "training examples": train_set, "held-out examples": val_set}
     if getattr(args, "peft_config", None):
         found["options in --peft-config"] = read_json(args.peft_config)
@@ -482,9 +582,29 @@ def check_same(args, description):
 
 def resume_command():
     arguments = [argument for argument in sys.argv if argument not in ("--resume", "--overwrite")]
-    return shlex.join(["python", *arguments, "--resume"])
+    return ("python " if processes()[1] == 1 else "torchrun ... ") + shlex.join([*arguments, "--resume"])
 
 
+@by_the_first
+def begin(args, description):
+    """Make way in --out for a run, and say which."""
+    with saving(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not args.resume:  # first: what is left of another run is from here on no run
+            (args.out / "args.json").unlink(missing_ok=True)
+        for file in ("state.safetensors", *LOGS, "layers.png", "summary.json"):
+            (args.out / file).unlink(missing_ok=True)
+        clear_partial(args.out)
+    write(args.out / "args.json", json.dumps(description, indent=2) + "\n")
+
+
+def clear_partial(out):
+    """Delete what a save that was cut short has left."""
+    for leftover in out.glob("*.partial"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@by_the_first
 def save_state(args, trainable, optimizer, selector, step, best):
     """Everything that the rest of the run depends on, in one file. The random state is a function of the step."""
     tensors = {f"trainable.{name}": p.detach().cpu().contiguous() for name, p in trainable.items()}
@@ -520,6 +640,10 @@ def load_state(args, trainable, optimizer, selector):
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     selector.scores = tensors.get("scores")
     selector.activate(progress["active"])
+    if processes()[0] > 0:
+        return progress["step"], progress["best"]
+    with saving(args.out):
+        clear_partial(args.out)
     for log in LOGS:
         lines = [json.dumps(record) + "\n" for record in read_log(args.out / log) if record["step"] <= progress["step"]]
         write(args.out / log, "".join(lines))
@@ -561,11 +685,16 @@ def draw_layers(out):
 def run(arguments=None):
     """`main` with these command-line arguments, or the process's own."""
     try:
+        join_processes()
         main(parse_args(arguments))
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:
-        fail("interrupted before its first step: what was saved before is whole", 130)
+        stop("interrupted before its first step: what was saved before is whole", 130)
+    except RuntimeError as error:
+        if not died(error):
+            raise
+        stop(f"another process has ended, and the run with it. To go on: {resume_command()}")
 
 
 if __name__ == "__main__":
