@@ -381,6 +381,7 @@ class LayerSelector:
         self.probing = step % self.select_every == 0 and not (self.select == "static" and step > 0)
         if self.probing:
             self.selected = self.active[: self.count]
+            self.drawn = torch.rand(len(self.parameters))  # here, where all of several processes draw the same
             self.activate(range(len(self.parameters)))
             for weight in self.borrowed:
                 weight.requires_grad_(True)
@@ -393,7 +394,7 @@ class LayerSelector:
         scores = torch.stack([torch.stack([w.grad.float().norm() for w in norms if w.grad is not None]).norm()
                               for norms in self.norms]).cpu()
         if self.select == "random":
-            scores = torch.rand(len(scores))
+            scores = self.drawn
         for weight in self.borrowed:
             weight.requires_grad_(False).grad = None
         self.probing = bool(scores.isfinite().all())

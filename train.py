@@ -215,6 +215,7 @@ def main(args):
         peers = torch.distributed.new_group(backend=backend, timeout=timedelta(seconds=50))
     if args.shard:
         shard(model, peers, device, dtype)
+        optimizer.load_state_dict(optimizer.state_dict())  # its moments follow the adapters to their device
     if step is None:
         step = 0
         begin(args, description)
@@ -251,9 +252,10 @@ def main(args):
 
         # What dropout or a random selection draws depends on the step alone, so that a resumed run draws the same.
         torch.manual_seed(args.seed + step)
+        selector.before_forward(step)
+        torch.manual_seed(args.seed + step + rank * total_steps)  # all processes select the same, each drops what it likes
 
         # Gradients of the mean loss per response token, over the micro-batches of all processes together.
-        selector.before_forward(step)
         response_tokens = sum(len(response) for _, response in batch)
         loss = 0.0
         for micro_batch in own_micro_batches(batch, args.micro_batch_size):
@@ -279,10 +281,10 @@ def main(args):
         if skipped:
             record["skipped"] = True
             culprits = f"loss {loss:.3g}, gradient {norm:.3g}, examples {[records[i] for i in batches[position]]}"
-            print_above(f"step {step:5}  not applied: {culprits}")
+            tqdm.write(f"step {step:5}  not applied: {culprits}")
         if step % args.eval_every == 0 or step == total_steps:
             record["val_loss"] = validate(model, val_set, args)
-            print_above(f"step {step:5}  validation loss {record['val_loss']:.4f}")
+            tqdm.write(f"step {step:5}  validation loss {record['val_loss']:.4f}")
             if record["val_loss"] < best:  # the adapter kept is the best one, not the last one
                 best = record["val_loss"]
                 save_best(args, model, ckpt)
@@ -486,12 +488,6 @@ def validate(model, examples, args):
         total += model.loss(tokens, labels).item()
     model.train()
     return sum(gather(total)) / sum(len(response) for _, response in examples)
-
-
-def print_above(line):
-    """Print while the bar is there."""
-    if processes()[0] == 0:
-        tqdm.write(line)
 
 
 # --- what a run leaves on disk, and how it goes on from there ---

@@ -104,13 +104,38 @@ def assert_same_run(out, other, tolerance=1e-6):
 
 @pytest.mark.parametrize("world, options", [
     (2, []), (4, []), (3, ["--batch-size", 5, "--micro-batch-size", 1, "--targets", "q,k,v,down"]), (2, ["--select", "random"]),
-    (2, ["--method", "full", "--lr", 1e-5])])
+    (2, ["--method", "full", "--lr", 1e-5])], ids=str)
 def test_several_processes_compute_what_one_computes(ckpt, world, options):
     arguments = [*RUN, *map(str, options)]
     train.run([*arguments, "--out", "one"])
     printed = together(world, train, *arguments, "--out", "many")
     assert_same_run("many", "one")
     assert "best validation loss" in printed[0] and printed[1:] == [""] * (world - 1)  # the first alone prints
+
+
+def test_several_processes_select_the_same_layers_at_random_and_drop_different_things(ckpt):
+    together(2, train, *RUN, "--select", "random", "--select-every", 1, "--out", "many", before=record_draws)
+    drawn = [[json.loads(line) for line in Path(f"drawn{rank}.jsonl").read_text().splitlines()] for rank in range(2)]
+    assert len(drawn[0]) == 8 and len({str(active) for active, _ in drawn[0]}) > 2
+    for (active, drop), (other_active, other_drop) in zip(*drawn):
+        assert active == other_active and drop != other_drop
+
+
+def record_draws(rank):
+    """Write down which layers this process selects, and what a dropout in it would draw from."""
+    collate, after = train.collate, train.rosa.LayerSelector.after_backward
+    drop = []
+
+    def collated(*given):
+        drop[:] = torch.get_rng_state()[:64].tolist()
+        return collate(*given)
+
+    def after_backward(self):
+        after(self)
+        with open(f"drawn{rank}.jsonl", "a") as file:
+            file.write(json.dumps([self.active, drop]) + "\n")
+
+    train.collate, train.rosa.LayerSelector.after_backward = collated, after_backward
 
 
 def test_the_shares_of_the_processes_are_the_batch(monkeypatch):

@@ -136,7 +136,7 @@ def test_a_run_killed_twenty_times_ends_as_one_that_was_never_stopped(ckpt, opti
 
     rng, kills, steps = random.Random(options[1]), 0, []
     while kills < 20:
-        fatal = rng.randint(1, count.value // 3) if rng.random() < 0.7 else None
+        fatal = rng.randint(1, count.value // 4) if rng.random() < 0.7 else None
         child = processes.Process(target=life, args=([*arguments, *(["--resume"] if begun() else options[2:])], fatal))
         child.start()
         child.join(60 if fatal else rng.uniform(0, seconds / 2))
