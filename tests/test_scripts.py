@@ -200,11 +200,17 @@ def test_alpha_follows_the_rank(ckpt):
     assert parse(["--rank", "8", "--alpha", "3"]).alpha == 3 and parse(["--method", "full"]).lr == 2e-5
 
 
-def test_the_best_adapter_is_kept_when_training_diverges(ckpt):
-    run(train_script, *QUICK, "--out", "out", "--lr", 100)
+def test_the_best_adapter_is_kept_when_training_diverges(ckpt, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(train_script, *QUICK, "--out", "out", "--lr", 100, "--eval-every", 1)
     first, *log = read_log("out")
-    assert min(record.get("val_loss", torch.inf) for record in log) > first["val_loss"]
-    assert all(not adapter.B.any() for adapter in rosa.adapters(rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")).values())
+    assert stopped.value.code == 1 and "was the third in a row that is not finite" in capsys.readouterr().err
+    losses = [record["val_loss"] for record in (first, *log)]
+    assert [record for record in log if record.get("skipped")] == log[-3:] and losses[-1] > min(losses)
+    model = rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
+    args = train_script.parse_args([str(a) for a in QUICK])
+    _, held_out, *_ = train_script.load_data(args, load_tokenizer("ckpt"))
+    assert train_script.validate(model, held_out, args) == pytest.approx(min(losses), abs=1e-5)
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(ckpt):
