@@ -29,7 +29,7 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import NAMES, Llama, agree, choose_device_and_dtype, died, find_checkpoint, gather, join_processes, processes
+from model import NAMES, Llama, choose_device_and_dtype, died, find_checkpoint, gather, join_processes, processes
 
 
 def parse_args(arguments=None):
@@ -71,7 +71,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def fail(message):
     """A user's mistake: one line, exit status 2."""
-    agree("eval.py", message)
+    gather(problem=("eval.py", str(message)))
 
 
 def stop(message, status):
@@ -103,7 +103,7 @@ def main(args):
         rosa.load_adapter(model, args.adapter)
     if not hasattr(model, "peft_config"):  # PEFT's layers read the weights themselves
         model.pack()
-    agree("eval.py")
+    gather()  # all are set up
     if rank > 0 and (args.prompt or args.loss or args.activations):
         return  # these the first does alone
     if args.prompt:
@@ -394,6 +394,7 @@ def run(arguments=None):
     try:
         join_processes()
         main(parse_args(arguments))
+        gather()  # nobody leaves before all are done
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -692,23 +692,18 @@ def join_processes():
         sys.stdout = open(os.devnull, "w")
 
 
-def gather(value=None):
-    """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come."""
-    values = [value] * processes()[1]
-    if len(values) > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def agree(script, problem=None):
-    """All processes meet here, when they are set up or have found what is wrong. If anything is, all end, exit status 2: the
-    first prints a line, and one for what another alone has found."""
-    problems = gather(problem and str(problem))
+def gather(value=None, problem=None):
+    """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come. If one comes
+    with a problem instead, (script, what is wrong), all end with exit status 2: the first prints it, and what others alone found."""
+    told = [(value, problem)] * processes()[1]
+    if len(told) > 1:
+        torch.distributed.all_gather_object(told, (value, problem))
+    problems = [problem for _, problem in told]
     if not any(problems):
-        return
-    for rank, line in enumerate(problems):
-        if line and line not in problems[:rank] and processes()[0] == 0:
-            print(f"{script}: {f'rank {rank}: ' if rank else ''}{line}", file=sys.stderr)
+        return [value for value, _ in told]
+    for rank, problem in enumerate(problems):
+        if problem and problem not in problems[:rank] and processes()[0] == 0:
+            print(f"{problem[0]}: {f'rank {rank}: ' if rank else ''}{problem[1]}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -36,8 +36,8 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import (NAMES, Llama, agree, choose_device_and_dtype, copy_companions, died, find_checkpoint, gather,
-                   join_processes, processes, read_json, read_tensor, stored_tensors)
+from model import (NAMES, Llama, choose_device_and_dtype, copy_companions, died, find_checkpoint, gather, join_processes,
+                   processes, read_json, read_tensor, stored_tensors)
 
 try:
     import resource
@@ -147,7 +147,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def fail(message):
     """A user's mistake: one line, exit status 2."""
-    agree("train.py", message)
+    gather(problem=("train.py", str(message)))
 
 
 def stop(message, status=1):
@@ -206,7 +206,6 @@ def main(args):
     step = None
     if args.resume and (args.out / "state.safetensors").exists():
         step, best = load_state(args, trainable, optimizer, selector)
-    agree("train.py")
     if len(set(gather(step))) > 1:
         raise ValueError(f"--resume: {args.out} holds different states on different machines: share it, or copy it to each")
     peers = None  # the processes, as a group in which one that is silent for so long is taken for dead
@@ -683,6 +682,7 @@ def run(arguments=None):
     try:
         join_processes()
         main(parse_args(arguments))
+        gather()  # nobody leaves before all are done
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -325,6 +325,23 @@ def test_several_processes_answer_what_one_answers(ckpt):
         assert Path("one", name).read_bytes() == Path("many", name).read_bytes()
 
 
+def unwritable(rank):
+    write, writes = eval_script.write, []
+
+    def full(path, text):
+        writes.append(path)
+        if len(writes) > 1:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    eval_script.write = full
+
+
+def test_what_the_first_cannot_write_ends_the_others_too(ckpt):
+    codes, _, errors = end(start(3, eval_script, "--ckpt", "ckpt", "--max-new-tokens", 9, "--out", "many", before=unwritable))
+    assert codes[0] == 2 and errors[0] == "eval.py: [Errno 28] No space left on device" and len(errors) == 1
+
+
 # --- torchrun itself ---
 
 

@@ -168,6 +168,26 @@ def test_what_the_end_of_a_run_adds_is_made_up_for(ckpt):
 # --- another run is not taken for this one ---
 
 
+def test_what_is_left_of_a_run_that_another_was_about_to_replace_is_no_run(ckpt, capsys):
+    run()
+    run("--out", "other", "--seed", 1)
+    unlink, calls = Path.unlink, []
+
+    def interrupted(path, **options):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupted)
+        assert ends(capsys, "--overwrite", "--seed", 1)[0] == 130
+    code, line = ends(capsys, "--resume")
+    assert code == 2 and "nothing was saved there" in line
+    run("--seed", 1)
+    assert contents("out") == contents("other")
+
+
 def another_config():
     config = json.loads(Path("ckpt/config.json").read_text())
     Path("ckpt/config.json").write_text(json.dumps(config | {"rope_theta": 500000.0}))
