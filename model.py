@@ -693,8 +693,9 @@ def join_processes():
 
 
 def gather(value=None, problem=None):
-    """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come. If one comes
-    with a problem instead, (script, what is wrong), all end with exit status 2: the first prints it, and what others alone found."""
+    """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come. If one
+    comes with a problem instead, (script, what is wrong), all end, exit status 2: the first prints it, and what others alone
+    have found."""
     told = [(value, problem)] * processes()[1]
     if len(told) > 1:
         torch.distributed.all_gather_object(told, (value, problem))

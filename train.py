@@ -14,7 +14,6 @@ killed at any moment and resumed ends in the same bytes as one that never was.
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -97,8 +96,8 @@ def parse_args(arguments=None):
     p.add_argument("--out", type=Path, help="run directory (default: runs/<ckpt>-<task>-<method>)")
     p.add_argument("--checkpoint-activations", action="store_true", help="keep one tensor a layer for the backward pass and "
                    "compute the rest again: slower, in less memory")
-    p.add_argument("--shard", action="store_true", help="keep of the frozen weights a share in each process (FSDP2): for models "
-                   "larger than a device")
+    p.add_argument("--shard", action="store_true", help="under torchrun: keep a share of the frozen weights in each process "
+                   "(FSDP2), for models larger than a device")
     p.add_argument("--compile", action="store_true", help="compile the layers with torch.compile: faster after a minute or so")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
@@ -385,7 +384,6 @@ def shard(model, peers, device, dtype):
 
 def by_the_first(save):
     """Have the first process do it, and the others wait until it is done."""
-    @functools.wraps(save)
     def saving_once(*arguments):
         if processes()[0] == 0:
             save(*arguments)
@@ -463,8 +461,8 @@ def add_up(peers, model, *numbers):
 
 
 def collate(examples, device):
-    """Pad on the right: tokens [B, T], and labels [B, T], the next token where it belongs to the response, else -100. No examples
-    are one token, and nothing to predict."""
+    """Pad on the right: tokens [B, T], and labels [B, T], the next token where it belongs to the response, else -100. No
+    examples are one token, and nothing to predict."""
     width = max((len(prompt) + len(response) for prompt, response in examples), default=2) - 1
     tokens = torch.zeros(max(1, len(examples)), width, dtype=torch.long)
     labels = torch.full_like(tokens, -100)

@@ -194,7 +194,9 @@ def another_config():
 
 
 def another_dtype():
+    config = Path("ckpt/config.json").read_text()
     Llama.from_pretrained("ckpt", dtype=torch.bfloat16).save_pretrained("ckpt")
+    Path("ckpt/config.json").write_text(config)
 
 
 def other_weights():
@@ -211,7 +213,7 @@ CHANGES = {
     "an argument": (lambda: None, ["--lr", "2e-2"], "has --lr 0.01, not 0.02"),
     "dtype": (lambda: None, ["--dtype", "bfloat16"], "has --dtype float32, not bfloat16"),
     "config": (another_config, [], "the config.json of the checkpoint differ"),
-    "tensors": (another_dtype, [], "of the checkpoint differ"),
+    "tensors": (another_dtype, [], "the tensors of the checkpoint differ"),
     "weights": (other_weights, [], "the final norm of the checkpoint differ"),
     "data": (another_example, [], "examples differ"),
     "options of peft": (lambda: Path("dropout.json").write_text('{"lora_dropout": 0.2}'), [], "the options in --peft-config differ"),
@@ -290,16 +292,18 @@ def test_what_cannot_be_written_ends_the_run_in_a_line_and_what_was_saved_is_who
     assert contents("out") == contents("whole")
 
 
-def test_a_directory_that_vanished_ends_the_run_in_a_line_and_is_not_made_again(ckpt, capsys, monkeypatch):
-    collate, calls = train.collate, []
+@pytest.mark.parametrize("loss", [0.0, 99.0], ids=["the best is to be saved", "the log is to be written"])
+def test_a_directory_that_vanished_ends_the_run_in_a_line_and_is_not_made_again(ckpt, capsys, monkeypatch, loss):
+    validate, calls = train.validate, []
 
     def vanish(*arguments):
         calls.append(arguments)
-        if len(calls) == 9:
+        if len(calls) == 2:
             shutil.rmtree("out")
-        return collate(*arguments)
+            return loss
+        return validate(*arguments)
 
-    monkeypatch.setattr(train, "collate", vanish)
+    monkeypatch.setattr(train, "validate", vanish)
     code, line = ends(capsys)
     assert code == 1 and "cannot write out/" in line and "No such file or directory" in line and not Path("out").exists()
 
