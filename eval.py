@@ -6,6 +6,7 @@
     python eval.py --ckpt tiny --loss other_task.json notes.txt      # what was forgotten: loss on something else
     python eval.py --ckpt tiny --activations fig1.png                # Figure 1 of the paper
     python eval.py --compare runs/*                                  # runs side by side, as Markdown
+    torchrun --nproc_per_node=8 eval.py ...                          # eight processes, each of which scores its share
 
 Writes predictions.jsonl, a line per example as it is answered, and results.json beside the adapter, or under --out.
 Run again it goes on where it stopped: what the same adapter has answered with the same settings is not asked again.
@@ -18,6 +19,7 @@ import json
 import os
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,8 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import NAMES, Llama, choose_device_and_dtype, find_checkpoint, one_line, read_json
+from model import (NAMES, Llama, choose_device_and_dtype, died, find_checkpoint, gather, join_processes, one_line, processes,
+                   read_json)
 
 
 def parse_args(arguments=None):
@@ -69,13 +72,20 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def fail(message):
     """A user's mistake: one line, exit status 2."""
-    print(f"eval.py: {one_line(message)}", file=sys.stderr)
-    sys.exit(2)
+    gather(problem=("eval.py", one_line(message)))
+
+
+def stop(message, status):
+    """What befalls an evaluation on its way: one line, told by the first process, and the end."""
+    if processes()[0] == 0:
+        print(f"eval.py: {message}: what was scored so far is kept, and not asked again", file=sys.stderr)
+    sys.exit(status)
 
 
 def main(args):
     if args.compare:
         return compare(args.compare)
+    rank, world = processes()
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
@@ -105,6 +115,9 @@ def main(args):
         rosa.load_adapter(model, args.adapter)
     if not hasattr(model, "peft_config"):  # PEFT's layers read the weights themselves
         model.pack()
+    gather()  # all are set up
+    if rank > 0 and (args.prompt or args.loss or args.activations):
+        return  # these the first does alone
     if args.prompt:
         return answer(args, model, tokenizer)
     print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; "
@@ -115,9 +128,8 @@ def main(args):
         return activations(args, model, [prompt for _, _, _, prompt in examples])
 
     # --- what is answered already ---
-    args.out.mkdir(parents=True, exist_ok=True)
     path, key = args.out / "predictions.jsonl", fingerprint(args, ckpt, dtype)
-    lines = read_predictions(path)
+    lines, *_ = gather(read_predictions(path) if rank == 0 else None)
     answered = {(line["set"], line["index"]): line for line in lines if line.get("settings") == key}
     if lines and not answered:
         print(f"answers    those in {path} are another adapter's or were made with other settings: starting anew")
@@ -128,23 +140,29 @@ def main(args):
             predictions[j] = answered.pop((name, i))
     if predictions:
         print(f"answers    {len(predictions):,} of {len(examples):,} are in {path} already")
-    write(path, "".join(json.dumps(line) + "\n" for line in [*predictions.values(), *answered.values()]))
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write(path, "".join(json.dumps(line) + "\n" for line in [*predictions.values(), *answered.values()]))
 
     # --- the loop: long prompts first, so that what does not fit in memory fails at once ---
     eos_ids = eos_tokens(model, tokenizer)
     order = sorted(set(range(len(examples))) - set(predictions), key=lambda j: (-len(examples[j][3]), j))
     right, new_tokens = sum(line["correct"] for line in predictions.values()), 0
     start = time.perf_counter()
-    bar = tqdm(total=len(examples), initial=len(predictions), unit="example", dynamic_ncols=True)
-    for first in range(0, len(order), args.batch_size):
-        batch = order[first : first + args.batch_size]
-        prompts = [examples[j][3] for j in batch]
+    bar = tqdm(total=len(examples), initial=len(predictions), unit="example", dynamic_ncols=True, disable=rank > 0)
+    for first in range(0, len(order), args.batch_size * world):
+        batch = order[first : first + args.batch_size * world]
+        own = batch[rank::world]  # long and short prompts in each process
+        prompts = [examples[j][3] for j in own]
         if args.score == "generate":
             answers = model.generate(prompts, args.max_new_tokens, eos_ids)
             responses = [tokenizer.decode(ids) for ids in answers]
-            new_tokens += sum(len(ids) for ids in answers)
+            new_tokens += sum(gather(sum(len(ids) for ids in answers)))
         else:
-            responses = most_likely(model, tokenizer, prompts, [examples[j][:3] for j in batch])
+            responses = most_likely(model, tokenizer, prompts, [examples[j][:3] for j in own])
+        responses = [response for some in zip_longest(*gather(responses)) for response in some][: len(batch)]
+        if rank > 0:
+            continue
         with open(path, "a", encoding="utf-8") as file:  # at once, so that nothing is asked twice
             for j, response in zip(batch, responses):
                 name, i, example, _ = examples[j]
@@ -158,6 +176,8 @@ def main(args):
         bar.set_postfix_str(f"accuracy {right / len(predictions):.1%}{speed}", refresh=False)
         bar.update(len(batch))
     bar.close()
+    if rank > 0:
+        return
 
     # --- the table ---
     results = {name: [] for name in names if name not in absent}
@@ -231,7 +251,7 @@ def most_likely(model, tokenizer, prompts, questions):
     options = [tasks.options(name, example) for name, _, example in questions]
     ids = [[tasks.encode_example(example | {"output": option}, tokenizer)[1][:-1] for option in some]  # without the eos
            for (_, _, example), some in zip(questions, options)]
-    scores = model.log_likelihoods(prompts, ids)
+    scores = model.log_likelihoods(prompts, ids) if prompts else []
     return [some[int(np.argmax(score))] for some, score in zip(options, scores)]
 
 
@@ -391,12 +411,17 @@ def write_json(path, value):
 def run(arguments=None):
     """`main` with these command-line arguments, or the process's own."""
     try:
+        join_processes()
         main(parse_args(arguments))
+        gather()  # nobody leaves before all are done
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:
-        print("eval.py: interrupted: what was scored so far is kept, and not asked again", file=sys.stderr)
-        sys.exit(130)
+        stop("interrupted", 130)
+    except RuntimeError as error:
+        if not died(error):
+            raise
+        stop("another process has ended, and this one with it", 1)
 
 
 if __name__ == "__main__":

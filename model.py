@@ -20,7 +20,9 @@ import os
 import platform
 import re
 import shutil
+import sys
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -741,8 +743,12 @@ def choose_device_and_dtype(device="auto", dtype="auto"):
     where the device computes it natively (CUDA, CPUs with AVX512-BF16 or AMX), float32 elsewhere."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and processes()[1] > 1:  # each process of a machine its own
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=device).item()  # "meta" has no numbers
+        if device.startswith("cuda:"):
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0][:100]
         raise ValueError(f"device {device!r} is not available ({reason}): choose auto, cpu, cuda or mps") from None
@@ -754,6 +760,42 @@ def choose_device_and_dtype(device="auto", dtype="auto"):
     else:
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return device, torch.bfloat16 if native else torch.float32
+
+
+def processes():
+    """(rank, number of processes), as torchrun tells each of those that it has started; alone: (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes():
+    """Meet the other processes that torchrun has started, if it has. Of all only the first prints."""
+    rank, world = processes()
+    if world > 1:
+        # Patient: others wait in `gather` while the first writes gigabytes. A process that dies is noticed at once.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(hours=1))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def gather(value=None, problem=None):
+    """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come. If one
+    comes with a problem instead, (script, what is wrong), all end, exit status 2: the first prints it, and what others alone
+    have found."""
+    told = [(value, problem)] * processes()[1]
+    if len(told) > 1:
+        torch.distributed.all_gather_object(told, (value, problem))
+    problems = [problem for _, problem in told]
+    if not any(problems):
+        return [value for value, _ in told]
+    for rank, problem in enumerate(problems):
+        if problem and problem not in problems[:rank] and processes()[0] == 0:
+            print(f"{problem[0]}: {f'rank {rank}: ' if rank else ''}{problem[1]}", file=sys.stderr)
+    sys.exit(2)
+
+
+def died(error):
+    """Whether a RuntimeError says that another process has ended, or no longer answers: gloo's has no class of its own."""
+    return processes()[1] > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError))
 
 
 def find_checkpoint(ckpt):

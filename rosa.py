@@ -405,21 +405,27 @@ class LayerSelector:
         """Call before the first forward pass of optimiser step `step`, counted from 0."""
         self.probing = step % self.select_every == 0 and not (self.select == "static" and step > 0)
         if self.probing:
+            self.selected = self.active[: self.count]
+            self.drawn = torch.rand(len(self.parameters))  # here, where all of several processes draw the same
             self.activate(range(len(self.parameters)))
             for weight in self.borrowed:
                 weight.requires_grad_(True)
 
     def after_backward(self):
-        """Call after the last backward pass of the step, before gradients are clipped and applied."""
+        """Call after the last backward pass of the step, before gradients are clipped and applied. A probe whose gradients
+        are not finite tells nothing: it counts as none, and the selection before it stays."""
         if not self.probing:
             return
         scores = torch.stack([torch.stack([w.grad.float().norm() for w in norms if w.grad is not None]).norm()
                               for norms in self.norms]).cpu()
         if self.select == "random":
-            scores = torch.rand(len(scores))
-        self.scores = scores if self.scores is None else self.score_ema * self.scores + (1 - self.score_ema) * scores
+            scores = self.drawn
         for weight in self.borrowed:
             weight.requires_grad_(False).grad = None
+        self.probing = bool(scores.isfinite().all())
+        if not self.probing:
+            return self.activate(self.selected)
+        self.scores = scores if self.scores is None else self.score_ema * self.scores + (1 - self.score_ema) * scores
         self.activate(self.scores.argsort(descending=True, stable=True)[: self.count].tolist())
 
     def activate(self, layers):

@@ -3,32 +3,40 @@
     python train.py --ckpt tiny --task toy
     python train.py --ckpt checkpoints/llama2-7b --task arithmetic --data-dir LLM-Adapters
     python train.py --ckpt tiny --task toy --method peft:IA3 --lr 1e-2
+    torchrun --nproc_per_node=8 train.py --ckpt llama2-7b --task arithmetic      # the same run, by eight processes
 
 A run directory (--out) holds the best adapter, `args.json`, and `log.jsonl`: {"step": 0, "val_loss": x}, then a line
 per optimiser step with step, loss, lr, tokens, seconds, active_layers, and val_loss where it was measured.
 `layers.jsonl` has a line per selection of layers, with their scores; at its end the run adds their picture,
-`layers.png`, and `summary.json`, the run in six numbers.
+`layers.png`, and `summary.json`, the run in six numbers. `state.safetensors` is what --resume goes on from: a run that was
+killed at any moment and resumed ends in the same bytes as one that never was.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import math
 import os
 import random
+import shlex
+import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import NAMES, Llama, choose_device_and_dtype, copy_companions, find_checkpoint, one_line, read_json
+from model import (NAMES, Llama, choose_device_and_dtype, copy_companions, died, find_checkpoint, gather, join_processes,
+                   one_line, processes, read_json, read_tensor, stored_tensors)
 
 try:
     import resource
@@ -80,13 +88,16 @@ def parse_args(arguments=None):
     p.add_argument("--val-size", type=int, default=300, help="training examples held out for validation")
     p.add_argument("--eval-every", type=int, default=100, help="optimiser steps between validations")
     p.add_argument("--save-every", type=int, default=100, help="optimiser steps between saves for --resume")
-    p.add_argument("--resume", action="store_true", help="continue the run in --out from its last save")
-    p.add_argument("--overwrite", action="store_true", help="start anew in an --out that holds a run already")
+    begin = p.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true", help="continue the run in --out from its last save")
+    begin.add_argument("--overwrite", action="store_true", help="start anew in an --out that holds a run already")
     p.add_argument("--data-dir", default=tasks.DATA_DIR, help="directory laid out as LLM-Adapters' repository")
     p.add_argument("--train-file", help="train on this JSON file instead of the task's own; also looked for in --data-dir")
     p.add_argument("--out", type=Path, help="run directory (default: runs/<ckpt>-<task>-<method>)")
     p.add_argument("--checkpoint-activations", action="store_true", help="keep one tensor a layer for the backward pass and "
                    "compute the rest again: slower, in less memory")
+    p.add_argument("--shard", action="store_true", help="under torchrun: keep a share of the frozen weights in each process "
+                   "(FSDP2), for models larger than a device")
     p.add_argument("--compile", action="store_true", help="compile the layers with torch.compile: faster after a minute or so")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
@@ -124,8 +135,15 @@ def parse_args(arguments=None):
     for name in ("lr", "alpha"):
         if not 0 < getattr(args, name, 1) < math.inf:
             fail(f"--{name} must be a positive number, not {getattr(args, name)}")
-    if not 0 <= args.seed < 2**63:
-        fail(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
+    if not 0 <= args.seed < 2**32:
+        fail(f"--seed must be a whole number from 0 to 2^32 - 1, not {args.seed}")
+    if args.shard:
+        if processes()[1] == 1:
+            fail("--shard needs several processes: torchrun --nproc_per_node=N train.py ...")
+        if kind not in ("rosa", "lora"):
+            fail(f"--shard shards weights that are frozen, with --method rosa or lora: not with {args.method}")
+        if args.compile or args.checkpoint_activations:
+            fail("--shard goes with neither --compile nor --checkpoint-activations")
     return args
 
 
@@ -138,23 +156,38 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 def fail(message):
     """A user's mistake: one line, exit status 2."""
-    print(f"train.py: {one_line(message)}", file=sys.stderr)
-    sys.exit(2)
+    gather(problem=("train.py", one_line(message)))
+
+
+def stop(message, status=1):
+    """What befalls a run on its way: one line, told by the first process, and the end."""
+    for bar in list(tqdm._instances):  # the line shall be one of its own
+        bar.close()
+    if processes()[0] == 0:
+        print(f"train.py: {one_line(message)}", file=sys.stderr)
+    sys.exit(status)
 
 
 def main(args):
     # --- the model and its adapters ---
+    rank, world = processes()
     ckpt = find_checkpoint(args.ckpt)
-    if (args.out / "log.jsonl").exists() and not (args.resume or args.overwrite):
+    if (args.out / "args.json").exists() and not (args.resume or args.overwrite):
         raise ValueError(f"--out {args.out} holds a run already: --resume goes on with it, --overwrite starts anew")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: choose a directory for the run")
     if args.out.resolve() == ckpt.resolve():
         raise ValueError(f"--out {args.out} is the checkpoint itself: choose another directory for the run")
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
-    train_set, val_set, too_long = load_data(args, tokenizer)
-    model = Llama.from_pretrained(ckpt, device, dtype)
+    train_set, val_set, records, too_long = load_data(args, tokenizer)
+    args.dtype = str(dtype).removeprefix("torch.")  # of "auto" the answer is part of the run
+    model = load_mapped(ckpt) if args.shard else Llama.from_pretrained(ckpt, device, dtype)
     if args.max_len > model.config.context:
         raise ValueError(f"--max-len {args.max_len} exceeds the model's {model.config.limit}")
+    description = describe(args, ckpt, model, train_set, val_set)
+    if args.resume:
+        check_same(args, description)
     torch.manual_seed(args.seed)
     attach(args, model)
     selector = rosa.LayerSelector(model, args.k_ratio, args.select_every, args.score_ema, args.select)
@@ -166,7 +199,8 @@ def main(args):
 
     trainable_count, count = (sum(p.numel() for p in some) for some in (trainable.values(), model.parameters()))
     lengths = [len(prompt) + len(response) for prompt, response in train_set]
-    print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; what trains in float32")
+    print(f"model      {ckpt}: {len(model.model.layers)} layers, {args.dtype} on {device}; what trains in float32"
+          + (f"; {world} processes" if world > 1 else ""))
     print(f"method     {args.method}{f' on {args.targets}' if 'targets' in args else ''}; "
           f"{selector.count} of {len(model.model.layers)} layers train at a time")
     print(f"trainable params: {trainable_count:,} || all params: {count:,} || trainable%: {100 * trainable_count / count:.4f}")
@@ -180,24 +214,36 @@ def main(args):
         compile_layers(model)
 
     # --- where to begin ---
-    if args.resume:
+    step = None
+    if args.resume and (args.out / "state.safetensors").exists():
         step, best = load_state(args, trainable, optimizer, selector)
-    else:
+    if len(set(gather(step))) > 1:
+        raise ValueError(f"--resume: {args.out} holds different states on different machines: share it, or copy it to each")
+    peers = None  # the processes, as a group in which one that is silent for so long is taken for dead
+    if world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        peers = torch.distributed.new_group(backend=backend, timeout=timedelta(seconds=50))
+    if args.shard:
+        shard(model, peers, device, dtype)
+        optimizer.load_state_dict(optimizer.state_dict())  # its moments follow the adapters to their device
+    if step is None:
         step = 0
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "args.json").write_text(json.dumps(vars(args), indent=2, default=str) + "\n")
+        begin(args, description)
         best = validate(model, val_set, args)
-        save_best(args, model, ckpt)
-        write_log(args.out / "log.jsonl", {"step": 0, "val_loss": best}, mode="w")
-        for file in ("state.safetensors", "layers.jsonl", "layers.png", "summary.json"):  # of the run that was here
-            (args.out / file).unlink(missing_ok=True)
+        if not math.isfinite(best):
+            stop(f"the validation loss is {best} before training: is {ckpt} whole?")
         print(f"validation loss {best:.4f} before training")
+        save_best(args, model, ckpt)
+        if rank == 0:
+            write_log(args.out / "log.jsonl", {"step": 0, "val_loss": best})
+        save_state(args, trainable, optimizer, selector, step, best)
 
     # --- the loop ---
-    first_step = step
+    first_step = saved = step
+    skipped = 0  # steps in a row that were not applied
     model.train()  # for the dropout that a method of peft may have
     layers = range(len(model.model.layers))
-    bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True,
+    bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True, disable=rank > 0,
                bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}")
     signals = note_signals()  # finish the step, save, stop
     while step < total_steps:
@@ -216,20 +262,25 @@ def main(args):
 
         # What dropout or a random selection draws depends on the step alone, so that a resumed run draws the same.
         torch.manual_seed(args.seed + step)
-
-        # Gradients of the mean loss per response token, over all micro-batches together.
         selector.before_forward(step)
+        torch.manual_seed(args.seed + step + rank * total_steps)  # all processes select the same, each drops what it likes
+
+        # Gradients of the mean loss per response token, over the micro-batches of all processes together.
         response_tokens = sum(len(response) for _, response in batch)
         loss = 0.0
-        for i in range(0, len(batch), args.micro_batch_size):
-            tokens, labels = collate(batch[i : i + args.micro_batch_size], device)
+        for micro_batch in own_micro_batches(batch, args.micro_batch_size):
+            tokens, labels = collate(micro_batch, device)
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()
             loss += micro_loss.item()
+        loss, noted = add_up(peers, model, loss, len(signals))
         selector.after_backward()
 
-        torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0)
-        optimizer.step()
+        # A step that is not finite would spoil the weights for good: it is not applied, and after three in a row the run ends.
+        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
+        skipped = 0 if math.isfinite(loss) and math.isfinite(norm) else skipped + 1
+        if not skipped:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
@@ -237,29 +288,39 @@ def main(args):
         token_count = sum(len(prompt) + len(response) for prompt, response in batch)
         record = {"step": step, "loss": loss, "lr": lr, "tokens": token_count, "seconds": seconds,
                   "active_layers": selector.active}
+        if skipped:
+            record["skipped"] = True
+            culprits = f"loss {loss:.3g}, gradient {norm:.3g}, examples {[records[i] for i in batches[position]]}"
+            tqdm.write(f"step {step:5}  not applied: {culprits}")
         if step % args.eval_every == 0 or step == total_steps:
             record["val_loss"] = validate(model, val_set, args)
             tqdm.write(f"step {step:5}  validation loss {record['val_loss']:.4f}")
             if record["val_loss"] < best:  # the adapter kept is the best one, not the last one
                 best = record["val_loss"]
                 save_best(args, model, ckpt)
-        write_log(args.out / "log.jsonl", record)
-        if selector.probing:
+        if rank == 0:
+            write_log(args.out / "log.jsonl", record)
+        if rank == 0 and selector.probing:
             selection = {"step": step, "scores": selector.scores.tolist(), "active_layers": selector.active}
             write_log(args.out / "layers.jsonl", selection)
-        stopping = len(signals) > 0  # asked once: a signal from here on ends the next step
-        if step % args.save_every == 0 or step == total_steps or stopping:
+        stopping = (noted if peers else len(signals)) > 0  # asked once: a signal from here on ends the next step
+        if skipped == 3:
+            stop(f"step {step} was the third in a row that is not finite: {culprits}, counted from 0 in the training data. The "
+                 f"last good state, of step {saved}, is in {args.out / 'state.safetensors'}")
+        if not skipped and (step % args.save_every == 0 or step == total_steps or stopping):
             save_state(args, trainable, optimizer, selector, step, best)
+            saved = step
         strip = "".join("█" if i in selector.active else "·" for i in layers)
         bar.set_postfix_str(f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {strip}", refresh=False)
         bar.update()
         if stopping and step < total_steps:
             bar.close()
-            print(f"stopped after step {step}. To go on: the same command with --resume")
-            sys.exit(128 + signals[0])
+            print(f"stopped after step {step}. To go on: {resume_command()}")
+            sys.exit(128 + (signals or [signal.SIGTERM])[0])
     bar.close()
-    write_summary(args, trainable_count, count, best, device)
-    draw_layers(args.out)
+    if rank == 0:
+        write_summary(args, trainable_count, count, best, device)
+        draw_layers(args.out)
     print(f"best validation loss {best:.4f}; its {'checkpoint' if args.method == 'full' else 'adapter'} is in {args.out}")
 
 
@@ -302,25 +363,76 @@ def attach(args, model):
         rosa.attach_peft(model, args.method.removeprefix("peft:"), read_json(args.peft_config) if args.peft_config else {})
 
 
+def load_mapped(ckpt):
+    """The model on the CPU, its weights still in their files: they take memory as they are read, and what is not, none."""
+    model = Llama.from_pretrained(ckpt, "meta")
+    table = stored_tensors(find_checkpoint(ckpt))
+    for name in model.state_dict():
+        if name in table:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(read_tensor(table, name)))
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def shard(model, peers, device, dtype):
+    """Leave each process some rows of every frozen weight (FSDP2). A layer's weights are brought together while it computes,
+    those of the embedding and lm_head from the forward to the backward pass. Adapters and norms, which are small, all have."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import DTensor
+
+    mesh = DeviceMesh.from_group(peers, device.type)
+    kept = {p: torch.float32 if p.requires_grad else dtype for name, p in model.named_parameters()
+            if p.requires_grad or "norm" in name}
+    for parameter, its_dtype in kept.items():
+        parameter.data = parameter.data.to(device, its_dtype, copy=True)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=set(kept))
+        module._apply(lambda tensor: tensor.to(dtype) if isinstance(tensor, DTensor) else tensor)
+    register_fsdp_forward_method(model, "loss")
+
+
+def by_the_first(save):
+    """Have the first process do it, and the others wait until it is done."""
+    def saving_once(*arguments):
+        if processes()[0] == 0:
+            save(*arguments)
+        gather()
+    return saving_once
+
+
+@by_the_first
 def save_best(args, model, ckpt):
     """The adapter, or with --method full a whole checkpoint, tokenizer included: `eval.py --ckpt` takes it."""
-    if args.method != "full":
-        return rosa.save_adapter(model, args.out)
-    model.save_pretrained(args.out)
-    copy_companions(ckpt, args.out)
+    new = args.out / "best.partial"
+    with saving(new):
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        if args.method == "full":
+            model.save_pretrained(new)
+            copy_companions(ckpt, new)
+        else:
+            rosa.save_adapter(model, new)
+        for file in new.iterdir():
+            write(args.out / file.name, lambda partial: os.replace(file, partial))
+        new.rmdir()
 
 
 def load_data(args, tokenizer):
-    """(training examples, validation examples, how many were longer than --max-len), as (prompt ids, response ids)."""
+    """(training examples, validation examples, the training examples' places in their file, how many were longer than
+    --max-len). An example is (prompt ids, response ids)."""
     examples = tasks.train_examples(args.task, args.data_dir, args.train_file)
     encoded = [tasks.encode_example(example, tokenizer)
-               for example in tqdm(examples, desc="tokenizing", leave=False, disable=None)]
-    kept = [pair for pair in encoded if len(pair[0]) + len(pair[1]) <= args.max_len]
+               for example in tqdm(examples, desc="tokenizing", leave=False, disable=processes()[0] > 0 or None)]
+    kept = [i for i, (prompt, response) in enumerate(encoded) if len(prompt) + len(response) <= args.max_len]
     if len(kept) <= args.val_size:
         raise ValueError(f"{len(kept)} of {len(encoded)} examples have at most --max-len {args.max_len} tokens: too few to "
                          f"hold --val-size {args.val_size} of them out and train on the rest")
     random.Random(args.seed).shuffle(kept)
-    return kept[args.val_size :], kept[: args.val_size], len(encoded) - len(kept)
+    held_out, records = kept[: args.val_size], kept[args.val_size :]
+    return [encoded[i] for i in records], [encoded[i] for i in held_out], records, len(encoded) - len(kept)
 
 
 def make_batches(lengths, batch_size, seed):
@@ -336,10 +448,35 @@ def make_batches(lengths, batch_size, seed):
     return batches
 
 
+def own_micro_batches(examples, size):
+    """What of these examples this process computes, in micro-batches of at most `size`. All processes have as many, since those
+    of a sharded model compute in step: where examples are too few for that, the last is empty."""
+    rank, world = processes()
+    rounds = math.ceil(len(examples) / (size * world))
+    size = math.ceil(len(examples) / (rounds * world))
+    micro_batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+    return (micro_batches[rank::world] + [[]])[:rounds]
+
+
+def add_up(peers, model, *numbers):
+    """Add up the gradients of all processes, each process's own being replaced, and some numbers, which are returned: in one
+    message of float32."""
+    if peers is None:
+        return numbers
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([*(grad.flatten().float() for grad in grads), torch.tensor(numbers, device=model.device)])
+    torch.distributed.all_reduce(flat, group=peers)
+    *sums, numbers = flat.split([*(grad.numel() for grad in grads), len(numbers)])
+    for grad, total in zip(grads, sums):
+        grad.copy_(total.view_as(grad))
+    return numbers.tolist()
+
+
 def collate(examples, device):
-    """Pad on the right: tokens [B, T], and labels [B, T], the next token where it belongs to the response, else -100."""
-    width = max(len(prompt) + len(response) for prompt, response in examples) - 1
-    tokens = torch.zeros(len(examples), width, dtype=torch.long)
+    """Pad on the right: tokens [B, T], and labels [B, T], the next token where it belongs to the response, else -100. No
+    examples are one token, and nothing to predict."""
+    width = max((len(prompt) + len(response) for prompt, response in examples), default=2) - 1
+    tokens = torch.zeros(max(1, len(examples)), width, dtype=torch.long)
     labels = torch.full_like(tokens, -100)
     for row, (prompt, response) in enumerate(examples):
         ids = prompt + response
@@ -354,50 +491,148 @@ def validate(model, examples, args):
     model.eval()
     by_length = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
     total = 0.0
-    for i in tqdm(range(0, len(by_length), args.micro_batch_size), desc="validation", leave=False, disable=None):
-        tokens, labels = collate(by_length[i : i + args.micro_batch_size], model.device)
+    micro_batches = own_micro_batches(by_length, args.micro_batch_size)
+    for micro_batch in tqdm(micro_batches, desc="validation", leave=False, disable=processes()[0] > 0 or None):
+        tokens, labels = collate(micro_batch, model.device)
         total += model.loss(tokens, labels).item()
     model.train()
-    return total / sum(len(response) for _, response in examples)
+    return sum(gather(total)) / sum(len(response) for _, response in examples)
 
 
-def write_log(path, record, mode="a"):
-    with open(path, mode, encoding="utf-8") as file:
+# --- what a run leaves on disk, and how it goes on from there ---
+
+
+LOGS = ("log.jsonl", "layers.jsonl")
+# What may differ between a run and its resumption.
+NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations", "shard")
+
+
+@contextlib.contextmanager
+def saving(path):
+    """A disk that is full, read-only or gone ends the run in one line."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        stop(f"cannot write {path}: {error}. What was saved before is whole; once this is mended: {resume_command()}")
+
+
+def write(path, content):
+    """Replace a file whole: written beside it, flushed to disk, renamed. content: text, or a function that writes a file."""
+    partial = path.with_name(path.name + ".partial")
+    with saving(path):
+        try:
+            partial.write_text(content, encoding="utf-8") if isinstance(content, str) else content(partial)
+            flush(partial)
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # of the error that brought us here
+                partial.unlink()
+            raise
+        if os.name == "posix":  # a rename is on disk once its directory is
+            flush(path.parent)
+
+
+def flush(path):
+    """Have the disk hold what was written."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_log(path, record):
+    """Add a line. JSON has no word for a number that is not finite: null stands for it."""
+    record = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+    with saving(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
 
 def read_log(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The records of a log, as far as it is whole: a kill may have cut the last line."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
 
 
-# What may differ between a run and its resumption.
-NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations")
+def describe(args, ckpt, model, train_set, val_set):
+    """args.json: the arguments, and hashes by which a resumption knows the checkpoint and the data again. Of the checkpoint
+    these are its config, what its tensors are, and one small tensor, which another model of the same shape has otherwise."""
+    tensors = sorted((name, t.file.name, t.file.stat().st_size, t.shape, t.dtype) for name, t in stored_tensors(ckpt).items())
+    found = {"config.json of the checkpoint": (ckpt / "config.json").read_bytes(), "tensors of the checkpoint": tensors,
+             "final norm of the checkpoint": model.model.norm.weight.to(getattr(torch, args.dtype)).tolist(),
+             "training examples": train_set, "held-out examples": val_set}
+    if getattr(args, "peft_config", None):
+        found["options in --peft-config"] = read_json(args.peft_config)
+    hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in found.items()}
+    return json.loads(json.dumps(vars(args) | {"hashes": hashes}, default=str))
 
 
+def check_same(args, description):
+    """Raise ValueError naming a difference between this run and the one that was begun in --out."""
+    if not (args.out / "args.json").is_file():
+        raise FileNotFoundError(f"--resume: {args.out} has no args.json: nothing was saved there yet; run without --resume")
+    before = read_json(args.out / "args.json")
+    for key, value in before.items():
+        if key not in (*NOT_COMPARED, "hashes") and (now := description.get(key)) != value:
+            raise ValueError(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}, not {now}")
+    for name, value in before.get("hashes", {}).items():
+        if description["hashes"].get(name) != value:
+            raise ValueError(f"--resume: the {name} differ from those that the run in {args.out} began with")
+
+
+def resume_command():
+    arguments = [argument for argument in sys.argv if argument not in ("--resume", "--overwrite")]
+    return ("python " if processes()[1] == 1 else "torchrun ... ") + shlex.join([*arguments, "--resume"])
+
+
+@by_the_first
+def begin(args, description):
+    """Make way in --out for a run, and say which."""
+    with saving(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+        if not args.resume:  # first: what is left of another run is from here on no run
+            (args.out / "args.json").unlink(missing_ok=True)
+        for file in ("state.safetensors", *LOGS, "layers.png", "summary.json"):
+            (args.out / file).unlink(missing_ok=True)
+        clear_partial(args.out)
+    write(args.out / "args.json", json.dumps(description, indent=2) + "\n")
+
+
+def clear_partial(out):
+    """Delete what a save that was cut short has left."""
+    for leftover in out.glob("*.partial"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+@by_the_first
 def save_state(args, trainable, optimizer, selector, step, best):
-    """Everything that the rest of the run depends on, in one file, replaced whole."""
+    """Everything that the rest of the run depends on, in one file. The random state is a function of the step."""
     tensors = {f"trainable.{name}": p.detach().cpu().contiguous() for name, p in trainable.items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{key}": value.cpu() for key, value in moments.items()}
-    tensors["scores"] = selector.scores
-    progress = {"step": step, "best": best, "active": selector.active,
-                "args": {key: value for key, value in vars(args).items() if key not in NOT_COMPARED}}
-    partial = args.out / "state.safetensors.partial"
-    save_file(tensors, partial, metadata={"progress": json.dumps(progress, default=str)})
-    os.replace(partial, args.out / "state.safetensors")
+    if selector.scores is not None:
+        tensors["scores"] = selector.scores
+    progress = {"progress": json.dumps({"step": step, "best": best, "active": selector.active})}
+    for log in LOGS:  # their lines up to this step are not to be lost when the state is there
+        with saving(args.out / log), contextlib.suppress(FileNotFoundError):
+            flush(args.out / log)
+    write(args.out / "state.safetensors", lambda partial: save_file(tensors, partial, metadata=progress))
 
 
 def load_state(args, trainable, optimizer, selector):
     """Undo `save_state`; returns (step, best validation loss). Log lines beyond that step are dropped."""
     path = args.out / "state.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume: {path} is absent: nothing was saved there yet; run without --resume")
-    with safe_open(path, framework="pt") as file:
-        progress = json.loads(file.metadata()["progress"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    for key, value in progress["args"].items():
-        if (now := json.loads(json.dumps(vars(args).get(key), default=str))) != value:
-            raise ValueError(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}, not {now}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}): --overwrite starts anew") from None
     moments = {}
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -408,11 +643,15 @@ def load_state(args, trainable, optimizer, selector):
                 i, key = rest.split(".")
                 moments.setdefault(int(i), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    selector.scores = tensors["scores"]
+    selector.scores = tensors.get("scores")
     selector.activate(progress["active"])
-    for log in (args.out / "log.jsonl", args.out / "layers.jsonl"):
-        lines = [json.dumps(record) + "\n" for record in read_log(log) if record["step"] <= progress["step"]]
-        log.write_text("".join(lines), encoding="utf-8")
+    if processes()[0] > 0:
+        return progress["step"], progress["best"]
+    with saving(args.out):
+        clear_partial(args.out)
+    for log in LOGS:
+        lines = [json.dumps(record) + "\n" for record in read_log(args.out / log) if record["step"] <= progress["step"]]
+        write(args.out / log, "".join(lines))
     return progress["step"], progress["best"]
 
 
@@ -425,7 +664,7 @@ def write_summary(args, trainable_count, count, best, device):
         summary["peak_memory"] = torch.cuda.max_memory_allocated()
     elif resource:  # of the whole process; kilobytes, on a Mac bytes
         summary["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write(args.out / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def draw_layers(out):
@@ -445,18 +684,23 @@ def draw_layers(out):
     axes.set_xticks(range(0, len(probes), every), [probe["step"] for probe in probes[::every]], rotation=90)
     axes.set(xlabel="optimiser step", ylabel="layer", title="selected layers (dots)")
     figure.colorbar(image, label="score, share of the highest")
-    figure.savefig(out / "layers.png", dpi=120)
+    write(out / "layers.png", lambda partial: figure.savefig(partial, format="png", dpi=120))
 
 
 def run(arguments=None):
     """`main` with these command-line arguments, or the process's own."""
     try:
+        join_processes()
         main(parse_args(arguments))
+        gather()  # nobody leaves before all are done
     except (ValueError, OSError, ImportError) as error:
         fail(error)
     except KeyboardInterrupt:
-        print("train.py: interrupted before its first step: nothing was changed since the last save", file=sys.stderr)
-        sys.exit(130)
+        stop("interrupted before its first step: what was saved before is whole", 130)
+    except RuntimeError as error:
+        if not died(error):
+            raise
+        stop(f"another process has ended, and the run with it. To go on: {resume_command()}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ The peer is peft's LoRA, rank 24, on all linear layers: the same checkpoint, dty
 order, padded to the longest of the batch. Ours is `train.py` as it stands, at its defaults but for what a row says. Each
 measurement is a process of its own; the rows take turns, and the table shows medians over the rounds, for ratios the median of
 the ratios within a round. tokens/s: median over the steps after the first three, padding not counted. MiB: the process's peak
-resident set on a CPU, the allocator's peak on a GPU. Floor: the FLOPs that a step cannot do without, at the rate of a large
+resident set on a CPU, the allocator's peak on a GPU. Kept: what the forward pass leaves for the backward pass, weights not
+counted, in the last micro-batch. Floor: the FLOPs that a step cannot do without, at the rate of a large
 matmul measured in the same process; its share of the time is 1 where nothing else takes any. --profile adds where the time
 goes, by kind of operation. Without transformers and peft the peer's columns stay empty.
 """
@@ -32,7 +33,7 @@ import rosa  # noqa: E402
 import train  # noqa: E402
 from data import tasks  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
-from model import LlamaConfig  # noqa: E402
+from model import Llama, LlamaConfig  # noqa: E402
 
 ALL = "q,k,v,o,gate,up,down"
 ROWS = {  # what a row says -> options of train.py
@@ -59,11 +60,13 @@ def peak_mib(device):
 def ours(args, row):
     out = Path(tempfile.mkdtemp())
     if row == "RoSA, upper half active":
-        class UpperHalf(rosa.LayerSelector):
-            def activate(self, layers):
-                super().activate(layers if self.probing and len(layers) > self.count else range(len(self.parameters))[-self.count:])
+        class UpperHalf(rosa.LayerSelector):  # as between two probes
+            def before_forward(self, step):
+                self.activate(range(len(self.parameters))[-self.count:])
+                self.scores = torch.zeros(len(self.parameters))
 
         rosa.LayerSelector = UpperHalf
+    kept = count_kept()
     options = [str(args.batch_size) if option == "BATCH" else option for option in ROWS[row]]
     command = ["--ckpt", args.ckpt, "--train-file", args.train_file, "--out", out, "--dtype", args.dtype, "--device", args.device,
                "--batch-size", args.batch_size, "--max-len", args.max_len, "--max-steps", args.steps, "--val-size", 8,
@@ -78,8 +81,31 @@ def ours(args, row):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
     log = log[3 if args.steps > 5 else 1:]  # not the probe, nor what is compiled
     options = train.parse_args(command)
-    return {"rate": statistics.median(step["tokens"] / step["seconds"] for step in log), "loss": log[-1]["loss"],
+    return {"rate": statistics.median(step["tokens"] / step["seconds"] for step in log), "loss": log[-1]["loss"], "kept": kept[-1] / 2**10,
             "floor": statistics.median(floor(args, step, options) / rate / step["seconds"] for step in log)}
+
+
+def count_kept():
+    """Have `Llama.loss` note, for each call with gradients, the bytes a token that autograd keeps. Returns the list of them."""
+    loss, kept = Llama.loss, []
+
+    def counting(self, tokens, labels):
+        weights = {p.untyped_storage().data_ptr() for p in self.parameters()}
+        sizes = {}
+
+        def note(tensor):
+            if not tensor.is_mkldnn and (storage := tensor.untyped_storage()).data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            result = loss(self, tokens, labels)
+        if torch.is_grad_enabled():
+            kept.append(sum(sizes.values()) / tokens.numel())
+        return result
+
+    Llama.loss = counting
+    return kept
 
 
 def floor(args, step, options):
@@ -188,7 +214,7 @@ def main():
     peer = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
     if not peer:
         print("without the peer: pip install transformers peft")
-    print("| | dtype | tokens/s | / peer | / RoSA without DLS | share of floor | peak MiB | / peer | last loss |\n" + "|---" * 9 + "|", flush=True)
+    print("| | dtype | tokens/s | / peer | / RoSA without DLS | share of floor | peak MiB | / peer | kept, KiB a token | last loss |\n" + "|---" * 10 + "|", flush=True)
     for dtype in args.dtype.split(","):
         roles = ["theirs"] * peer + rows
         rounds = [{role: measure(__file__, role, dtype) for role in roles} for _ in range(args.rounds)]
@@ -200,7 +226,7 @@ def main():
                      f"{median(lambda r: r[role]['rate'] / r['RoSA without DLS']['rate'], 'RoSA without DLS'):.2f}",
                      f"{median(lambda r: r[role].get('floor', float('nan'))):.2f}", f"{median(lambda r: r[role]['peak']):,.0f}",
                      f"{median(lambda r: r[role]['peak'] / r['theirs']['peak'], 'theirs'):.2f}",
-                     f"{median(lambda r: r[role].get('loss', float('nan'))):.3f}"]
+                     f"{median(lambda r: r[role].get('kept', float('nan'))):,.0f}", f"{median(lambda r: r[role].get('loss', float('nan'))):.3f}"]
             label = "transformers + peft LoRA" if role == "theirs" else role
             print(f"| {label} | {dtype} | " + " | ".join(cells).replace("nan", "") + " |", flush=True)
 

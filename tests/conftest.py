@@ -1,6 +1,9 @@
 """Random tiny models on the CPU: what the tests state, they state about these."""
 
 import json
+import multiprocessing
+import os
+import sys
 
 import pytest
 import torch
@@ -44,6 +47,18 @@ def randomise_adapters(model, seed=1):
         for adapter in adapters(model).values():
             adapter.B.copy_(0.1 * torch.randn(adapter.B.shape, generator=generator))
     return model
+
+
+def forkserver():
+    """Starts processes that need not import torch anew: each is a fork of one that has."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["train", "eval", "torch.distributed.fsdp", "matplotlib.figure"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # before Python 3.13 it does not look where we do
+        first = processes.Process(target=print)
+        first.start()
+        first.join()
+    return processes
 
 
 @pytest.fixture

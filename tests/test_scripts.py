@@ -1,6 +1,7 @@
 """Statements about `train.py` and `eval.py`, run as a user runs them, on a random tiny model with the bundled tokenizer."""
 
 import json
+import shlex
 import shutil
 import signal
 import subprocess
@@ -79,7 +80,7 @@ def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step(ckpt, o
     assert f"trainable params: {trainable:,} || all params: " in printed.out and "tokens/s" in printed.err
 
     model = rosa.load_adapter(Llama.from_pretrained("ckpt", dtype=getattr(torch, args.dtype)), "out")
-    _, held_out, _ = train_script.load_data(args, load_tokenizer("ckpt"))
+    _, held_out, *_ = train_script.load_data(args, load_tokenizer("ckpt"))
     best = min(record["val_loss"] for record in [first, *log] if "val_loss" in record)
     assert train_script.validate(model, held_out, args) == pytest.approx(best, abs=1e-6)
 
@@ -140,7 +141,7 @@ def test_full_training_leaves_a_checkpoint_with_its_tokenizer(ckpt, capsys):
     assert f"trainable params: {count:,} || all params: {count:,}" in capsys.readouterr().out
     assert [len(record["active_layers"]) for record in log] == [2] * 6 and log[-1]["val_loss"] < first["val_loss"] - 0.02
     model = Llama.from_pretrained("out")
-    _, held_out, _ = train_script.load_data(args, load_tokenizer("out"))
+    _, held_out, *_ = train_script.load_data(args, load_tokenizer("out"))
     assert train_script.validate(model, held_out, args) == pytest.approx(log[-1]["val_loss"], abs=1e-5)
     run(eval_script, "--ckpt", "out", "--limit", 3, "--max-new-tokens", 5, "--out", "scores")
 
@@ -154,7 +155,7 @@ def test_a_method_of_peft_runs_in_the_same_loop_and_is_read_back(ckpt):
     first, *log = read_log(args.out)
     assert log[-1]["val_loss"] < first["val_loss"] - 0.01 and all(len(record["active_layers"]) == 2 for record in log)
     model = rosa.load_adapter(Llama.from_pretrained("ckpt"), args.out)
-    _, held_out, _ = train_script.load_data(args, load_tokenizer("ckpt"))
+    _, held_out, *_ = train_script.load_data(args, load_tokenizer("ckpt"))
     assert train_script.validate(model, held_out, args) == pytest.approx(log[-1]["val_loss"], abs=1e-5)
     files = [(args.out / "adapter_model.safetensors").read_bytes()]
     run(train_script, *arguments, "--out", "parts", "--save-every", 1)
@@ -199,11 +200,17 @@ def test_alpha_follows_the_rank(ckpt):
     assert parse(["--rank", "8", "--alpha", "3"]).alpha == 3 and parse(["--method", "full"]).lr == 2e-5
 
 
-def test_the_best_adapter_is_kept_when_training_diverges(ckpt):
-    run(train_script, *QUICK, "--out", "out", "--lr", 100)
+def test_the_best_adapter_is_kept_when_training_diverges(ckpt, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(train_script, *QUICK, "--out", "out", "--lr", 100, "--eval-every", 1)
     first, *log = read_log("out")
-    assert min(record.get("val_loss", torch.inf) for record in log) > first["val_loss"]
-    assert all(not adapter.B.any() for adapter in rosa.adapters(rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")).values())
+    assert stopped.value.code == 1 and "was the third in a row that is not finite" in capsys.readouterr().err
+    losses = [record["val_loss"] for record in (first, *log)]
+    assert [record for record in log if record.get("skipped")] == log[-3:] and losses[-1] > min(losses)
+    model = rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
+    args = train_script.parse_args([str(a) for a in QUICK])
+    _, held_out, *_ = train_script.load_data(args, load_tokenizer("ckpt"))
+    assert train_script.validate(model, held_out, args) == pytest.approx(min(losses), abs=1e-5)
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(ckpt):
@@ -269,17 +276,18 @@ def test_a_run_is_not_begun_over_another_unless_asked_to(ckpt, capsys):
     assert capsys.readouterr().err.endswith("--out out holds a run already: --resume goes on with it, --overwrite starts anew\n")
     assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
 
-    # A run that starts anew and dies before its first save leaves nothing of the old one to resume.
+    # A run that starts anew and dies before its first step leaves nothing of the old one to resume.
     with pytest.MonkeyPatch.context() as patch:
         def killed(*_):
             raise KeyboardInterrupt
 
-        patch.setattr(train_script, "collate", killed)
-        patch.setattr(train_script, "validate", lambda *_: 9.0)
+        patch.setattr(train_script, "validate", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(train_script, *QUICK, "--out", "out", "--overwrite")
-    with pytest.raises(FileNotFoundError, match="nothing was saved there"):
-        run(train_script, *QUICK, "--out", "out", "--resume")
+            run(train_script, *QUICK, "--out", "out", "--overwrite", "--seed", 1)
+    run(train_script, *QUICK, "--out", "out", "--resume", "--seed", 1)
+    run(train_script, *QUICK, "--out", "other", "--seed", 1)
+    for name in ("adapter_model.safetensors", "state.safetensors", "layers.jsonl"):
+        assert Path("out", name).read_bytes() == Path("other", name).read_bytes()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -297,8 +305,10 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, cod
     printed, error = process.communicate(timeout=60)
     steps = len(read_log("parts")) - 1
     assert process.returncode == code and 3 <= steps < 40 and "Traceback" not in error
-    assert printed.endswith(f"stopped after step {steps}. To go on: the same command with --resume\n")
-    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    *_, last = printed.splitlines()
+    python, *resuming = shlex.split(last.removeprefix(f"stopped after step {steps}. To go on: "))
+    assert python == "python" and resuming == [*command[1:], "--resume"]
+    subprocess.run([sys.executable, *resuming], check=True, capture_output=True)
     lines = [[{key: value for key, value in line.items() if key != "seconds"} for line in read_log(out)] for out in ("whole", "parts")]
     assert lines[0] == lines[1]
     name = "adapter_model.safetensors"
@@ -340,7 +350,7 @@ def test_dropout_acts_in_training_alone(ckpt):
     assert first[0][:2] == first[1][:2] and first[0][2] != first[1][2]  # step 0, step 1 (B is zero), step 2
     args = train_script.parse_args([str(a) for a in (*SHORT, "--method", "lora")])
     model = rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
-    _, held_out, _ = train_script.load_data(args, load_tokenizer("ckpt"))
+    _, held_out, *_ = train_script.load_data(args, load_tokenizer("ckpt"))
     assert train_script.validate(model, held_out, args) == pytest.approx(read_log("out")[-1]["val_loss"], abs=1e-5)
 
 
@@ -365,8 +375,9 @@ def test_gradients_are_clipped_to_norm_1(ckpt, monkeypatch):
     norms, clip = [], torch.nn.utils.clip_grad_norm_
 
     def recording(parameters, max_norm):
-        clip(parameters, max_norm)
+        norm = clip(parameters, max_norm)
         norms.append(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item())
+        return norm
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
     run(train_script, *QUICK, "--alpha", 10000, "--out", "out")
@@ -375,7 +386,7 @@ def test_gradients_are_clipped_to_norm_1(ckpt, monkeypatch):
 
 def test_held_out_examples_are_not_trained_on(ckpt):
     args = train_script.parse_args([str(a) for a in QUICK])
-    train, held_out, _ = train_script.load_data(args, load_tokenizer("ckpt"))
+    train, held_out, *_ = train_script.load_data(args, load_tokenizer("ckpt"))
     assert (len(train), len(held_out)) == (80, 20)
     assert not {tuple(prompt) for prompt, _ in train} & {tuple(prompt) for prompt, _ in held_out}
 
