@@ -60,10 +60,9 @@ def peak_mib(device):
 def ours(args, row):
     out = Path(tempfile.mkdtemp())
     if row == "RoSA, upper half active":
-        class UpperHalf(rosa.LayerSelector):  # as between two probes
-            def before_forward(self, step):
-                self.activate(range(len(self.parameters))[-self.count:])
-                self.scores = torch.zeros(len(self.parameters))
+        class UpperHalf(rosa.LayerSelector):  # whatever the probe says
+            def activate(self, layers):
+                super().activate(layers if self.probing and len(layers) > self.count else range(len(self.parameters))[-self.count:])
 
         rosa.LayerSelector = UpperHalf
     kept = count_kept()
