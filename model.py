@@ -439,7 +439,7 @@ class Attention(nn.Module):
         if cache is not None and not cache.fresh:
             k, v, mask = cache.read(layer)  # [B, K, S, d] twice, [B, 1, H/K * T, S]
             y = attend(q.reshape(B, k.shape[1], -1, self.head_dim), k, v, mask).view(B, -1, T, self.head_dim)
-        elif x.device.type == "cpu" and x.dtype == torch.bfloat16 and T <= CausalAttention.LONGEST:
+        elif x.device.type == "cpu" and x.dtype == torch.bfloat16 and T <= SHORT:
             y = CausalAttention.apply(q, k, v)
         else:
             if q.requires_grad and q.device.type == "cpu":  # PyTorch's backward pass there takes twice as long in bfloat16
@@ -458,11 +458,12 @@ def attend(q, k, v, mask):
     return scores.add_(mask).softmax(-1).to(v.dtype) @ v
 
 
+SHORT = 512  # tokens
+
+
 class CausalAttention(torch.autograd.Function):
     """Causal attention in plain matrix products: in bfloat16 on a CPU three times as fast as PyTorch's kernel, backward pass
-    included, for up to LONGEST tokens; it keeps their [T, T] probabilities. q [B, H, T, d]; k, v [B, K, T, d]."""
-
-    LONGEST = 512
+    included, for texts that are SHORT: it keeps their [T, T] probabilities. q [B, H, T, d]; k, v [B, K, T, d]."""
 
     @staticmethod
     def forward(ctx, q, k, v):
