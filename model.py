@@ -244,7 +244,7 @@ class Llama(nn.Module):
         rope = rope_table(positions, self.inv_freq)
         x = self.model.embed_tokens(tokens)
         for i, layer in enumerate(self.model.layers):
-            if self.checkpoint_activations and torch.is_grad_enabled():  # keep x alone: the backward pass computes the layer again
+            if self.checkpoint_activations and torch.is_grad_enabled():  # keep x alone, compute the layer again later
                 x = checkpoint(layer, x, rope, cache, i, use_reentrant=False)
             else:
                 x = layer(x, rope, cache, i)
@@ -346,8 +346,9 @@ class Llama(nn.Module):
     def from_pretrained(cls, ckpt, device="cpu", dtype=None):
         """Load a Hugging Face directory, or a name that `find_checkpoint` knows. dtype None: as stored.
 
-        One tensor at a time goes from the memory-mapped file to its place: file by file, as disks read fastest, of each the largest
-        first, so that resident memory never exceeds the model by much. Raises ValueError or OSError with a line for the user."""
+        One tensor at a time goes from the memory-mapped file to its place: file by file, as disks read fastest, of each
+        the largest first, so that resident memory never exceeds the model by much. Raises ValueError or OSError with a
+        line for the user."""
         directory = find_checkpoint(ckpt)
         config = LlamaConfig.from_file(directory)
         with torch.device("meta"):
@@ -367,7 +368,8 @@ class Llama(nn.Module):
     @torch.no_grad()
     def pack(self):
         """Lay the weights of the linear layers out as an x86 CPU multiplies by them fastest, each in its own place; elsewhere
-        nothing happens. For inference alone: packed weights can be neither trained nor merged into nor saved. Returns the model."""
+        nothing happens. For inference alone: packed weights can be neither trained nor merged into nor saved. Returns the
+        model."""
         if ONEDNN and self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16):
             for module in self.modules():
                 if isinstance(module, nn.Linear) and module.weight.layout == torch.strided:
@@ -449,8 +451,9 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, mask):
-    """Attention of a few queries each, after what the cache holds: the heads that share a key/value head stand in for a longer
-    sequence, so that nothing is repeated. q [B, K, H/K * T, d]; k, v [B, K, S, d]; mask [B, 1, H/K * T, S], added to the scores."""
+    """Attention of a few queries each, after what the cache holds: the heads that share a key/value head stand in for a
+    longer sequence, so that nothing is repeated. q [B, K, H/K * T, d]; k, v [B, K, S, d]; mask [B, 1, H/K * T, S], added
+    to the scores."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # The tall matrix first: PyTorch's own kernel takes a quarter longer for a few queries.
@@ -517,7 +520,8 @@ def linear(x, weight, bias=None):
     In float32 on an x86 CPU through oneDNN, which PyTorch itself calls for bfloat16 alone: the same sums at twice the
     rate of MKL where that does not use AVX-512 (measured on an AMD EPYC). The weight may be packed: `Llama.pack`.
     Not under torch.compile, which cannot compile a bare call of that."""
-    if ONEDNN and not torch.compiler.is_compiling() and x.device.type == "cpu" and (x.dtype == torch.float32 or weight.is_mkldnn):
+    fast = ONEDNN and x.device.type == "cpu" and (x.dtype == torch.float32 or weight.is_mkldnn)
+    if fast and not torch.compiler.is_compiling():
         multiply = OneDNNLinear.apply if torch.is_grad_enabled() else onednn_linear
         return multiply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
     return F.linear(x, weight, bias)

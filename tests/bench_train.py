@@ -45,7 +45,9 @@ ROWS = {  # what a row says -> options of train.py
     "RoSA --compile": ["--compile"],
     "LoRA, all linears, rank 24": ["--method", "lora", "--targets", ALL, "--rank", "24"],
 }
-KINDS = {"matmul": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm", "aten::bmm"), "attention": ("scaled_dot_product",),
+# An operation counts as the first kind of whose words its name holds one.
+KINDS = {"attention": ("scaled_dot_product", "CausalAttention", "aten::bmm", "aten::baddbmm", "aten::_softmax"),
+         "matmul": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm"),
          "norms": ("RMSNorm", "aten::rsqrt", "aten::pow", "aten::mean"), "SwiGLU": ("silu", "SwiGLU"),
          "loss": ("softmax", "SummedCrossEntropy", "aten::exp", "scatter", "gather"),
          "rotation": ("aten::roll", "aten::cat", "addcmul", "aten::cos", "aten::sin"), "optimiser": ("Optimizer", "_foreach")}

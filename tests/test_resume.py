@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 import rosa
 import train
 from data import tasks, toy
-from model import Llama
+from model import Llama, choose_device_and_dtype
 
 ROOT = Path(train.__file__).parent
 RUN = ["--ckpt", "ckpt", "--max-steps", "10", "--batch-size", "4", "--val-size", "8", "--eval-every", "3", "--save-every", "2",
@@ -166,6 +166,11 @@ def test_what_the_end_of_a_run_adds_is_made_up_for(ckpt):
 
 
 # --- another run is not taken for this one ---
+
+
+def test_what_auto_has_come_to_is_part_of_the_run(ckpt):
+    run("--dtype", "auto")
+    assert json.loads(Path("out/args.json").read_text())["dtype"] == str(choose_device_and_dtype("cpu")[1])[6:]
 
 
 def test_what_is_left_of_a_run_that_another_was_about_to_replace_is_no_run(ckpt, capsys):
