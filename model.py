@@ -450,18 +450,18 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
+SHORT = 512  # tokens: so far all scores of a head are held at once where that is faster
+
+
 def attend(q, k, v, mask):
     """Attention of a few queries each, after what the cache holds: the heads that share a key/value head stand in for a
     longer sequence, so that nothing is repeated. q [B, K, H/K * T, d]; k, v [B, K, S, d]; mask [B, 1, H/K * T, S], added
     to the scores."""
-    if q.device.type != "cpu":
+    if q.device.type != "cpu" or q.shape[2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     # The tall matrix first: PyTorch's own kernel takes a quarter longer for a few queries.
     scores = (k.float() @ (q.float() * q.shape[-1] ** -0.5).transpose(2, 3)).transpose(2, 3)  # [B, K, H/K * T, S]
     return scores.add_(mask).softmax(-1).to(v.dtype) @ v
-
-
-SHORT = 512  # tokens
 
 
 class CausalAttention(torch.autograd.Function):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from model import CausalAttention, Llama, LlamaConfig, RMSNormFunction, SummedCrossEntropy, SwiGLU, find_checkpoint, linear
+from model import CausalAttention, Llama, LlamaConfig, RMSNormFunction, SummedCrossEntropy, SwiGLU, attend, find_checkpoint, linear
 from rosa import attach
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -116,6 +116,17 @@ def test_our_attention_is_causal_attention(heads, kv_heads, length):
     torch.testing.assert_close(ours, theirs)
     for found, expected in zip(torch.autograd.grad(ours, (q, k, v), grad), torch.autograd.grad(theirs, (q, k, v), grad)):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("queries", [1, 6, 600])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention_to_what_the_cache_holds(queries, dtype, tolerance):
+    torch.manual_seed(queries)
+    q, k, v = (torch.randn(2, 3, n, 16).to(dtype) for n in (queries, 40, 40))
+    hidden = torch.rand(2, 1, queries, 40) < 0.3
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf)
+    scores = (q.double() @ k.double().transpose(2, 3) / 4).masked_fill(hidden, -torch.inf)
+    torch.testing.assert_close(attend(q, k, v, mask).double(), scores.softmax(-1) @ v.double(), rtol=0, atol=tolerance)
 
 
 def test_our_attention_rounds_no_more_than_pytorchs():
