@@ -343,12 +343,13 @@ class Llama(nn.Module):
         return torch.cat(last), cache.begin(slice(0, B))
 
     @classmethod
-    def from_pretrained(cls, ckpt, device="cpu", dtype=None):
+    def from_pretrained(cls, ckpt, device="cpu", dtype=None, mapped=False):
         """Load a Hugging Face directory, or a name that `find_checkpoint` knows. dtype None: as stored.
 
         One tensor at a time goes from the memory-mapped file to its place: file by file, as disks read fastest, of each
-        the largest first, so that resident memory never exceeds the model by much. Raises ValueError or OSError with a
-        line for the user."""
+        the largest first, so that resident memory never exceeds the model by much. mapped: weights that are on the CPU and
+        of the stored dtype stay in their files; they take memory as they are read, and what is not read takes none. Raises
+        ValueError or OSError with a line for the user."""
         directory = find_checkpoint(ckpt)
         config = LlamaConfig.from_file(directory)
         with torch.device("meta"):
@@ -358,7 +359,7 @@ class Llama(nn.Module):
         model.name_or_path = "/".join(cached.groups()) if cached else str(directory)
         table = tensor_table(directory, model)
         for name in sorted(table, key=lambda name: (table[name].file, -math.prod(table[name].shape))):
-            tensor = read_tensor(table, name).to(device=device, dtype=dtype, copy=True)
+            tensor = read_tensor(table, name).to(device=device, dtype=dtype, copy=not mapped)
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
         if config.tie_word_embeddings:

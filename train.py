@@ -36,7 +36,7 @@ import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
 from model import (NAMES, Llama, choose_device_and_dtype, copy_companions, died, find_checkpoint, gather, join_processes,
-                   one_line, processes, read_json, read_tensor, stored_tensors)
+                   one_line, processes, read_json, stored_tensors)
 
 try:
     import resource
@@ -183,7 +183,8 @@ def main(args):
     tokenizer = load_tokenizer(ckpt)
     train_set, val_set, records, too_long = load_data(args, tokenizer)
     args.dtype = str(dtype).removeprefix("torch.")  # of "auto" the answer is part of the run
-    model = load_mapped(ckpt) if args.shard else Llama.from_pretrained(ckpt, device, dtype)
+    # A process reads of the weights only the rows that `shard` leaves it.
+    model = Llama.from_pretrained(ckpt, mapped=True) if args.shard else Llama.from_pretrained(ckpt, device, dtype)
     if args.max_len > model.config.context:
         raise ValueError(f"--max-len {args.max_len} exceeds the model's {model.config.limit}")
     description = describe(args, ckpt, model, train_set, val_set)
@@ -362,19 +363,6 @@ def attach(args, model):
         model.requires_grad_(True)
     else:
         rosa.attach_peft(model, args.method.removeprefix("peft:"), read_json(args.peft_config) if args.peft_config else {})
-
-
-def load_mapped(ckpt):
-    """The model on the CPU, its weights still in their files: they take memory as they are read, and what is not, none."""
-    model = Llama.from_pretrained(ckpt, "meta")
-    table = stored_tensors(find_checkpoint(ckpt))
-    for name in model.state_dict():
-        if name in table:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(read_tensor(table, name)))
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return model
 
 
 def shard(model, peers, device, dtype):
