@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from itertools import zip_longest
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -145,26 +145,19 @@ def main(args):
         write(path, "".join(json.dumps(line) + "\n" for line in [*predictions.values(), *answered.values()]))
 
     # --- the loop: long prompts first, so that what does not fit in memory fails at once ---
-    eos_ids = eos_tokens(model, tokenizer)
     order = sorted(set(range(len(examples))) - set(predictions), key=lambda j: (-len(examples[j][3]), j))
     right, new_tokens = sum(line["correct"] for line in predictions.values()), 0
     start = time.perf_counter()
     bar = tqdm(total=len(examples), initial=len(predictions), unit="example", dynamic_ncols=True, disable=rank > 0)
-    for first in range(0, len(order), args.batch_size * world):
-        batch = order[first : first + args.batch_size * world]
-        own = batch[rank::world]  # long and short prompts in each process
-        prompts = [examples[j][3] for j in own]
-        if args.score == "generate":
-            answers = model.generate(prompts, args.max_new_tokens, eos_ids)
-            responses = [tokenizer.decode(ids) for ids in answers]
-            new_tokens += sum(gather(sum(len(ids) for ids in answers)))
-        else:
-            responses = most_likely(model, tokenizer, prompts, [examples[j][:3] for j in own])
-        responses = [response for some in zip_longest(*gather(responses)) for response in some][: len(batch)]
+    own = order[rank::world]  # long and short prompts in each process
+    answers = respond(args, model, tokenizer, [examples[j] for j in own])
+    some = 1 if world == 1 else args.batch_size  # answers at a time: processes wait for each other
+    for _ in range(0, len(order), some * world):
+        told = gather([(own[i], response, count) for i, response, count in islice(answers, some)])
         if rank > 0:
             continue
         with open(path, "a", encoding="utf-8") as file:  # at once, so that nothing is asked twice
-            for j, response in zip(batch, responses):
+            for j, response, count in chain(*told):
                 name, i, example, _ = examples[j]
                 correct = tasks.is_correct(name, response, example["answer"])
                 predictions[j] = {"set": name, "index": i, "instruction": example["instruction"], "answer": example["answer"],
@@ -172,9 +165,10 @@ def main(args):
                                   "settings": key}
                 file.write(json.dumps(predictions[j]) + "\n")
                 right += correct
+                new_tokens += count
         speed = f"  {new_tokens / (time.perf_counter() - start):,.0f} new tokens/s" if new_tokens else ""
         bar.set_postfix_str(f"accuracy {right / len(predictions):.1%}{speed}", refresh=False)
-        bar.update(len(batch))
+        bar.update(sum(map(len, told)))
     bar.close()
     if rank > 0:
         return
@@ -202,6 +196,18 @@ def main(args):
     write_json(args.out / "results.json", {"scores": scores, "micro": micro, "macro": macro, "counts": counts,
                                            "intervals": intervals, "score": args.score})
     print(f"every answer is in {path}")
+
+
+def respond(args, model, tokenizer, questions):
+    """Yields (number of the question, response, its new tokens) as questions, (set, index, example, prompt ids), are answered."""
+    if args.score == "generate":
+        prompts = [prompt for *_, prompt in questions]
+        for i, ids in model.stream(prompts, args.max_new_tokens, eos_tokens(model, tokenizer), batch_size=args.batch_size):
+            yield i, tokenizer.decode(ids), len(ids)
+    else:
+        for first in range(0, len(questions), args.batch_size):
+            for i, response in enumerate(most_likely(model, tokenizer, questions[first : first + args.batch_size]), first):
+                yield i, response, 0
 
 
 def answer(args, model, tokenizer):
@@ -246,12 +252,12 @@ def load_questions(args, tokenizer):
     return names, absent, examples
 
 
-def most_likely(model, tokenizer, prompts, questions):
-    """The option of highest summed log-probability, as text, for each (set, index, example)."""
-    options = [tasks.options(name, example) for name, _, example in questions]
+def most_likely(model, tokenizer, questions):
+    """The option of highest summed log-probability, as text, for each (set, index, example, prompt ids)."""
+    options = [tasks.options(name, example) for name, _, example, _ in questions]
     ids = [[tasks.encode_example(example | {"output": option}, tokenizer)[1][:-1] for option in some]  # without the eos
-           for (_, _, example), some in zip(questions, options)]
-    scores = model.log_likelihoods(prompts, ids) if prompts else []
+           for (_, _, example, _), some in zip(questions, options)]
+    scores = model.log_likelihoods([prompt for *_, prompt in questions], ids)
     return [some[int(np.argmax(score))] for some, score in zip(options, scores)]
 
 

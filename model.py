@@ -258,13 +258,20 @@ class Llama(nn.Module):
         labelled = labels != -100
         return SummedCrossEntropy.apply(self.hidden_states(tokens)[labelled], self.lm_head.weight, labels[labelled])
 
-    @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, eos_id, on_token=None):
-        """Greedy continuation of a batch of prompts, lists of ids of any lengths. Returns the new ids of each, the
-        end-of-sequence token left out; `eos_id` is one id or several. A row's answer does not depend on the others'.
-        `on_token(row, ids)` is called with the new ids of a row, a list, each time that there is one more.
+    def generate(self, prompts, max_new_tokens, eos_id, on_token=None, batch_size=None):
+        """Greedy continuation of prompts, lists of ids of any lengths. Returns the new ids of each, the end-of-sequence
+        token left out; `eos_id` is one id or several. An answer does not depend on the others.
+        `on_token(i, ids)` is called with the new ids of prompt i, a list, each time that there is one more. At most
+        `batch_size` prompts are answered at a time (None: all).
 
         Raises ValueError, before anything runs, for an empty prompt or one whose answer may not fit the context."""
+        answers = dict(self.stream(prompts, max_new_tokens, eos_id, on_token, batch_size))
+        return [answers[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def stream(self, prompts, max_new_tokens, eos_id, on_token=None, batch_size=None):
+        """What `generate` returns, each answer as it ends: yields (i, new ids of prompt i). The next prompts take the
+        places of those answered, so that a long answer does not keep the places beside it empty."""
         eos_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
         for i, prompt in enumerate(prompts):
             if not prompt:
@@ -274,26 +281,34 @@ class Llama(nn.Module):
                                  f"model's {self.config.limit}")
         answers = [[] for _ in prompts]
         if not prompts or max_new_tokens < 1:
-            return answers
-        x, cache = self.read_prompts(prompts, max_new_tokens)
-        running = list(range(len(prompts)))  # running[slot]: the prompt that this row of the cache belongs to
-        while True:
+            yield from enumerate(answers)
+            return
+        places = min(batch_size or len(prompts), len(prompts))
+        cache = self.common_cache(prompts, places, max_new_tokens)
+        waiting, running = list(range(len(prompts))), []  # running[slot]: the prompt that this row of the cache belongs to
+        x = torch.empty(0, self.config.hidden_size, device=self.device, dtype=self.dtype)
+        while waiting or running:
+            free = places - len(running)
+            if waiting and free >= min(len(waiting), max(1, places // 4)):  # several at a time: one alone is slow to read
+                some, waiting = waiting[:free], waiting[free:]
+                x = torch.cat((x, self.read_prompts([prompts[i] for i in some], cache, len(running))))
+                running += some
             next_ids = self.lm_head(x).float().argmax(-1)  # [n]; float: on a CPU argmax is slow in bfloat16
             unfinished = []
-            for slot, token in enumerate(next_ids.tolist()):
+            for slot, (i, token) in enumerate(zip(running, next_ids.tolist())):
                 if token not in eos_ids:
-                    answers[running[slot]].append(token)
+                    answers[i].append(token)
                     if on_token:
-                        on_token(running[slot], answers[running[slot]])
-                    if len(answers[running[slot]]) < max_new_tokens:
-                        unfinished.append(slot)
-            if not unfinished:
-                return answers
+                        on_token(i, answers[i])
+                if token in eos_ids or len(answers[i]) == max_new_tokens:
+                    yield i, answers[i]
+                else:
+                    unfinished.append(slot)
             if len(unfinished) < len(running):
                 slots = cache.keep(unfinished)
                 running = [running[slot] for slot in slots]
                 next_ids = next_ids[slots]
-            x = self.hidden_states(next_ids[:, None], cache)[:, 0]
+            x = self.hidden_states(next_ids[:, None], cache)[:, 0] if running else x[:0]
 
     @torch.inference_mode()
     def log_likelihoods(self, prompts, continuations):
@@ -307,7 +322,8 @@ class Llama(nn.Module):
         owner = torch.tensor([i for i, some in enumerate(continuations) for _ in some], device=self.device)  # [N]
         ids, lengths = pad([ids for some in continuations for ids in some])  # [N, T]
         ids, lengths = ids.to(self.device), lengths.to(self.device)
-        x, cache = self.read_prompts(prompts, ids.shape[1])
+        cache = self.common_cache(prompts, len(prompts), ids.shape[1])
+        x = self.read_prompts(prompts, cache)
         cache.select(owner)
         x = x[owner, None]  # [N, 1, D]: what sees all before the first id
         if ids.shape[1] > 1:
@@ -319,28 +335,35 @@ class Llama(nn.Module):
         totals = iter(totals.tolist())
         return [[next(totals) for _ in some] for some in continuations]
 
-    def read_prompts(self, prompts, room):
-        """Prompts, lists of ids, through the model: (hidden state of each one's last token [B, D], cache with `room`
-        more positions a row). What they all begin with is computed once."""
-        B, lengths = len(prompts), torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        cache = KVCache(self, B, int(lengths.max()) + room)
+    def common_cache(self, prompts, rows, room):
+        """A cache of so many rows, each of which holds what all the prompts, lists of ids, begin with, computed once, and has
+        space for the longest of them and `room` more positions."""
+        shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+        cache = KVCache(self, rows, longest + room)
         # commonprefix serves any sequences; of each prompt at least a token is left to be computed on its own.
-        common = min(len(os.path.commonprefix(prompts)), int(lengths.min()) - 1) if B > 1 else 0
+        common = min(len(os.path.commonprefix(prompts)), shortest - 1) if len(prompts) > 1 else 0
         if common:
             self.hidden_states(torch.tensor([prompts[0][:common]], device=self.device), cache.begin(slice(0, 1)))
             for tensor in cache.keys + cache.values:
                 tensor[1:, :, :common] = tensor[:1, :, :common]
-            cache.lengths.fill_(common)
+        cache.common = common
+        return cache
+
+    def read_prompts(self, prompts, cache, first=0):
+        """Prompts through the model into the rows of a `common_cache` from `first` on; all rows so far come next. Returns the
+        hidden state of each one's last token, [n, D]."""
         # On a CPU a few at a time: what one operation writes is still in the processor's cache when the next one reads it.
-        some = 8 if self.device.type == "cpu" else B
+        some = 8 if self.device.type == "cpu" else len(prompts)
         last = []
-        for i in range(0, B, some):
-            rows = slice(i, i + some)
-            tokens, ends = pad([prompt[common:] for prompt in prompts[rows]])
-            x = self.hidden_states(tokens.to(self.device), cache.begin(rows))  # [b, T, D]
+        for i in range(0, len(prompts), some):
+            tokens, ends = pad([prompt[cache.common:] for prompt in prompts[i : i + some]])
+            rows = slice(first + i, first + i + len(ends))
+            cache.lengths[rows] = cache.common
+            x = self.hidden_states(tokens.to(self.device), cache.begin(rows))  # [n, T, D]
             last.append(x[torch.arange(len(x)), ends - 1])
-        cache.lengths = lengths  # the padding's keys lie beyond: hidden, then overwritten
-        return torch.cat(last), cache.begin(slice(0, B))
+            cache.lengths[rows] = cache.common + ends.to(self.device)  # the padding's keys lie beyond: hidden, then overwritten
+        cache.begin(slice(0, first + len(prompts)))
+        return torch.cat(last)
 
     @classmethod
     def from_pretrained(cls, ckpt, device="cpu", dtype=None, mapped=False):
@@ -707,7 +730,7 @@ class KVCache:
         if holes:
             for tensor in self.keys + self.values:
                 tensor[holes] = tensor[movers]
-        self.lengths = self.lengths[order]
+        self.lengths[:count] = self.lengths[order]
         self.begin(slice(0, count))
         return order
 

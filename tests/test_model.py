@@ -448,6 +448,28 @@ def test_finished_rows_cost_nothing(model):
     assert rows[-1] < rows[0]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 30])
+def test_the_next_prompts_take_the_places_of_those_answered(batch_size):
+    """With and without a common beginning: the same answers, never more at a time, each once and as it ends, and fewer steps
+    than batch after batch takes."""
+    model = random_model()
+    for shared in ([], random_tokens(11, seed=3).tolist()):
+        prompts = [shared + rest for rest in ragged(9, 3, 14, 6, 21, 1, 8, 2, 2, 17, 5, 30, 4, 11, 7, 7, 1, 19, 3, 12)]
+        free = model.generate(prompts, 25, None)
+        eos_ids = {free[0][3], free[2][10], free[9][1], free[11][15], free[17][0]}
+        expected = [greedy(model, prompt, 25, eos_ids) for prompt in prompts]
+        rows = []
+        hook = model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+        ended = [(i, list(ids)) for i, ids in model.stream(prompts, 25, eos_ids, batch_size=batch_size)]
+        hook.remove()
+        assert sorted(ended) == list(enumerate(expected)) and max(rows) == min(batch_size, 20)
+        lengths = [min(25, len(answer) + 1) for answer in expected]
+        assert len(set(lengths)) > 3 and sum(rows) == sum(lengths)
+        batches = [max(lengths[i : i + batch_size]) for i in range(0, 20, batch_size)]
+        assert len(rows) == sum(batches) if batch_size in (1, 30) else len(rows) < sum(batches)
+        assert model.generate(prompts, 25, eos_ids, batch_size=batch_size) == expected
+
+
 def test_generation_stops_when_all_are_done(model):
     calls = []
     model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))

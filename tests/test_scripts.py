@@ -428,11 +428,12 @@ def test_scores_predictions_and_absent_sets(ckpt, capsys, monkeypatch):
     answers = {e["instruction"]: e["answer"] for i in range(2) for e in toy.examples("test", 5 + 4 * i, seed=i)}
     tokenizer = load_tokenizer("ckpt")
 
-    def generate(self, prompts, max_new_tokens, eos_ids):  # right on every problem about Anna to Hugo, say
-        texts = [tokenizer.decode(prompt).split("Instruction:\n")[1].split("\n")[0] for prompt in prompts]
-        return [tokenizer.encode(f"The answer is {answers[text]}." if text < "I" else "No.") for text in texts]
+    def stream(self, prompts, max_new_tokens, eos_ids, batch_size):  # right on every problem about Anna to Hugo, say
+        for i, prompt in reversed(list(enumerate(prompts))):
+            text = tokenizer.decode(prompt).split("Instruction:\n")[1].split("\n")[0]
+            yield i, tokenizer.encode(f"The answer is {answers[text]}." if text < "I" else "No.")
 
-    monkeypatch.setattr(Llama, "generate", generate)
+    monkeypatch.setattr(Llama, "stream", stream)
     run(eval_script, "--ckpt", "ckpt", "--task", "arithmetic", "--data-dir", "data", "--out", "out", "--max-new-tokens", 50)
     lines = [json.loads(line) for line in Path("out/predictions.jsonl").read_text().splitlines()]
     assert [(line["set"], line["index"]) for line in lines] == [("gsm8k", i) for i in range(5)] + [("SVAMP", i) for i in range(9)]
@@ -450,20 +451,22 @@ def test_scores_predictions_and_absent_sets(ckpt, capsys, monkeypatch):
 
 
 def test_an_evaluation_goes_on_where_it_stopped(ckpt, monkeypatch, capsys):
-    generate, asked = Llama.generate, []
+    stream, asked = Llama.stream, []
 
-    def counting(self, prompts, *rest):
-        if len(asked) == stop_after:
-            raise KeyboardInterrupt
+    def counting(self, prompts, *rest, batch_size):
         asked.append(len(prompts))
-        return generate(self, prompts, *rest)
+        assert batch_size == 4
+        for count, answer in enumerate(stream(self, prompts, *rest, batch_size=batch_size)):
+            if count == stop_after:
+                raise KeyboardInterrupt
+            yield answer
 
-    monkeypatch.setattr(Llama, "generate", counting)
+    monkeypatch.setattr(Llama, "stream", counting)
     arguments = ["--ckpt", "ckpt", "--limit", 20, "--batch-size", 4, "--max-new-tokens", 10, "--dtype", "float32"]
     stop_after = None
     run(eval_script, *arguments, "--out", "whole")
     asked.clear()
-    stop_after = 3
+    stop_after = 13
     with pytest.raises(KeyboardInterrupt):
         run(eval_script, *arguments, "--out", "parts")
     with open("parts/predictions.jsonl", "a") as file:
@@ -472,14 +475,14 @@ def test_an_evaluation_goes_on_where_it_stopped(ckpt, monkeypatch, capsys):
     asked.clear()
     capsys.readouterr()
     run(eval_script, *arguments, "--out", "parts")
-    assert asked == [4, 4] and "12 of 20 are in parts/predictions.jsonl already" in capsys.readouterr().out
+    assert asked == [7] and "13 of 20 are in parts/predictions.jsonl already" in capsys.readouterr().out
     for name in ("predictions.jsonl", "results.json"):
         assert Path("whole", name).read_text() == Path("parts", name).read_text()
     asked.clear()
     run(eval_script, *arguments, "--out", "parts", "--limit", 25)
-    assert asked == [4, 1]
+    assert asked == [5]
     run(eval_script, *arguments, "--out", "parts", "--limit", 5)
-    assert asked == [4, 1] and json.loads(Path("parts/results.json").read_text())["counts"] == {"toy": 5}
+    assert asked == [5] and json.loads(Path("parts/results.json").read_text())["counts"] == {"toy": 5}
     for changed in (["--max-new-tokens", 11], ["--dtype", "bfloat16"], ["--ckpt", "other"], ["--adapter", "adapter"]):
         if changed[0] == "--ckpt":
             shutil.copytree("ckpt", "other")
