@@ -542,12 +542,9 @@ def linear(x, weight, bias=None):
     """x @ weight.T + bias: [.., in], [out, in], [out] -> [.., out].
 
     In float32 on an x86 CPU through oneDNN, which PyTorch itself calls for bfloat16 alone: the same sums at twice the
-    rate of MKL where that does not use AVX-512 (measured on an AMD EPYC). The weight may be packed: `Llama.pack`.
-    Not under torch.compile, which cannot compile a bare call of that."""
-    fast = ONEDNN and x.device.type == "cpu" and (x.dtype == torch.float32 or weight.is_mkldnn)
-    if fast and not torch.compiler.is_compiling():
-        multiply = OneDNNLinear.apply if torch.is_grad_enabled() else onednn_linear
-        return multiply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+    rate of MKL where that does not use AVX-512 (measured on an AMD EPYC). The weight may be packed: `Llama.pack`."""
+    if ONEDNN and x.device.type == "cpu" and (x.dtype == torch.float32 or weight.is_mkldnn):
+        return OneDNNLinear.apply(x, weight, bias) if torch.is_grad_enabled() else onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
@@ -555,8 +552,22 @@ ONEDNN = (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is
           and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
 
 
-def onednn_linear(x, weight, bias):  # [N, in], [out, in], [out] or None
+def onednn_linear(x, weight, bias):  # [.., in], [out, in], [out] or None
+    call = torch.ops.rosa.linear if torch.compiler.is_compiling() else call_onednn
+    # As `view`, but the result counts as a tensor of its own, which may be added to in place.
+    return torch.ops.aten._unsafe_view(call(x.flatten(0, -2), weight, bias), (*x.shape[:-1], weight.shape[0]))
+
+
+def call_onednn(x, weight, bias):  # [N, in]
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+# torch.compile cannot compile that call itself, but any operator that is registered with the shape of its result.
+if not hasattr(torch.ops.rosa, "linear"):  # when this file is loaded once more
+    OPERATORS = torch.library.Library("rosa", "DEF")
+    OPERATORS.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+    OPERATORS.impl("linear", call_onednn, "CPU")
+    torch.library.register_fake("rosa::linear", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]), lib=OPERATORS)
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -569,8 +580,8 @@ class OneDNNLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         return (linear(grad, weight.T) if ctx.needs_input_grad[0] else None,
-                linear(grad.T, x.T) if ctx.needs_input_grad[1] else None,
-                grad.sum(0) if ctx.needs_input_grad[2] else None)
+                linear(grad.flatten(0, -2).T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None,
+                grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None)
 
 
 class MLP(nn.Module):

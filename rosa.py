@@ -83,8 +83,7 @@ class RoAE(nn.Linear):
         elif self.pairs == "random":
             y.index_add_(-1, self.rows, update)
         else:
-            heads = y.unflatten(-1, (self.num_heads, 2, -1))  # [.., H, 2, d/2], a view of y
-            heads[..., self.columns] += update.unflatten(-1, (self.num_heads, 2, self.n))
+            y = AddToPairs.apply(y, update, self.num_heads, self.columns)
         return y
 
     @torch.no_grad()
@@ -97,6 +96,24 @@ class RoAE(nn.Linear):
         linear = self.base_class(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = weight, self.bias
         return linear
+
+
+class AddToPairs(torch.autograd.Function):
+    """Adds the update, [.., rows], to the pairs `columns` of every head of y, [.., out], in place. The gradient passes as it is:
+    autograd alone would copy all of it."""
+
+    @staticmethod
+    def forward(ctx, y, update, num_heads, columns):
+        ctx.mark_dirty(y)
+        ctx.num_heads, ctx.columns = num_heads, columns
+        heads = y.unflatten(-1, (num_heads, 2, -1))  # [.., H, 2, d/2], a view of y
+        heads[..., columns] += update.view(*heads.shape[:-1], -1)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        heads = grad.unflatten(-1, (ctx.num_heads, 2, -1))
+        return grad, heads[..., ctx.columns].flatten(-3), None, None
 
 
 def check_settings(rank, alpha, low_freq_ratio, pairs):

@@ -98,8 +98,7 @@ def parse_args(arguments=None):
                    "compute the rest again: slower, in less memory")
     p.add_argument("--shard", action="store_true", help="under torchrun: keep a share of the frozen weights in each process "
                    "(FSDP2), for models larger than a device")
-    p.add_argument("--compile", action="store_true", help="compile the layers with torch.compile: faster after a minute or so; "
-                   "slower in float32 on an x86 CPU, since the compiler cannot call the matrix products that are fast there")
+    p.add_argument("--compile", action="store_true", help="compile the layers with torch.compile: faster after a minute or so")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
     args = p.parse_args(arguments)

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, random_tokens
 
 import eval as eval_script
 import rosa
 import train as train_script
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
-from model import NAMES, Llama
+from model import NAMES, Llama, linear
 
 ROOT = Path(train_script.__file__).parent
 
@@ -128,15 +128,35 @@ def test_compiled_layers_compute_the_same(ckpt, monkeypatch):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 def test_a_compiled_model_has_the_same_gradients(dtype, tolerance):
+    """And is compiled once, whatever the sizes of the batches that follow."""
     model = rosa.attach(random_model(num_hidden_layers=1, dtype=dtype), rank=4)
-    layer, tokens, found = model.model.layers[0], torch.arange(30).view(2, 15), []
+    trained, graphs, found = [p for p in model.parameters() if p.requires_grad], [], []
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.1)
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
     for compiled in (False, True):
         if compiled:
-            layer.compile(dynamic=True, backend="aot_eager")
-        model.loss(tokens, tokens).backward()
-        found.append(rosa.adapters(model)["model.layers.0.self_attn.q_proj"].B.grad.clone())
-        model.zero_grad()
-    assert found[0].norm() > 0 and (found[1] - found[0]).norm() < tolerance * found[0].norm()
+            model.model.layers[0].compile(dynamic=True, backend=lambda *given: graphs.append(1) or aot_eager(*given))
+        for size in ((2, 15), (3, 22), (5, 9), (4, 31)):
+            tokens = random_tokens(*size)
+            model.loss(tokens, tokens).backward()
+            found.append(torch.cat([p.grad.flatten() for p in trained]))
+            model.zero_grad()
+    assert len(trained) == 4 and len(graphs) <= 2
+    for plain, other in zip(found[:4], found[4:]):
+        assert (other - plain).norm() < tolerance * plain.norm()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+def test_the_compiler_takes_the_fast_matrix_product(tmp_path, monkeypatch):
+    """The whole way to machine code, which the two tests above leave out."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((3, 5, 16), (8, 16), (8,)))
+    grad, found = torch.randn(3, 5, 8), []
+    for function in (linear, torch.compile(linear, dynamic=True)):
+        found.append([function(x, weight, bias), *torch.autograd.grad(function(x, weight, bias), (x, weight, bias), grad)])
+    for plain, compiled in zip(*found):
+        torch.testing.assert_close(compiled, plain)
 
 
 def test_where_nothing_can_be_compiled_a_line_says_so(ckpt, monkeypatch, capsys):
