@@ -113,6 +113,8 @@ def main(args):
                 raise ValueError(f"{file}, part {i}: {count} tokens exceed the model's {model.config.limit}: leave it out")
     if args.adapter:
         rosa.load_adapter(model, args.adapter)
+        if dtype == torch.float32:  # bfloat16 weights would round the adapter's part away
+            rosa.merge(model)
     if not hasattr(model, "peft_config"):  # PEFT's layers read the weights themselves
         model.pack()
     gather()  # all are set up

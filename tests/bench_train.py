@@ -43,6 +43,7 @@ ROWS = {  # what a row says -> options of train.py
     "RoSA, upper half active": [],
     "RoSA --checkpoint-activations": ["--checkpoint-activations"],
     "RoSA --compile": ["--compile"],
+    "RoSA --compile, one batch at a time": ["--compile", "--micro-batch-size", "BATCH"],
     "LoRA, all linears, rank 24": ["--method", "lora", "--targets", ALL, "--rank", "24"],
 }
 # An operation counts as the first kind of whose words its name holds one.
