@@ -34,15 +34,13 @@ def prompts(args):
 
 
 def ours(args, pack=True):
-    """`generate` as `eval.py` calls it: long prompts first, weights packed."""
+    """Long prompts first and weights packed, as in `eval.py`."""
     model = Llama.from_pretrained(args.ckpt, args.device, getattr(torch, args.dtype))
-    ids, answers, rate = prompts(args), [], matmul_rate(args.dtype, args.device)
+    ids, rate = sorted(prompts(args), key=len, reverse=True), matmul_rate(args.dtype, args.device)
     if pack:
         model.pack()
     start = time.perf_counter()
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    for i in range(0, len(ids), args.batch_size):
-        answers += model.generate([ids[j] for j in order[i : i + args.batch_size]], args.max_new_tokens, model.config.eos_token_id)
+    answers = model.generate(ids, args.max_new_tokens, model.config.eos_token_id, batch_size=args.batch_size)
     seconds, count = time.perf_counter() - start, sum(map(len, answers))
     vocabulary = model.model.embed_tokens.weight.numel()
     weights = sum(p.numel() for layer in model.model.layers for p in layer.parameters())

@@ -7,7 +7,8 @@ steps after the first. Linear where it should be: the milliseconds a token stay 
 weights as the model grows; attention adds what grows with the length.
 7b: a random checkpoint in LLaMA-2-7B's shape (13.5 GB of bfloat16 in shards, under --dir, removed afterwards), two steps of
 `train.py --checkpoint-activations` on it, batch 1, 128 tokens. Where there is no room a line says so. Loading is compared with
-plainly reading the same files, both with their pages dropped from memory first.
+plainly reading the same files, both with their pages dropped from memory first. With --device cuda the two steps make way for
+the tables of bench_train.py and bench_generate.py on that checkpoint: batches of 16 x 256 tokens, and of 64 answers.
 """
 
 import argparse
@@ -26,6 +27,8 @@ from bench_train import ROOT, measure, peak_mib  # beside this file; puts the pr
 from safetensors.torch import save_file
 
 import rosa
+from data import tasks
+from data.tokenizer import load_tokenizer
 from model import Llama, LlamaConfig
 
 SHAPES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary, tied
@@ -102,8 +105,9 @@ def seven_b(args):
         drop_pages(files)
         loading = measure(__file__, f"load {ckpt}", "bfloat16")["seconds"]
         print(f"loading {size / 1e9:.2f} GB: {loading:.1f} s; reading the files: {reading:.1f} s; {loading / reading:.2f} times")
-        examples = [{"instruction": "Count.", "output": " ".join(map(str, range(34)))} for _ in range(6)]  # about 126 tokens each
-        (ckpt / "data.json").write_text(json.dumps(examples))
+        if args.device != "cpu":
+            return side_by_side(args, ckpt)
+        write_data(ckpt, 6, 128)
         command = [sys.executable, ROOT / "train.py", "--ckpt", ckpt, "--train-file", ckpt / "data.json", "--out", ckpt / "run",
                    "--batch-size", 1, "--max-len", 128, "--val-size", 1, "--max-steps", 2, "--checkpoint-activations", "--dtype", "bfloat16"]
         start = time.perf_counter()
@@ -118,6 +122,25 @@ def seven_b(args):
         print(f"peak resident {peak / 1e9:.2f} GB; 1.15 times the weights and 1 GB: {1.15 * size / 1e9 + 1:.2f} GB")
     finally:
         shutil.rmtree(ckpt)
+
+
+def side_by_side(args, ckpt):
+    write_data(ckpt, 128, 256)
+    told = ["--ckpt", ckpt, "--device", args.device, "--dtype", "bfloat16", "--rounds", 1]
+    rows = ("RoSA", "RoSA, one batch at a time", "RoSA --compile, one batch at a time", "LoRA, all linears, rank 24")
+    for command in (["bench_train.py", *told, "--train-file", ckpt / "data.json", "--batch-size", 16, "--steps", 7, "--rows", "; ".join(rows)],
+                    ["bench_generate.py", *told, "--test-file", ckpt / "data.json", "--batch-size", 64]):
+        print(flush=True)
+        subprocess.run([sys.executable, *map(str, [Path(__file__).with_name(command[0]), *command[1:]])], check=True)
+
+
+def write_data(ckpt, count, length):
+    """data.json: so many examples, each of about as many tokens as `length` allows."""
+    tokenizer, examples = load_tokenizer(ckpt), []
+    for i in range(100, 100 + count):
+        counted = [{"instruction": f"Count from {i}.", "output": " ".join(map(str, range(i, j)))} for j in range(i + 1, i + length)]
+        examples.append([example for example in counted if sum(map(len, tasks.encode_example(example, tokenizer))) <= length][-1])
+    (ckpt / "data.json").write_text(json.dumps(examples))
 
 
 def meta_model(size):
