@@ -60,7 +60,8 @@ class SentencePieceTokenizer:
         return (self.plain if text.startswith((" ", "▁")) else self.prefixing).encode(text)
 
     def decode(self, ids):
-        return self.prefixing.decode(ids)
+        known = self.prefixing.vocab_size()  # of a model the vocabulary may be padded, and a row of the padding be chosen
+        return self.prefixing.decode([i for i in ids if i < known])
 
 
 class JsonTokenizer:

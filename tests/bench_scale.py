@@ -138,7 +138,8 @@ def write_data(ckpt, count, length):
     """data.json: so many examples, each of about as many tokens as `length` allows."""
     tokenizer, examples = load_tokenizer(ckpt), []
     for i in range(100, 100 + count):
-        counted = [{"instruction": f"Count from {i}.", "output": " ".join(map(str, range(i, j)))} for j in range(i + 1, i + length)]
+        counted = [{"instruction": f"Count from {i}.", "output": " ".join(map(str, range(i, j))), "answer": str(j - 1)}
+                   for j in range(i + 1, i + length)]
         examples.append([example for example in counted if sum(map(len, tasks.encode_example(example, tokenizer))) <= length][-1])
     (ckpt / "data.json").write_text(json.dumps(examples))
 
@@ -159,8 +160,11 @@ def write_checkpoint(directory):
         shards.setdefault(".".join(name.split(".")[:3]) if ".layers." in name else "rest", {})[name] = parameter.shape
     for i, shard in enumerate(shards.values(), 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        save_file({name: torch.ones(shape, dtype=torch.bfloat16) if "norm" in name else torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
-                   for name, shape in shard.items()}, directory / file, metadata={"format": "pt"})
+        tensors = {name: torch.ones(shape, dtype=torch.bfloat16) if "norm" in name else torch.empty(shape, dtype=torch.bfloat16).normal_(std=0.02)
+                   for name, shape in shard.items()}
+        if "lm_head.weight" in tensors:
+            tensors["lm_head.weight"][model.config.eos_token_id] = 0  # no answer ends by chance
+        save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 

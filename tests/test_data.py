@@ -97,6 +97,7 @@ def test_sentencepiece_encodes_and_decodes_every_text(tiny):
         if "▁" not in text:
             assert tiny.decode(ids) == text.removeprefix(" ")  # a first space is the one that would be put there
     assert tiny.decode([1, *tiny.encode("seven"), 2]) == "seven"
+    assert tiny.decode([*tiny.encode("seven"), 1024, 31999]) == "seven"
     assert tiny.encode("12") == tiny.encode("1") + tiny.encode("2")[-1:]  # each digit is a token
 
 
