@@ -15,6 +15,7 @@ import importlib.util
 import io
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -58,10 +59,12 @@ def ours_eval(args):
     (folder / "dataset" / "SVAMP").mkdir(parents=True)
     records = json.loads(Path(args.test_file).read_text(encoding="utf-8"))[: args.limit]
     (folder / "dataset" / "SVAMP" / "test.json").write_text(json.dumps(records), encoding="utf-8")
-    with contextlib.redirect_stderr(io.StringIO()) as shown:
+    with contextlib.redirect_stderr(io.StringIO()) as shown, contextlib.suppress(SystemExit):
         eval_script.run(["--ckpt", args.ckpt, "--task", "SVAMP", "--data-dir", str(folder), "--out", str(folder / "out"), "--dtype",
                          args.dtype, "--device", args.device, "--batch-size", str(args.batch_size), "--max-new-tokens",
                          str(args.max_new_tokens)])
+    if " new tokens/s" not in shown.getvalue():
+        sys.exit(f"eval.py generates nothing: {shown.getvalue()}")
     return {"rate": float(shown.getvalue().split(" new tokens/s")[-2].split()[-1].replace(",", ""))}
 
 
