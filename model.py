@@ -684,13 +684,15 @@ class KVCache:
 
     def __init__(self, model, rows, positions):
         config = model.config
-        shape = (rows, config.num_key_value_heads, positions, config.head_dim)  # [n, K, S, d]
+        n, K, S, d = rows, config.num_key_value_heads, positions, config.head_dim
 
-        # Zeros, not whatever memory held: what a row masks out still meets its weights of 0, and 0 * nan is nan.
-        self.keys = [torch.zeros(shape, device=model.device, dtype=model.dtype) for _ in model.model.layers]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
-        if model.device.type == "cpu":  # in memory as [n, K, d, S]: so a few queries multiply them faster
-            self.keys = [keys.view(*shape[:2], *shape[:1:-1]).transpose(2, 3) for keys in self.keys]
+        def zeros(*shape):  # not whatever memory held: what a row masks out still meets its weights of 0, and 0 * nan is nan
+            return [torch.zeros(shape, device=model.device, dtype=model.dtype) for _ in model.model.layers]
+
+        # On a CPU keys lie in memory as [n, K, d, S]: so a few queries multiply them faster.
+        self.keys = [keys.transpose(2, 3) for keys in zeros(n, K, d, S)] if model.device.type == "cpu" else zeros(n, K, S, d)
+        self.values = zeros(n, K, S, d)
+        self.common = 0  # so many positions are filled alike in every row
         self.lengths = torch.zeros(rows, dtype=torch.long, device=model.device)
         self.group = config.num_attention_heads // config.num_key_value_heads
 

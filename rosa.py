@@ -59,8 +59,8 @@ class RoAE(nn.Linear):
         rows = torch.arange(self.out_features)
         if low_freq_ratio < 1:
             half = self.out_features // num_heads // 2
-            self.n = max(1, round(low_freq_ratio * half))  # pairs of a head that adapt
-            self.columns = slice(0, self.n) if pairs == "high" else slice(half - self.n, half)
+            n = max(1, round(low_freq_ratio * half))  # pairs of a head that adapt
+            self.columns = slice(0, n) if pairs == "high" else slice(half - n, half)
             rows = rows.view(num_heads, 2, half)
             if pairs == "random":
                 generator = torch.Generator().manual_seed(0)

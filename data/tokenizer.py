@@ -60,8 +60,8 @@ class SentencePieceTokenizer:
         return (self.plain if text.startswith((" ", "▁")) else self.prefixing).encode(text)
 
     def decode(self, ids):
-        known = self.prefixing.vocab_size()  # of a model the vocabulary may be padded, and a row of the padding be chosen
-        return self.prefixing.decode([i for i in ids if i < known])
+        # Of a model the vocabulary may be padded, and a row of the padding be chosen.
+        return self.prefixing.decode([i for i in ids if i < self.vocab_size])
 
 
 class JsonTokenizer:

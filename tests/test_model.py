@@ -420,6 +420,7 @@ def test_what_all_prompts_begin_with_is_computed_once(model, lengths, common):
     groups = [prompts[i : i + 8] for i in range(0, len(prompts), 8)]
     assert counts == [*[common] * (common > 0), *(len(group) * (max(map(len, group)) - common) for group in groups), *[len(prompts)] * 14]
 
+
 def test_every_new_token_is_announced(model):
     prompts, seen = [random_tokens(n, seed=n).tolist() for n in (5, 9, 7)], []
     answers = model.generate(prompts, 12, list(range(0, 97, 5)), lambda row, ids: seen.append((row, list(ids))))
