@@ -30,7 +30,7 @@ import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
 from model import (NAMES, Llama, choose_device_and_dtype, died, find_checkpoint, gather, join_processes, one_line, processes,
-                   read_json)
+                   read_json, say_if_bfloat16_is_slow)
 
 
 def parse_args(arguments=None):
@@ -118,6 +118,7 @@ def main(args):
     if not hasattr(model, "peft_config"):  # PEFT's layers read the weights themselves
         model.pack()
     gather()  # all are set up
+    say_if_bfloat16_is_slow(device, dtype)
     if rank > 0 and (args.prompt or args.loss or args.activations):
         return  # these the first does alone
     if args.prompt:

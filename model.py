@@ -202,6 +202,7 @@ class Llama(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        Operators.look_up()
         self.config = config
         self.checkpoint_activations = False
         self.inv_freq = rope_inverse_frequencies(config)  # no buffer: `.to(bfloat16)` must not round it
@@ -394,11 +395,10 @@ class Llama(nn.Module):
         """Lay the weights of the linear layers out as an x86 CPU multiplies by them fastest, each in its own place; elsewhere
         nothing happens. For inference alone: packed weights can be neither trained nor merged into nor saved. Returns the
         model."""
-        if ONEDNN and self.device.type == "cpu" and self.dtype in (torch.float32, torch.bfloat16):
+        if self.dtype in Operators.onednn and self.device.type == "cpu":
             for module in self.modules():
                 if isinstance(module, nn.Linear) and module.weight.layout == torch.strided:
-                    packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach())
-                    module.weight = nn.Parameter(packed, requires_grad=False)
+                    module.weight = nn.Parameter(packed(module.weight.detach()), requires_grad=False)
         return self
 
     def save_pretrained(self, directory):
@@ -512,7 +512,7 @@ class CausalAttention(torch.autograd.Function):
         B, H, T, d = grad.shape
         grad = grad.reshape(q.shape)
         grad_v = probabilities.transpose(1, 2) @ grad
-        grad_scores = torch._softmax_backward_data(grad @ v.transpose(1, 2), probabilities, -1, q.dtype).mul_(d**-0.5)
+        grad_scores = Operators.softmax_backward(grad @ v.transpose(1, 2), probabilities).mul_(d**-0.5)
         grad_q, grad_k = grad_scores @ k, grad_scores.transpose(1, 2) @ q
         return grad_q.view(B, H, T, d), grad_k.view(B, -1, T, d), grad_v.view(B, -1, T, d)
 
@@ -543,19 +543,14 @@ def linear(x, weight, bias=None):
 
     In float32 on an x86 CPU through oneDNN, which PyTorch itself calls for bfloat16 alone: the same sums at twice the
     rate of MKL where that does not use AVX-512 (measured on an AMD EPYC). The weight may be packed: `Llama.pack`."""
-    if ONEDNN and x.device.type == "cpu" and (x.dtype == torch.float32 or weight.is_mkldnn):
+    if x.dtype in Operators.onednn and x.device.type == "cpu" and (x.dtype == torch.float32 or weight.is_mkldnn):
         return OneDNNLinear.apply(x, weight, bias) if torch.is_grad_enabled() else onednn_linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-ONEDNN = (platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
-          and hasattr(torch.ops.mkldnn, "_linear_pointwise"))
-
-
 def onednn_linear(x, weight, bias):  # [.., in], [out, in], [out] or None
     call = torch.ops.rosa.linear if torch.compiler.is_compiling() else call_onednn
-    # As `view`, but the result counts as a tensor of its own, which may be added to in place.
-    return torch.ops.aten._unsafe_view(call(x.flatten(0, -2), weight, bias), (*x.shape[:-1], weight.shape[0]))
+    return Operators.reshaped(call(x.flatten(0, -2), weight, bias), (*x.shape[:-1], weight.shape[0]))
 
 
 def call_onednn(x, weight, bias):  # [N, in]
@@ -568,6 +563,71 @@ if not hasattr(torch.ops.rosa, "linear"):  # when this file is loaded once more
     OPERATORS.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
     OPERATORS.impl("linear", call_onednn, "CPU")
     torch.library.register_fake("rosa::linear", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]), lib=OPERATORS)
+
+
+class Operators:
+    """What PyTorch has and does not document, asked for here alone. As written these are the plain formulas; `look_up` puts the
+    operator in the place of its formula where this PyTorch has it, this processor takes it, and both compute the same."""
+
+    asked = False
+    onednn = frozenset()  # the dtypes in which oneDNN's product serves for F.linear, with packed weights too
+
+    @staticmethod
+    def reshaped(y, shape):
+        """y in another shape, as a tensor of its own, which may be added to in place."""
+        return y.view(shape).clone()
+
+    @staticmethod
+    def silu_backward(grad, x):
+        sigmoid = x.sigmoid()
+        return grad * sigmoid * (1 + x * (1 - sigmoid))
+
+    @staticmethod
+    def softmax_backward(grad, probabilities):
+        grad = grad * probabilities
+        return grad - probabilities * grad.sum(-1, keepdim=True)
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def look_up(cls):
+        """Once in a process, when a model is made: not while this file is imported, for operators start threads, which a fork loses."""
+        if cls.asked:
+            return
+        cls.asked = True
+        aten, x, w, p = torch.ops.aten, *torch.linspace(-2, 2, 48, device="cpu").view(3, 4, 4)
+        for name, operator, given in (
+            ("reshaped", lambda y, shape: aten._unsafe_view(y, shape), (x, (2, 2, 4))),
+            ("silu_backward", lambda grad, x: aten.silu_backward(grad, x), (x, w)),
+            ("softmax_backward", lambda grad, p: torch._softmax_backward_data(grad, p, -1, p.dtype), (x, p.softmax(-1))),
+        ):
+            if does_the_same(operator, getattr(cls, name), *given):
+                setattr(cls, name, staticmethod(operator))
+        if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():
+            cls.onednn = frozenset(
+                dtype for dtype in (torch.float32, torch.bfloat16)
+                if does_the_same(call_onednn, F.linear, x.to(dtype), w.to(dtype), p[0].to(dtype))
+                and does_the_same(lambda x, w: call_onednn(x, packed(w), None), F.linear, x.to(dtype), w.to(dtype)))
+
+    @staticmethod
+    def computes_bfloat16(device):
+        """Whether a device has instructions for bfloat16. Where it has none PyTorch computes it in software, slower than float32."""
+        if device.type == "cpu":
+            names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+            return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def does_the_same(operator, formula, *given):
+    """Whether an operator is there and computes what the formula does, roughly: of rounding this decides nothing."""
+    try:
+        return torch.allclose(operator(*given), formula(*given), rtol=0.05, atol=0.05)
+    except (AttributeError, RuntimeError, TypeError):  # absent, refused on this processor, called otherwise by now
+        return False
+
+
+def packed(weight):  # [out, in], as oneDNN reads it fastest
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 class OneDNNLinear(torch.autograd.Function):
@@ -641,7 +701,7 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+        grad_gate = Operators.silu_backward(grad * up, gate)
         return grad_gate, F.silu(gate).mul_(grad)
 
 
@@ -796,11 +856,14 @@ def choose_device_and_dtype(device="auto", dtype="auto"):
     device = torch.device(device)
     if dtype != "auto":
         return device, getattr(torch, dtype)
-    if device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return device, torch.bfloat16 if native else torch.float32
+    return device, torch.bfloat16 if Operators.computes_bfloat16(device) else torch.float32
+
+
+def say_if_bfloat16_is_slow(device, dtype):
+    """A line for who has asked for bfloat16 where it is computed in software."""
+    if dtype == torch.bfloat16 and not Operators.computes_bfloat16(device) and processes()[0] == 0:
+        name = "processor" if device.type == "cpu" else "device"
+        print(f"this {name} computes bfloat16 in software, slowly: --dtype float32 is faster here", file=sys.stderr)
 
 
 def processes():

@@ -36,7 +36,7 @@ import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
 from model import (NAMES, Llama, choose_device_and_dtype, copy_companions, died, find_checkpoint, gather, join_processes,
-                   one_line, processes, read_json, stored_tensors)
+                   one_line, processes, read_json, say_if_bfloat16_is_slow, stored_tensors)
 
 try:
     import resource
@@ -102,6 +102,7 @@ def parse_args(arguments=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
     args = p.parse_args(arguments)
+    args.typed = arguments
     kind = "peft" if args.method.startswith("peft:") else args.method
     if kind not in METHODS or args.method == "peft":
         fail(f"--method {args.method!r} is unknown: choose rosa, lora, full, or peft:NAME, such as peft:IA3")
@@ -145,6 +146,10 @@ def parse_args(arguments=None):
         if args.compile or args.checkpoint_activations:
             fail("--shard goes with neither --compile nor --checkpoint-activations")
     return args
+
+
+class CannotWrite(Exception):
+    """The disk is full, read-only or gone. What was saved before is whole."""
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -200,6 +205,7 @@ def main(args):
 
     trainable_count, count = (sum(p.numel() for p in some) for some in (trainable.values(), model.parameters()))
     lengths = [len(prompt) + len(response) for prompt, response in train_set]
+    say_if_bfloat16_is_slow(device, dtype)
     print(f"model      {ckpt}: {len(model.model.layers)} layers, {args.dtype} on {device}; what trains in float32"
           + (f"; {world} processes" if world > 1 else ""))
     print(f"method     {args.method}{f' on {args.targets}' if 'targets' in args else ''}; "
@@ -316,7 +322,7 @@ def main(args):
         bar.update()
         if stopping and step < total_steps:
             bar.close()
-            print(f"stopped after step {step}. To go on: {resume_command()}")
+            print(f"stopped after step {step}. To go on: {resume_command(args.typed)}")
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
     bar.close()
     if rank == 0:
@@ -497,11 +503,11 @@ NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoin
 
 @contextlib.contextmanager
 def saving(path):
-    """A disk that is full, read-only or gone ends the run in one line."""
+    """A disk that is full, read-only or gone ends the run in one line: `run`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        stop(f"cannot write {path}: {error}. What was saved before is whole; once this is mended: {resume_command()}")
+        raise CannotWrite(f"cannot write {path}: {error}. What was saved before is whole; once this is mended") from None
 
 
 def write(path, content):
@@ -557,7 +563,9 @@ def describe(args, ckpt, model, train_set, val_set):
     if getattr(args, "peft_config", None):
         found["options in --peft-config"] = read_json(args.peft_config)
     hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in found.items()}
-    return json.loads(json.dumps(vars(args) | {"hashes": hashes}, default=str))
+    described = vars(args) | {"hashes": hashes}
+    del described["typed"]
+    return json.loads(json.dumps(described, default=str))
 
 
 def check_same(args, description):
@@ -573,9 +581,10 @@ def check_same(args, description):
             raise ValueError(f"--resume: the {name} differ from those that the run in {args.out} began with")
 
 
-def resume_command():
-    arguments = [argument for argument in sys.argv if argument not in ("--resume", "--overwrite")]
-    return ("python " if processes()[1] == 1 else "torchrun ... ") + shlex.join([*arguments, "--resume"])
+def resume_command(typed):
+    """What goes on with the run of these arguments."""
+    arguments = [argument for argument in typed if argument not in ("--resume", "--overwrite")]
+    return ("python " if processes()[1] == 1 else "torchrun ... ") + shlex.join([os.path.relpath(__file__), *arguments, "--resume"])
 
 
 @by_the_first
@@ -677,18 +686,25 @@ def draw_layers(out):
 
 def run(arguments=None):
     """`main` with these command-line arguments, or the process's own."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         join_processes()
         main(parse_args(arguments))
         gather()  # nobody leaves before all are done
     except (ValueError, OSError, ImportError) as error:
         fail(error)
+    except CannotWrite as error:
+        stop(f"{error}: {resume_command(arguments)}")
     except KeyboardInterrupt:
         stop("interrupted before its first step: what was saved before is whole", 130)
     except RuntimeError as error:
         if not died(error):
             raise
-        stop(f"another process has ended, and the run with it. To go on: {resume_command()}")
+        stop(f"another process has ended, and the run with it. To go on: {resume_command(arguments)}")
+    finally:
+        for number, handler in handlers.items():  # as they were, where `run` is called by another program
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

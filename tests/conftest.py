@@ -1,5 +1,6 @@
 """Random tiny models on the CPU: what the tests state, they state about these."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -7,24 +8,49 @@ import sys
 
 import pytest
 import torch
+from rounding import bound, of_model
 
 from model import Llama, LlamaConfig
 
+# The statements shall hold for any random numbers: this many seeds further on are others.
+OFFSET = 1000 * int(os.environ.get("ROSA_TEST_SEED", 0))
 BASE = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
         "hidden_act": "silu", "eos_token_id": 2, "bos_token_id": 1}
+
+
+def seed_torch(seed):
+    torch.manual_seed(OFFSET + seed)
+
+
+def generator_of(seed):
+    return torch.Generator().manual_seed(OFFSET + seed)
 
 
 def random_model(seed=0, dtype=torch.float32, **changes):
     """A Llama with random weights large enough that every part matters, norms and biases included."""
     fields = {name: value for name, value in (BASE | changes).items() if name in LlamaConfig.__dataclass_fields__}
     model = Llama(LlamaConfig(**fields))
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.2 * noise)
     return model.to(dtype).eval()
+
+
+def decisive_model(prompts, count, **changes):
+    """A random model whose greedy answers hang on no rounding: nowhere is the second token as likely as the first but for rounding."""
+    for seed in range(50):
+        model = random_model(seed, **changes)
+        for prompt, ids in zip(prompts, model.generate(prompts, count, None)):
+            logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 :]
+            first, second = logits.topk(2).values.unbind(-1)
+            if (first - second).min() <= 4 * bound(**of_model(model.config)) * logits.abs().max():
+                break
+        else:
+            return model
+    raise AssertionError("fifty models in a row that hang on rounding")
 
 
 def write_checkpoint(directory, config, model):
@@ -35,27 +61,33 @@ def write_checkpoint(directory, config, model):
 
 
 def random_tokens(*shape, seed=0, vocab_size=97):
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(vocab_size, shape, generator=generator_of(seed))
 
 
 def randomise_adapters(model, seed=1):
     """As if trained: B is no longer zero."""
     from rosa import adapters
 
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     with torch.no_grad():
         for adapter in adapters(model).values():
             adapter.B.copy_(0.1 * torch.randn(adapter.B.shape, generator=generator))
     return model
 
 
+def smooth_adamw():
+    """AdamW divides a gradient by its own size: of one that is nearly zero, all rounding, it makes a whole step. With an eps far above
+    rounding its steps differ as little as the gradients do; for runs that are compared to rounding."""
+    return functools.partial(torch.optim.AdamW, eps=1e-3)
+
+
 def forkserver():
     """Starts processes that need not import torch anew: each is a fork of one that has."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["train", "eval", "torch.distributed.fsdp", "matplotlib.figure"])
+    processes.set_forkserver_preload(["train", "eval", "torch._dynamo", "torch.distributed.fsdp", "matplotlib.figure"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # before Python 3.13 it does not look where we do
-        first = processes.Process(target=print)
+        first = processes.Process(target=print)  # starts the server, which imports them
         first.start()
         first.join()
     return processes

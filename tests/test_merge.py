@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model, random_tokens, randomise_adapters
+from rounding import bound, of_model
 from safetensors.torch import load_file
 
 import rosa
 from model import Llama
 
+pytestmark = pytest.mark.numeric
 ROOT = Path(rosa.__file__).parent
 ALL = "q,k,v,o,gate,up,down"
 
@@ -73,9 +75,11 @@ def test_it_says_what_rounding_has_cost(ckpt, capsys):
     prompts = [tasks.encode_prompt(example, load_tokenizer("ckpt")) for example in toy.examples("test", 4)]
     with torch.inference_mode():
         before, after = (torch.cat([model(torch.tensor([prompt]))[0] for prompt in prompts]) for model in (exact, rounded))
-    assert float(words[words.index("by") + 1]) == pytest.approx((after - before).abs().max().item(), rel=0.06)
+    assert float(words[words.index("by") + 1]) == pytest.approx((after - before).abs().max().item(), rel=0.06)  # two digits
     assert int(words[words.index("next") - 1]) == len(before)
-    assert int(words[words.index("tokens") + 1]) == (before.argmax(-1) == after.argmax(-1)).sum()
+    first, second = before.topk(2).values.unbind(-1)
+    ties = (first - second < bound(**of_model(exact.config)) * before.abs().max()).sum()  # either of the two may be the next token
+    assert abs(int(words[words.index("tokens") + 1]) - (before.argmax(-1) == after.argmax(-1)).sum()) <= ties
     assert (after - before).abs().max() > 1e-3  # bfloat16 does cost something
 
 
@@ -83,7 +87,8 @@ def test_float32_weights_lose_nothing(ckpt, capsys):
     Llama.from_pretrained("ckpt", dtype=torch.float32).save_pretrained("ckpt")
     merge()
     words = capsys.readouterr().out.split()
-    assert float(words[words.index("by") + 1]) < 1e-5
+    largest = float(words[words.index("is") + 1].rstrip(");"))
+    assert float(words[words.index("by") + 1]) < bound(**of_model(Llama.from_pretrained("ckpt").config)) * largest
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -117,6 +117,7 @@ def life(arguments, fatal, count=None):
         count.value = touches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, wanted", [(["--dtype", "float32", "--overwrite"], 20), (["--dtype", "bfloat16"], 10)],
                          ids=["float32", "bfloat16"])
 def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, options, wanted):

@@ -1,18 +1,20 @@
 """Statements about `train.py` and `eval.py`, run as a user runs them, on a random tiny model with the bundled tokenizer."""
 
+import contextlib
+import copy
 import json
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, random_tokens
+from conftest import decisive_model, random_model, random_tokens, seed_torch, smooth_adamw
+from rounding import assert_close, assert_no_worse, bound, near, of_model
 
 import eval as eval_script
 import rosa
@@ -21,6 +23,7 @@ from data import tasks, toy
 from data.tokenizer import load_tokenizer
 from model import NAMES, Llama, linear
 
+pytestmark = pytest.mark.numeric
 ROOT = Path(train_script.__file__).parent
 
 
@@ -82,7 +85,7 @@ def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step(ckpt, o
     model = rosa.load_adapter(Llama.from_pretrained("ckpt", dtype=getattr(torch, args.dtype)), "out")
     _, held_out, *_ = train_script.load_data(args, load_tokenizer("ckpt"))
     best = min(record["val_loss"] for record in [first, *log] if "val_loss" in record)
-    assert train_script.validate(model, held_out, args) == pytest.approx(best, abs=1e-6)
+    assert train_script.validate(model, held_out, args) == near(best, **of_model(model.config))
 
 
 @pytest.mark.parametrize("options", [(), ("--dtype", "bfloat16"), ("--k-ratio", 1), ("--method", "lora", "--targets", "q,down"),
@@ -111,42 +114,49 @@ def test_recomputed_activations_do_not_grow_with_depth(recomputed):
     assert (counts[1] - counts[0] == 4) == recomputed
 
 
+@pytest.mark.slow
 def test_compiled_layers_compute_the_same(ckpt, monkeypatch):
     """Traced and differentiated as torch.compile does, but run without a C++ compiler's minute: bench_train.py has that."""
     random_model(vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256).save_pretrained("ckpt")
     compiled, real = [], torch.compile
+    monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())
     monkeypatch.setattr(torch, "compile", lambda function, **how: compiled.append(function)
                         or real(function, **how | {"backend": "aot_eager"}))
     for out, more in (("plain", ()), ("compiled", ("--compile",))):
         run(train_script, *QUICK, "--checkpoint-activations", "--max-steps", 3, "--out", out, *more)
+    rounding = of_model(Llama.from_pretrained("ckpt").config, 2 * 3)
     assert len(compiled) == 1 + 2  # whether anything can be compiled here, and the layers
     for one, other in zip(read_log("plain"), read_log("compiled")):
         assert other["step"] == one["step"] and other.get("active_layers") == one.get("active_layers")
-        assert other.get("loss", 0) == pytest.approx(one.get("loss", 0), abs=1e-4)
-        assert other.get("val_loss", 0) == pytest.approx(one.get("val_loss", 0), abs=1e-4)
+        assert other.get("loss", 0) == near(one.get("loss", 0), **rounding)
+        assert other.get("val_loss", 0) == near(one.get("val_loss", 0), **rounding)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_a_compiled_model_has_the_same_gradients(dtype, tolerance):
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_model_has_the_same_gradients(dtype):
     """And is compiled once, whatever the sizes of the batches that follow."""
-    model = rosa.attach(random_model(num_hidden_layers=1, dtype=dtype), rank=4)
-    trained, graphs, found = [p for p in model.parameters() if p.requires_grad], [], []
-    for parameter in trained:
-        torch.nn.init.normal_(parameter, std=0.1)
+    seed_torch(0)
+    plain = rosa.attach(random_model(num_hidden_layers=1, dtype=dtype), rank=4)
+    for adapter in rosa.adapters(plain).values():
+        torch.nn.init.normal_(adapter.B, std=0.1)
+    models, graphs, found = {"exact": copy.deepcopy(plain).double(), "plain": plain, "compiled": copy.deepcopy(plain)}, [], {}
     aot_eager = torch._dynamo.lookup_backend("aot_eager")
-    for compiled in (False, True):
-        if compiled:
+    for name, model in models.items():
+        trained, found[name] = [p for p in model.parameters() if p.requires_grad], []
+        if name == "compiled":
             model.model.layers[0].compile(dynamic=True, backend=lambda *given: graphs.append(1) or aot_eager(*given))
         for size in ((2, 15), (3, 22), (5, 9), (4, 31)):
             tokens = random_tokens(*size)
             model.loss(tokens, tokens).backward()
-            found.append(torch.cat([p.grad.flatten() for p in trained]))
+            found[name].append(torch.cat([p.grad.flatten() for p in trained]))
             model.zero_grad()
     assert len(trained) == 4 and len(graphs) <= 2
-    for plain, other in zip(found[:4], found[4:]):
-        assert (other - plain).norm() < tolerance * plain.norm()
+    for exact, plain, compiled in zip(*found.values()):
+        assert_no_worse(compiled, plain, exact)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_the_compiler_takes_the_fast_matrix_product(tmp_path, monkeypatch):
     """The whole way to machine code, which the two tests above leave out."""
@@ -156,7 +166,7 @@ def test_the_compiler_takes_the_fast_matrix_product(tmp_path, monkeypatch):
     for function in (linear, torch.compile(linear, dynamic=True)):
         found.append([function(x, weight, bias), *torch.autograd.grad(function(x, weight, bias), (x, weight, bias), grad)])
     for plain, compiled in zip(*found):
-        torch.testing.assert_close(compiled, plain)
+        assert_close(compiled, plain, length=16)
 
 
 def test_where_nothing_can_be_compiled_a_line_says_so(ckpt, monkeypatch, capsys):
@@ -175,7 +185,7 @@ def test_full_training_leaves_a_checkpoint_with_its_tokenizer(ckpt, capsys):
     assert [len(record["active_layers"]) for record in log] == [2] * 6 and log[-1]["val_loss"] < first["val_loss"] - 0.02
     model = Llama.from_pretrained("out")
     _, held_out, *_ = train_script.load_data(args, load_tokenizer("out"))
-    assert train_script.validate(model, held_out, args) == pytest.approx(log[-1]["val_loss"], abs=1e-5)
+    assert train_script.validate(model, held_out, args) == near(log[-1]["val_loss"], **of_model(model.config))
     run(eval_script, "--ckpt", "out", "--limit", 3, "--max-new-tokens", 5, "--out", "scores")
 
 
@@ -189,7 +199,7 @@ def test_a_method_of_peft_runs_in_the_same_loop_and_is_read_back(ckpt):
     assert log[-1]["val_loss"] < first["val_loss"] - 0.01 and all(len(record["active_layers"]) == 2 for record in log)
     model = rosa.load_adapter(Llama.from_pretrained("ckpt"), args.out)
     _, held_out, *_ = train_script.load_data(args, load_tokenizer("ckpt"))
-    assert train_script.validate(model, held_out, args) == pytest.approx(log[-1]["val_loss"], abs=1e-5)
+    assert train_script.validate(model, held_out, args) == near(log[-1]["val_loss"], **of_model(model.config))
     files = [(args.out / "adapter_model.safetensors").read_bytes()]
     run(train_script, *arguments, "--out", "parts", "--save-every", 1)
     files.append(Path("parts/adapter_model.safetensors").read_bytes())
@@ -233,17 +243,18 @@ def test_alpha_follows_the_rank(ckpt):
     assert parse(["--rank", "8", "--alpha", "3"]).alpha == 3 and parse(["--method", "full"]).lr == 2e-5
 
 
-def test_the_best_adapter_is_kept_when_training_diverges(ckpt, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run(train_script, *QUICK, "--out", "out", "--lr", 100, "--eval-every", 1)
-    first, *log = read_log("out")
-    assert stopped.value.code == 1 and "was the third in a row that is not finite" in capsys.readouterr().err
-    losses = [record["val_loss"] for record in (first, *log)]
-    assert [record for record in log if record.get("skipped")] == log[-3:] and losses[-1] > min(losses)
+def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
+    """Uphill from the fourth step on."""
+    loss, before, steps = Llama.loss, rosa.LayerSelector.before_forward, []
+    monkeypatch.setattr(rosa.LayerSelector, "before_forward", lambda self, step: (steps.append(step), before(self, step)))
+    monkeypatch.setattr(Llama, "loss", lambda self, *given: loss(self, *given) * (-1 if torch.is_grad_enabled() and steps[-1] > 2 else 1))
+    run(train_script, *QUICK, "--out", "out", "--max-steps", 9, "--eval-every", 1)
+    losses = [record["val_loss"] for record in read_log("out")]
+    assert min(losses) == min(losses[1:5]) < losses[-1]
     model = rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
     args = train_script.parse_args([str(a) for a in QUICK])
     _, held_out, *_ = train_script.load_data(args, load_tokenizer("ckpt"))
-    assert train_script.validate(model, held_out, args) == pytest.approx(min(losses), abs=1e-5)
+    assert train_script.validate(model, held_out, args) == near(min(losses), **of_model(model.config))
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(ckpt):
@@ -253,11 +264,12 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(ckpt):
     assert lr[2:] == sorted(lr[2:], reverse=True) and lr[21] == pytest.approx(0.005) and 0 < lr[-1] < 1e-4
 
 
-def test_micro_batches_change_nothing_but_memory(ckpt):
+def test_micro_batches_change_nothing_but_memory(ckpt, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())
     for size in (2, 8):
         run(train_script, *QUICK, "--micro-batch-size", size, "--out", f"out{size}")
     for a, b in zip(read_log("out2")[1:], read_log("out8")[1:]):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["loss"] == near(b["loss"], **of_model(Llama.from_pretrained("ckpt").config, 2 * 6))
         assert (a["active_layers"], a["tokens"]) == (b["active_layers"], b["tokens"])
 
 
@@ -324,28 +336,30 @@ def test_a_run_is_not_begun_over_another_unless_asked_to(ckpt, capsys):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, code):
-    arguments = [*QUICK, "--epochs", 9, "--max-steps", 40, "--select-every", 4]
-    run(train_script, *arguments, "--out", "whole")
+def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, code, monkeypatch, capsys):
+    arguments = [*map(str, QUICK), "--select-every", "4", "--max-steps", "8"]
+    train_script.run([*arguments, "--out", "whole"])
+    before, handlers = rosa.LayerSelector.before_forward, [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
 
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments), "--task", "toy", "--train-file", "toy.json", "--out", "parts"]
-    Path("toy.json").write_text(json.dumps(toy.examples("train", 100)))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not Path("parts/log.jsonl").exists() or len(read_log("parts")) < 4:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-    process.send_signal(number)
-    printed, error = process.communicate(timeout=60)
-    steps = len(read_log("parts")) - 1
-    assert process.returncode == code and 3 <= steps < 40 and "Traceback" not in error
-    *_, last = printed.splitlines()
-    python, *resuming = shlex.split(last.removeprefix(f"stopped after step {steps}. To go on: "))
-    assert python == "python" and resuming == [*command[1:], "--resume"]
-    subprocess.run([sys.executable, *resuming], check=True, capture_output=True)
-    lines = [[{key: value for key, value in line.items() if key != "seconds"} for line in read_log(out)] for out in ("whole", "parts")]
+    def signalled(self, step):
+        if step == 4:
+            signal.raise_signal(number)
+        before(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rosa.LayerSelector, "before_forward", signalled)
+        with pytest.raises(SystemExit) as stopped:
+            train_script.run([*arguments, "--out", "a run"])
+    *_, last = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == code and len(read_log("a run")) == 1 + 5
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers  # as they were
+    python, script, *resuming = shlex.split(last.removeprefix("stopped after step 5. To go on: "))
+    assert python == "python" and Path(script).resolve() == ROOT / "train.py" and resuming == [*arguments, "--out", "a run", "--resume"]
+    train_script.run(resuming)
+    lines = [[{key: value for key, value in line.items() if key != "seconds"} for line in read_log(out)] for out in ("whole", "a run")]
     assert lines[0] == lines[1]
     name = "adapter_model.safetensors"
-    assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes()
+    assert Path("whole", name).read_bytes() == Path("a run", name).read_bytes()
 
 
 @pytest.mark.parametrize("script", [train_script, eval_script])
@@ -384,7 +398,7 @@ def test_dropout_acts_in_training_alone(ckpt):
     args = train_script.parse_args([str(a) for a in (*SHORT, "--method", "lora")])
     model = rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
     _, held_out, *_ = train_script.load_data(args, load_tokenizer("ckpt"))
-    assert train_script.validate(model, held_out, args) == pytest.approx(read_log("out")[-1]["val_loss"], abs=1e-5)
+    assert train_script.validate(model, held_out, args) == near(read_log("out")[-1]["val_loss"], **of_model(model.config))
 
 
 def test_batches_hold_every_example_once_and_similar_lengths():
@@ -414,7 +428,7 @@ def test_gradients_are_clipped_to_norm_1(ckpt, monkeypatch):
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
     run(train_script, *QUICK, "--alpha", 10000, "--out", "out")
-    assert len(norms) == 6 and max(norms) == pytest.approx(1, abs=1e-4)
+    assert len(norms) == 6 and max(norms) == near(1, length=10**4)  # numbers
 
 
 def test_held_out_examples_are_not_trained_on(ckpt):
@@ -470,7 +484,16 @@ def test_scores_predictions_and_absent_sets(ckpt, capsys, monkeypatch):
     assert printed.count("absent") == 6 and "python data/download.py all --dir data" in printed and f"{results['macro']:.1%}" in printed
 
 
-def test_an_evaluation_goes_on_where_it_stopped(ckpt, monkeypatch, capsys):
+@pytest.fixture
+def decisive(ckpt):
+    """The checkpoint's answers to 25 questions do not hang on rounding."""
+    tokenizer = load_tokenizer(ckpt)
+    prompts = [tasks.encode_prompt(example, tokenizer) for example in tasks.test_examples("toy", "")[:25]]
+    decisive_model(prompts, 30, vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256).save_pretrained(ckpt)
+    return ckpt
+
+
+def test_an_evaluation_goes_on_where_it_stopped(decisive, monkeypatch, capsys):
     stream, asked = Llama.stream, []
 
     def counting(self, prompts, *rest, batch_size):
@@ -506,7 +529,7 @@ def test_an_evaluation_goes_on_where_it_stopped(ckpt, monkeypatch, capsys):
     for changed in (["--max-new-tokens", 11], ["--dtype", "bfloat16"], ["--ckpt", "other"], ["--adapter", "adapter"]):
         if changed[0] == "--ckpt":
             shutil.copytree("ckpt", "other")
-            random_model(seed=1, vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256).save_pretrained("other")
+            random_model(seed=99, vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256).save_pretrained("other")
         if changed[0] == "--adapter":
             rosa.save_adapter(rosa.attach(Llama.from_pretrained("ckpt"), 4), "adapter")
         run(eval_script, *arguments, "--out", "parts")
@@ -536,20 +559,20 @@ def test_the_likeliest_option_is_the_answer(ckpt):
     for out, size in (("a", 1), ("b", 4)):
         run(eval_script, "--ckpt", "ckpt", "--task", "openbookqa", "--data-dir", "data", "--score", "likelihood", "--out", out,
             "--batch-size", size, "--dtype", "float32")
-    lines = Path("a/predictions.jsonl").read_text()
-    assert lines == Path("b/predictions.jsonl").read_text()
+    lines = [[json.loads(line) for line in Path(out, "predictions.jsonl").read_text().splitlines()] for out in "ab"]
     model, tokenizer = Llama.from_pretrained("ckpt", dtype=torch.float64), load_tokenizer("ckpt")
     chosen = set()
-    for i, line in enumerate(map(json.loads, lines.splitlines())):
+    for i, both in enumerate(zip(*lines, strict=True)):
         scores = {}
         for n in range(3 + i % 3):  # the plain way: each question with each option as one text
             option = f"the correct answer is answer{n + 1}"
             prompt, response = tasks.encode_example(choice(i) | {"output": option}, tokenizer)
             log_probs = model(torch.tensor([prompt + response]))[0].log_softmax(-1)
             scores[option] = sum(log_probs[len(prompt) + t - 1, token].item() for t, token in enumerate(response[:-1]))
-        assert line["response"] == max(scores, key=scores.get)
-        chosen.add(line["extracted"])
-    assert len(chosen) > 1
+        for line in both:  # one of two that are equally likely but for rounding is as right as the other
+            assert scores[line["response"]] >= max(scores.values()) * (1 + bound(**of_model(model.config)))
+            chosen.add(line["response"])
+    assert len(chosen) > 1 or len({line["response"] for line in lines[0]}) == 1
 
 
 def test_the_loss_on_anything_else(ckpt, capsys):
@@ -561,11 +584,11 @@ def test_the_loss_on_anything_else(ckpt, capsys):
     pairs = [tasks.encode_example(example, tokenizer) for example in toy.examples("train", 10)]
     tokens, labels = train_script.collate(pairs, "cpu")
     with torch.no_grad():
-        assert losses["other"] == pytest.approx(model.loss(tokens, labels).item() / sum(len(r) for _, r in pairs), abs=1e-5)
+        assert losses["other"] == near(model.loss(tokens, labels).item() / sum(len(r) for _, r in pairs), **of_model(model.config))
         ids = tokenizer.encode(Path("notes.txt").read_text())
         parts = [[tokenizer.bos_id, *ids[i : i + 256]] for i in range(0, len(ids), 256)]
         total = sum(model.loss(torch.tensor([part[:-1]]), torch.tensor([part[1:]])).item() for part in parts)
-    assert len(parts) > 2 and losses["notes"] == pytest.approx(total / len(ids), abs=1e-5)
+    assert len(parts) > 2 and losses["notes"] == near(total / len(ids), **of_model(model.config))
     run(eval_script, "--ckpt", "ckpt", "--loss", "other.json", "--limit", 3, "--out", "out")
     assert set(json.loads(Path("out/losses.json").read_text())) == {"other", "notes"}
 
@@ -584,7 +607,7 @@ def test_activations_are_the_norms_of_q_and_k(ckpt, monkeypatch, capsys):
                 expected[name] += states.view(len(states), -1, d).square().sum(0).sqrt().mean(0) / 5
     for name in expected:
         assert found[name].shape == (4, d)
-        np.testing.assert_allclose(found[name][0], expected[name], rtol=1e-5)
+        assert_close(found[name][0], expected[name], **of_model(model.config))
     assert found["first_low_frequency_pair"] == d // 2 - max(1, round(0.5 * d / 2))
     assert "by quarter of the pairs" in capsys.readouterr().out
     no_package(monkeypatch, "matplotlib")
@@ -637,7 +660,7 @@ def test_one_question_is_answered_as_it_is_asked(ckpt, capsys, monkeypatch):
     assert counts == [256 - len(prompt)]
 
 
-def test_predictions_do_not_depend_on_the_batch(ckpt):
+def test_predictions_do_not_depend_on_the_batch(decisive):
     model = Llama.from_pretrained("ckpt")
     for out, size in (("a", 1), ("b", 7), ("c", 32)):
         run(eval_script, "--ckpt", "ckpt", "--limit", 20, "--batch-size", size, "--max-new-tokens", 30, "--out", out, "--dtype", "float32")
