@@ -1,8 +1,9 @@
 """Random tiny models on the CPU: what the tests state, they state about these."""
 
 import functools
+import gc
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
 
@@ -87,12 +88,26 @@ def forkserver():
     processes.set_forkserver_preload(["train", "eval", "torch._dynamo", "torch.distributed.fsdp", "matplotlib.figure"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # before Python 3.13 it does not look where we do
-        first = processes.Process(target=print)  # starts the server, which imports them
-        first.start()
-        first.join()
+        multiprocessing.forkserver.ensure_running()
     return processes
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # what was imported is not garbage, and there is much of it to look through
+    if any(hasattr(item.module, "forkserver") for item in session.items):
+        forkserver()  # what it imports it imports while other tests run
 
 
 @pytest.fixture
 def model():
     return random_model()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """What takes longer than the runs themselves and changes nothing in them: hundreds of problems drawn, disks waited for."""
+    from data import tasks
+
+    monkeypatch.setitem(tasks.TOY_SIZES, "train", 100)
+    monkeypatch.setitem(tasks.TOY_SIZES, "test", 30)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)

@@ -537,7 +537,6 @@ def test_what_could_run_code_is_recognised(line):
 # --- the fuzzer ---
 
 
-@pytest.mark.slow
 def test_two_hundred_mutated_files_are_refused_cleanly_or_read_rightly(tmp_path):
     counts = fuzz.run(range(200), seed=0, directory=tmp_path)
     assert sum(count["cases"] for count in counts.values()) == 200 and set(counts) == set(fuzz.KINDS)

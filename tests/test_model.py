@@ -227,9 +227,9 @@ def test_derivable_tensors_of_old_checkpoints_are_ignored(tmp_path):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
-def measure_loading(result):
-    """In a process of its own: the peak memory of loading ./large in two dtypes, in sizes of the model. A small one is loaded first, for
-    what the first use of a library costs is not the model's."""
+def measure_loading():
+    """In a process of its own: peaks.json, the peak memory of loading ./large in two dtypes, in sizes of the model. A small one is loaded
+    first, for what the first use of a library costs is not the model's."""
     peaks = []
     for directory, dtype in (("small", None), ("large", torch.bfloat16), ("large", torch.float32)):
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -237,7 +237,7 @@ def measure_loading(result):
         model = Llama.from_pretrained(directory, dtype=dtype)
         peaks.append((resident("VmHWM") - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
         del model
-    result.put(peaks[1:])
+    Path("peaks.json").write_text(json.dumps(peaks[1:]))
 
 
 def resident(kind):
@@ -251,11 +251,10 @@ def test_loading_needs_no_second_copy(tmp_path, monkeypatch):
     random_model(hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8,
                  num_hidden_layers=4, vocab_size=4000, dtype=torch.bfloat16).save_pretrained("large")
     processes = forkserver()
-    result = processes.SimpleQueue()
-    child = processes.Process(target=measure_loading, args=(result,))
+    child = processes.Process(target=measure_loading)
     child.start()
     child.join()
-    for ratio in result.get():
+    for ratio in json.loads(Path("peaks.json").read_text()):
         assert 0.9 < ratio < 1.1  # a second copy of the largest tensor, or of the file's pages, would be 1.2 at least
 
 
@@ -472,20 +471,20 @@ def test_the_next_prompts_take_the_places_of_those_answered(batch_size):
     model = random_model()
     for shared in ([], random_tokens(11, seed=3).tolist()):
         prompts = [shared + rest for rest in ragged(9, 3, 14, 6, 21, 1, 8, 2, 2, 17, 5, 30, 4, 11, 7, 7, 1, 19, 3, 12)]
-        free = model.generate(prompts, 25, None)
+        free = model.generate(prompts, 16, None)
         eos_ids = {free[0][3], free[2][10], free[9][1], free[11][15], free[17][0]}
         rows = []
         hook = model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-        ended = sorted((i, list(ids)) for i, ids in model.stream(prompts, 25, eos_ids, batch_size=batch_size))
+        ended = sorted((i, list(ids)) for i, ids in model.stream(prompts, 16, eos_ids, batch_size=batch_size))
         hook.remove()
         answers = [ids for _, ids in ended]
         assert [i for i, _ in ended] == list(range(20)) and max(rows) == min(batch_size, 20)
-        assert_greedy(model, prompts, answers, 25, eos_ids)
-        lengths = [min(25, len(answer) + 1) for answer in answers]
+        assert_greedy(model, prompts, answers, 16, eos_ids)
+        lengths = [min(16, len(answer) + 1) for answer in answers]
         assert len(set(lengths)) > 3 and sum(rows) == sum(lengths)
         batches = [max(lengths[i : i + batch_size]) for i in range(0, 20, batch_size)]
         assert len(rows) == sum(batches) if batch_size in (1, 30) else len(rows) < sum(batches)
-        assert model.generate(prompts, 25, eos_ids, batch_size=batch_size) == answers
+        assert model.generate(prompts, 16, eos_ids, batch_size=batch_size) == answers
 
 
 def test_generation_stops_when_all_are_done(model):

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import forkserver, random_model
 from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 import rosa
 import train
@@ -36,6 +38,19 @@ def ckpt(tmp_path, monkeypatch):
 
 def run(*arguments):
     train.run([*RUN, *map(str, arguments)])
+
+
+WHOLE = {}
+
+
+def run_whole():
+    """The directory `whole`, as an undisturbed run leaves it."""
+    if not WHOLE:
+        run("--out", "whole")
+        WHOLE.update({file.name: file.read_bytes() for file in Path("whole").iterdir()})
+    Path("whole").mkdir(exist_ok=True)
+    for name, content in WHOLE.items():
+        Path("whole", name).write_bytes(content)
 
 
 def ends(capsys, *arguments):
@@ -73,6 +88,7 @@ def life(arguments, fatal, count=None):
     """A process that trains, and kills itself at its touch of the disk number `fatal`: before or after a file is flushed,
     renamed or deleted, in the middle of the tensors or of a line of a log. `count` is told how many there were."""
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a process that is killed would leave behind
     tasks.TOY_SIZES["train"] = 40
     touches = 0
 
@@ -123,6 +139,9 @@ def life(arguments, fatal, count=None):
 def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, options, wanted):
     processes, arguments = forkserver(), [*RUN, "--max-steps", "20", *options[:2]]
     count = processes.Value("i")
+    first = processes.Process(target=int)  # the time that the server takes to start is not the run's
+    first.start()
+    first.join()
     begin = time.monotonic()
     whole = processes.Process(target=life, args=([*arguments, *options[2:], "--out", "whole"], None, count))
     whole.start()
@@ -257,7 +276,7 @@ def small_disk(ckpt):
 
 
 def test_a_full_disk_ends_the_run_in_a_line_and_it_goes_on_once_there_is_room(small_disk, capsys):
-    run("--out", "whole")
+    run_whole()
     code, line = ends(capsys)
     assert code == 1 and "cannot write out/" in line and "No space left on device" in line and line.endswith("--resume")
     assert state()[0]["step"] < 10 and not list(Path("out").glob("*.safetensors.partial"))
@@ -280,7 +299,7 @@ TROUBLES = {
 
 @pytest.mark.parametrize("function, file, error", TROUBLES.values(), ids=TROUBLES)
 def test_what_cannot_be_written_ends_the_run_in_a_line_and_what_was_saved_is_whole(ckpt, capsys, function, file, error):
-    run("--out", "whole")
+    run_whole()
     works = pkgutil.resolve_name(function)
 
     def broken(*arguments, **options):  # on that file, from step 3 on
@@ -359,7 +378,7 @@ def test_a_step_that_is_not_finite_is_not_applied(ckpt, monkeypatch, capsys, wha
 
 
 def test_three_such_steps_in_a_row_end_the_run_and_it_goes_on_from_the_state_before(ckpt, capsys):
-    run("--out", "whole")
+    run_whole()
     with pytest.MonkeyPatch.context() as patch:
         spoil(patch, (5, 6, 7), "loss")
         code, line = ends(capsys)

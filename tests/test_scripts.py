@@ -33,7 +33,6 @@ def ckpt(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     random_model(vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256).save_pretrained("ckpt")
     shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", "ckpt")
-    monkeypatch.setitem(tasks.TOY_SIZES, "train", 100)
     return "ckpt"
 
 
@@ -44,7 +43,7 @@ def run(script, *arguments):
     return args
 
 
-SHORT = ("--ckpt", "ckpt", "--max-steps", 6, "--batch-size", 8, "--val-size", 20, "--eval-every", 3, "--max-len", 200,
+SHORT = ("--ckpt", "ckpt", "--max-steps", 6, "--batch-size", 8, "--micro-batch-size", 8, "--val-size", 20, "--eval-every", 3, "--max-len", 200,
          "--select-every", 2, "--device", "cpu", "--dtype", "float32")
 QUICK = (*SHORT, "--rank", 4, "--alpha", 8, "--lr", 1e-2)
 
@@ -93,7 +92,7 @@ def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step(ckpt, o
 def test_recomputed_activations_change_not_a_bit(ckpt, options):
     options = options if "full" in options else ("--rank", 4, "--lr", 1e-2, *options)
     for out, more in (("kept", ()), ("again", ("--checkpoint-activations",))):
-        run(train_script, *SHORT, "--out", out, *options, *more)
+        run(train_script, *SHORT, "--max-steps", 3, "--val-size", 4, "--out", out, *options, *more)
     kept, again = ([record | {"seconds": 0} for record in read_log(out)] for out in ("kept", "again"))
     assert kept == again
     name = "model.safetensors" if "full" in options else "adapter_model.safetensors"
@@ -258,7 +257,7 @@ def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(ckpt):
-    run(train_script, *QUICK, "--max-steps", 40, "--epochs", 5, "--eval-every", 100, "--out", "out")
+    run(train_script, *QUICK, "--max-steps", 40, "--batch-size", 2, "--eval-every", 100, "--out", "out")
     lr = [record["lr"] for record in read_log("out")[1:]]
     assert lr[:2] == [0.005, 0.01] and max(lr) == 0.01
     assert lr[2:] == sorted(lr[2:], reverse=True) and lr[21] == pytest.approx(0.005) and 0 < lr[-1] < 1e-4
@@ -599,7 +598,7 @@ def test_activations_are_the_norms_of_q_and_k(ckpt, monkeypatch, capsys):
     model, tokenizer = Llama.from_pretrained("ckpt"), load_tokenizer("ckpt")
     d, expected = model.config.head_dim, {"q": 0, "k": 0}
     with torch.no_grad():
-        for example in toy.examples("test", 300)[:5]:
+        for example in toy.examples("test", 5):
             x = model.model.embed_tokens(torch.tensor([tasks.encode_prompt(example, tokenizer)]))
             h = model.model.layers[0].input_layernorm(x)
             for name in expected:
@@ -700,6 +699,10 @@ def test_an_absent_package_is_a_line_with_what_to_install(ckpt, monkeypatch, cap
 
 
 def test_the_scripts_run_as_scripts(ckpt):
-    for script in ("train.py", "eval.py"):
-        done = subprocess.run([sys.executable, ROOT / script, "--ckpt", "absent"], capture_output=True, text=True)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no checkpoint 'absent'" in done.stderr
+    """eval.py and rosa.py; train.py is one in test_torchrun."""
+    commands = [[sys.executable, ROOT / script, *command, "--ckpt", "absent"] for script, command in (
+        ("eval.py", []), ("rosa.py", ["merge", "--adapter", "a", "--out", "b"]))]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    for process in started:
+        out, error = process.communicate()
+        assert process.returncode == 2 and out == "" and error.count("\n") == 1 and "no checkpoint 'absent'" in error
