@@ -569,7 +569,7 @@ class Operators:
     """What PyTorch has and does not document, asked for here alone. As written these are the plain formulas; `look_up` puts the
     operator in the place of its formula where this PyTorch has it, this processor takes it, and both compute the same."""
 
-    asked = False
+    formulas = {}  # name -> the formula, once all were looked up
     onednn = frozenset()  # the dtypes in which oneDNN's product serves for F.linear, with packed weights too
 
     @staticmethod
@@ -592,16 +592,16 @@ class Operators:
     @torch.no_grad()
     def look_up(cls):
         """Once in a process, when a model is made: not while this file is imported, for operators start threads, which a fork loses."""
-        if cls.asked:
+        if cls.formulas:
             return
-        cls.asked = True
         aten, x, w, p = torch.ops.aten, *torch.linspace(-2, 2, 48, device="cpu").view(3, 4, 4)
         for name, operator, given in (
             ("reshaped", lambda y, shape: aten._unsafe_view(y, shape), (x, (2, 2, 4))),
             ("silu_backward", lambda grad, x: aten.silu_backward(grad, x), (x, w)),
             ("softmax_backward", lambda grad, p: torch._softmax_backward_data(grad, p, -1, p.dtype), (x, p.softmax(-1))),
         ):
-            if does_the_same(operator, getattr(cls, name), *given):
+            cls.formulas[name] = getattr(cls, name)
+            if does_the_same(operator, cls.formulas[name], *given):
                 setattr(cls, name, staticmethod(operator))
         if platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available():
             cls.onednn = frozenset(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rounding import bound, of_model
 
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, Operators
 
 # The statements shall hold for any random numbers: this many seeds further on are others.
 OFFSET = 1000 * int(os.environ.get("ROSA_TEST_SEED", 0))
@@ -80,6 +80,14 @@ def smooth_adamw():
     """AdamW divides a gradient by its own size: of one that is nearly zero, all rounding, it makes a whole step. With an eps far above
     rounding its steps differ as little as the gradients do; for runs that are compared to rounding."""
     return functools.partial(torch.optim.AdamW, eps=1e-3)
+
+
+def without_operators(monkeypatch):
+    """As on a machine, or in a PyTorch, that has none of the operators that PyTorch does not document."""
+    Operators.look_up()
+    monkeypatch.setattr(Operators, "onednn", frozenset())
+    for name, formula in Operators.formulas.items():
+        monkeypatch.setattr(Operators, name, staticmethod(formula))
 
 
 def forkserver():

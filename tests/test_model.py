@@ -11,7 +11,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import BASE, forkserver, generator_of, random_model, random_tokens, seed_torch, write_checkpoint
+from conftest import BASE, forkserver, generator_of, random_model, random_tokens, seed_torch, without_operators, write_checkpoint
 from rounding import assert_close, assert_greedy, assert_no_worse, near, of_model
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,7 +97,10 @@ def test_the_statistic_of_a_norm_is_float32():
     assert (RMSNormFunction.apply(x, weight, 1e-5) != expected).float().mean() < 0.01
 
 
-def test_gradients_of_our_own_functions_are_those_of_autograd():
+@pytest.mark.parametrize("operators", ["as found", "absent"])
+def test_gradients_of_our_own_functions_are_those_of_autograd(operators, monkeypatch):
+    if operators == "absent":
+        without_operators(monkeypatch)
     seed_torch(0)
     x, y, weight, matrix, bias, out, wide = (torch.randn(*shape, requires_grad=True) for shape in (
         (2, 300, 64), (2, 300, 64), (64,), (48, 64), (48,), (2, 300, 64), (2, 300, 48)))
@@ -112,8 +115,11 @@ def test_gradients_of_our_own_functions_are_those_of_autograd():
             assert_close(a, b, length=600, depth=3)  # 2 x 300 tokens
 
 
+@pytest.mark.parametrize("operators", ["as found", "absent"])
 @pytest.mark.parametrize("heads, kv_heads, length", [(4, 2, 37), (3, 3, 1), (6, 1, 64)])
-def test_our_attention_is_causal_attention(heads, kv_heads, length):
+def test_our_attention_is_causal_attention(heads, kv_heads, length, operators, monkeypatch):
+    if operators == "absent":
+        without_operators(monkeypatch)
     seed_torch(heads)
     q, k, v = (torch.randn(2, n, length, 16, dtype=torch.float64, requires_grad=True) for n in (heads, kv_heads, kv_heads))
     grad = torch.randn(2, heads, length, 16, dtype=torch.float64)
