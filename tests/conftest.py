@@ -47,7 +47,7 @@ def decisive_model(prompts, count, **changes):
         for prompt, ids in zip(prompts, model.generate(prompts, count, None)):
             logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 :]
             first, second = logits.topk(2).values.unbind(-1)
-            if (first - second).min() <= 4 * bound(**of_model(model.config)) * logits.abs().max():
+            if (first - second).min() <= 2 * bound(**of_model(model.config)) * logits.square().mean().sqrt():
                 break
         else:
             return model
