@@ -3,9 +3,6 @@
     python eval.py --ckpt tiny --task toy --adapter runs/tiny-toy-rosa
     python eval.py --ckpt checkpoints/llama2-7b --task gsm8k,SVAMP --adapter runs/llama2-7b-arithmetic-rosa
     python eval.py --ckpt tiny --prompt "Tom has 3 pens. He buys 4 more. How many pens does he have?"
-    python eval.py --ckpt tiny --loss other_task.json notes.txt      # what was forgotten: loss on something else
-    python eval.py --ckpt tiny --activations fig1.png                # Figure 1 of the paper
-    python eval.py --compare runs/*                                  # runs side by side, as Markdown
     torchrun --nproc_per_node=8 eval.py ...                          # eight processes, each of which scores its share
 
 Writes predictions.jsonl, a line per example as it is answered, and results.json beside the adapter, or under --out.
@@ -14,7 +11,6 @@ Run again it goes on where it stopped: what the same adapter has answered with t
 
 import argparse
 import hashlib
-import inspect
 import json
 import os
 import sys
@@ -30,7 +26,10 @@ import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
 from model import (NAMES, Llama, choose_device_and_dtype, died, find_checkpoint, gather, join_processes, one_line, processes,
-                   read_json, say_if_bfloat16_is_slow)
+                   say_if_bfloat16_is_slow)
+
+
+MOVED = {"--loss": "forgetting FILE ...", "--activations": "figure1 PNG", "--compare": "compare RUN ..."}  # what older versions had
 
 
 def parse_args(arguments=None):
@@ -46,15 +45,13 @@ def parse_args(arguments=None):
     p.add_argument("--batch-size", type=int, default=32, help="examples at a time")
     p.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
     p.add_argument("--prompt", help="instead of scoring: answer this one question, printing the answer as it is made")
-    p.add_argument("--loss", nargs="+", type=Path, metavar="FILE", help="instead of scoring: the loss, in nats per token, of "
-                   "the responses in a .json or .jsonl of training examples, of all tokens in any other text file")
-    p.add_argument("--activations", type=Path, metavar="PNG", help="instead of scoring: draw the norms of Q and K per layer "
-                   "and dimension over the first --limit examples (default 8); the numbers go into an .npz beside it")
-    p.add_argument("--compare", nargs="+", type=Path, metavar="RUN", help="only print a table of these run directories")
     p.add_argument("--data-dir", default=tasks.DATA_DIR, help="directory laid out as LLM-Adapters' repository")
     p.add_argument("--out", type=Path, help="where results go (default: the adapter's directory, or runs/<ckpt>-<task>-base)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
+    for argument in sys.argv[1:] if arguments is None else arguments:
+        if command := MOVED.get(argument.split("=")[0]):
+            fail(f"{argument.split('=')[0]} is a command of its own now: python -m extras.{command}")
     args = p.parse_args(arguments)
     for name in ("limit", "batch_size", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -83,34 +80,23 @@ def stop(message, status):
 
 
 def main(args):
-    if args.compare:
-        return compare(args.compare)
     rank, world = processes()
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
     if args.prompt is not None and not (args.prompt.strip() and tasks.is_unicode(args.prompt)):
         raise ValueError("--prompt is empty, or not text in UTF-8")
-    texts = [load_texts(file, tokenizer, args.limit) for file in args.loss or ()]
     names, absent, examples = [], [], []
-    if not args.loss and not args.prompt:
+    if not args.prompt:
         names, absent, examples = load_questions(args, tokenizer)
-    if args.activations:
-        examples = examples[: args.limit or 8]
     model = Llama.from_pretrained(ckpt, device, dtype)
     for name, i, example, prompt in examples:
-        room, more = 0, "an answer"
+        room, more = args.max_new_tokens, f"--max-new-tokens {args.max_new_tokens}"
         if args.score == "likelihood":
-            room = len(tokenizer.encode(max(tasks.options(name, example), key=len)))
-        elif not args.activations:
-            room, more = args.max_new_tokens, f"--max-new-tokens {args.max_new_tokens}"
+            room, more = len(tokenizer.encode(max(tasks.options(name, example), key=len))), "an answer"
         if len(prompt) + room > model.config.context:
             raise ValueError(f"{name}, record {i}: the prompt has {len(prompt)} tokens; with {more} it exceeds the model's "
                              f"{model.config.limit}")
-    for file, pairs in zip(args.loss or (), texts):
-        for i, (given, predicted) in enumerate(pairs):
-            if (count := len(given) + len(predicted) - 1) > model.config.context:
-                raise ValueError(f"{file}, part {i}: {count} tokens exceed the model's {model.config.limit}: leave it out")
     if args.adapter:
         rosa.load_adapter(model, args.adapter)
         if dtype == torch.float32:  # bfloat16 weights would round the adapter's part away
@@ -119,16 +105,12 @@ def main(args):
         model.pack()
     gather()  # all are set up
     say_if_bfloat16_is_slow(device, dtype)
-    if rank > 0 and (args.prompt or args.loss or args.activations):
-        return  # these the first does alone
+    if rank > 0 and args.prompt:
+        return  # this the first does alone
     if args.prompt:
         return answer(args, model, tokenizer)
     print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; "
           f"adapter: {args.adapter or 'none'}")
-    if args.loss:
-        return losses(args, model, texts)
-    if args.activations:
-        return activations(args, model, [prompt for _, _, _, prompt in examples])
 
     # --- what is answered already ---
     path, key = args.out / "predictions.jsonl", fingerprint(args, ckpt, dtype)
@@ -285,125 +267,6 @@ def read_predictions(path):
         if isinstance(line, dict) and {"set", "index", "instruction", "answer", "correct"} <= line.keys():
             lines.append(line)
     return lines
-
-
-# --- loss on anything: what a fine-tuned model has forgotten ---
-
-
-def load_texts(file, tokenizer, limit):
-    """A file as (ids that are given, ids that are predicted) pairs: the examples of a .json or .jsonl, else pieces of 256
-    tokens of the text."""
-    if file.suffix in (".json", ".jsonl"):
-        return [tasks.encode_example(example, tokenizer) for example in tasks.load_examples(file)[:limit]]
-    try:
-        ids = tokenizer.encode(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not text in UTF-8") from None
-    if not ids:
-        raise ValueError(f"{file} holds no text")
-    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return [([start], ids[i : i + 256]) for i in range(0, len(ids), 256)][:limit]
-
-
-@torch.inference_mode()
-def losses(args, model, texts):
-    """Mean cross-entropy per predicted token of each file, printed and added to losses.json."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "losses.json"
-    found = read_json(path, missing={})
-    for file, pairs in zip(args.loss, texts):
-        total = 0.0
-        for given, predicted in tqdm(sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1])), desc=file.name, leave=False):
-            ids = torch.tensor([given + predicted], device=model.device)
-            labels = ids[:, 1:].clone()
-            labels[:, : len(given) - 1] = -100
-            total += model.loss(ids[:, :-1], labels).item()
-        count = sum(len(predicted) for _, predicted in pairs)
-        found[file.stem] = total / count
-        print(f"{file.name:<32}{count:>9,} tokens   {found[file.stem]:.4f} nats per token")
-    write_json(path, found)
-
-
-# --- Figure 1 of the paper ---
-
-
-@torch.inference_mode()
-def activations(args, model, prompts):
-    """Mean L2 norm, over the tokens of a prompt, of every dimension of Q and K before the rotation: averaged over prompts
-    and heads, per layer. Written as .npz, q and k [L, d], and drawn."""
-    norms = {"q": [], "k": []}  # of every prompt and layer in turn, [d]
-
-    def record(name):
-        return lambda _, __, states: norms[name].append(
-            states[0].float().unflatten(-1, (-1, model.config.head_dim)).norm(dim=0).mean(0).cpu())  # [T, heads, d] -> [d]
-
-    hooks = [layer.self_attn.get_submodule(f"{name}_proj").register_forward_hook(record(name))
-             for layer in model.model.layers for name in norms]
-    for prompt in tqdm(prompts, unit="example", leave=False):
-        model.hidden_states(torch.tensor([prompt], device=model.device))
-    for hook in hooks:
-        hook.remove()
-    means = {name: torch.stack(found).unflatten(0, (len(prompts), -1)).mean(0).numpy() for name, found in norms.items()}
-    ratio = inspect.signature(rosa.attach).parameters["low_freq_ratio"].default
-    if adapted := rosa.adapters(model):
-        ratio = next(iter(adapted.values())).low_freq_ratio
-    half = model.config.head_dim // 2
-    first_low = half - max(1, round(ratio * half))  # the first low-frequency pair
-    args.activations.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(args.activations.with_suffix(".npz"), first_low_frequency_pair=first_low, **means)
-    quarters = np.array_split(np.sqrt(means["q"][:, :half] ** 2 + means["q"][:, half:] ** 2).mean(0), 4)
-    print("mean norm of Q by quarter of the pairs, high to low frequency: "
-          + ", ".join(f"{part.mean():.1f}" for part in quarters))
-    print(f"numbers    {args.activations.with_suffix('.npz')}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"{args.activations} needs the package matplotlib: pip install matplotlib")
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for axes, (name, mean) in zip(figure.subplots(1, 2), means.items()):
-        image = axes.imshow(mean, origin="lower", aspect="auto", cmap="magma", vmax=np.percentile(mean, 99.5))
-        for left in (first_low, half + first_low):  # the two bands of low-frequency dimensions
-            axes.axvspan(left - 0.5, left - first_low + half - 0.5, fill=False, edgecolor="cyan", linewidth=1.5)
-        axes.set(xlabel="head dimension (i and i + d/2 are a RoPE pair; low frequencies framed)", ylabel="layer",
-                 title=f"{name.upper()}: L2 norm, mean over heads and {len(prompts)} prompts")
-        figure.colorbar(image, extend="max")
-    figure.savefig(args.activations, dpi=100)
-    print(f"figure     {args.activations}")
-
-
-# --- runs side by side ---
-
-
-def compare(runs):
-    """Print a Markdown table of run directories; what one does not hold is a dash."""
-    rows = []
-    for run in runs:
-        held = {name: read_json(run / f"{name}.json", missing={}) for name in ("args", "summary", "results", "losses")}
-        if not any(held.values()):
-            raise FileNotFoundError(f"{run} is no run directory: it has no args.json, results.json or losses.json")
-        options, summary, results = held["args"], held["summary"], held["results"]
-        if "scores" in results and "counts" not in results:
-            raise ValueError(f"{run / 'results.json'} has no counts: run eval.py on it again")
-        method = options.get("method", "base") + "".join(
-            f", {name.replace('_', ' ')} {options[name]}"
-            for name in ("targets", "rank", "alpha", "low_freq_ratio", "pairs", "k_ratio", "lr") if name in options)
-        row = {"run": run.name, "method": method}
-        if summary:
-            row |= {"trainable": f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})",
-                    "validation loss": f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}"}
-        for name, score in results.get("scores", {}).items():
-            low, high = results["intervals"][name]
-            row[f"{name} (n = {results['counts'][name]:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"
-        row |= {f"loss on {name}": f"{loss:.4f}" for name, loss in held["losses"].items()}
-        if summary:
-            row["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
-            row["peak memory"] = f"{summary['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in summary else "–"
-        rows.append(row)
-    # The columns in the order of the fullest row.
-    columns = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(row.get(name, '–') for name in columns)} |")
 
 
 def write(path, text):

@@ -16,15 +16,11 @@ and it is a LoRA whose B is zero in all other rows; with low_freq_ratio = 1 it i
 DLS, Dynamic Layer Selection: `LayerSelector`, at the end of the file.
 
 Names of modules are those of a Hugging Face LLaMA; nothing else is asked of the model.
-
-    python rosa.py merge --ckpt llama2-7b --adapter runs/llama2-7b-arithmetic-rosa --out merged     # a checkpoint again
 """
 
-import argparse
 import json
 import math
 import os
-import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -455,111 +451,6 @@ class LayerSelector:
                     parameter.grad = None
 
 
-# --- python rosa.py merge ---
-
-
-SHARD = 5 * 10**9  # bytes of a file at most
-SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-
-
-def merge_checkpoint(ckpt, adapter, out):
-    """Write the checkpoint in directory `ckpt` with an adapter folded into its weights, each in the dtype that it is stored
-    in, as the Hugging Face directory `out`. No more is in memory than the tensors of one file, 5 GB.
-
-    Returns what rounding has cost: the logits of a few prompts, [positions, V] in float32, with the adapter beside the
-    weights, and as merged. Raises ValueError or OSError with a line for the user, and then leaves nothing behind."""
-    from data import tasks, toy
-    from data.tokenizer import load_tokenizer
-    from model import Llama, LlamaConfig, copy_companions, logits_layer_by_layer, pad, read_tensor, tensor_table
-
-    partial = out.with_name(out.name + ".partial")
-    for directory in (out, partial):
-        if directory.exists():
-            raise FileExistsError(f"{directory} exists already: delete it, or choose another --out")
-    tokenizer = load_tokenizer(ckpt)
-    with torch.device("meta"):
-        model = Llama(LlamaConfig.from_file(ckpt))
-    table, updated = tensor_table(ckpt, model), updater(model, adapter)
-    sizes = {name: math.prod(stored.shape) * SIZES[stored.dtype] for name, stored in table.items()}
-    shards = [[]]
-    for name in table:
-        if shards[-1] and sum(sizes[held] for held in shards[-1]) + sizes[name] > SHARD:
-            shards.append([])
-        shards[-1].append(name)
-    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    files = files if len(shards) > 1 else ["model.safetensors"]
-
-    partial.mkdir(parents=True)
-    try:
-        if (free := shutil.disk_usage(partial).free) < sum(sizes.values()):
-            raise OSError(f"--out {out} needs {sum(sizes.values()) / 1e9:.1f} GB, only {free / 1e9:.1f} are free there")
-        for file, names in zip(files, shards):
-            tensors = {name: read_tensor(table, name) for name in names}  # mapped, not read yet
-            tensors = {name: updated(name, tensor).to(tensor.dtype) for name, tensor in tensors.items()}
-            save_file(tensors, partial / file, metadata={"format": "pt"})
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": sum(sizes.values())},
-                     "weight_map": {name: file for file, names in zip(files, shards) for name in names}}
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        shutil.copyfile(ckpt / "config.json", partial / "config.json")
-        copy_companions(ckpt, partial)
-        os.rename(partial, out)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
-
-    merged = tensor_table(out, model)
-    tokens, lengths = pad([tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 4)])
-    told = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]: where there is no padding
-    return (logits_layer_by_layer(model.config, tokens, lambda name: updated(name, read_tensor(table, name)).float())[told],
-            logits_layer_by_layer(model.config, tokens, lambda name: read_tensor(merged, name).float())[told])
-
-
-def updater(model, directory):
-    """A function from a weight's name and the weight to the weight plus its update by the adapter in a directory, in float32;
-    a weight that has none is returned as it is. The model, whose adapter it must be, may be on the meta device."""
-    known, tensors = read_adapter(directory)
-    if "peft" in known:
-        raise ValueError(f"{directory} is an adapter of peft's own, of type {known['peft']['peft_type']}: only peft can merge it")
-    check_lora(directory, tensors, model, known)
-
-    def updated(name, weight):
-        name = f"base_model.model.{name.removesuffix('.weight')}"
-        if f"{name}.lora_A.weight" not in tensors:
-            return weight
-        A, B = (tensors[f"{name}.lora_{factor}.weight"].float() for factor in "AB")
-        return weight.float() + (known["alpha"] / known["rank"]) * B @ A
-
-    return updated
-
-
-def fail(message):
-    """A user's mistake: one line, exit status 2."""
-    from model import one_line
-
-    print(f"rosa.py: {one_line(message)}", file=sys.stderr)
-    sys.exit(2)
-
-
-def run(arguments=None):
-    """The command line."""
-    from model import find_checkpoint
-
-    p = argparse.ArgumentParser(prog="rosa.py", description="Fold an adapter into a checkpoint.")
-    p.error = fail
-    p.add_argument("command", choices=["merge"])
-    p.add_argument("--ckpt", required=True, help="checkpoint: a directory, or a name as train.py takes it")
-    p.add_argument("--adapter", required=True, type=Path, help="adapter directory, as train.py or PEFT writes it")
-    p.add_argument("--out", required=True, type=Path, help="directory to be made: a complete Hugging Face checkpoint")
-    args = p.parse_args(arguments)
-    try:
-        before, after = merge_checkpoint(find_checkpoint(args.ckpt), args.adapter, args.out)
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
-    same = (before.argmax(-1) == after.argmax(-1)).sum()
-    print(f"{args.out} holds the merged checkpoint. Its rounding moved a logit by {(after - before).abs().max():.2g} at most (the "
-          f"largest is {before.abs().max():.3g}); of {len(before)} next tokens {same} are the same.")
-
-
 if __name__ == "__main__":
-    run()
+    print("rosa.py: it has no command of its own; to merge an adapter: python -m extras.merge --help", file=sys.stderr)
+    sys.exit(2)

@@ -653,7 +653,7 @@ def load_state(args, trainable, optimizer, selector):
 
 
 def write_summary(args, trainable_count, count, best, device):
-    """The run in six numbers, for `eval.py --compare`: counts of parameters, nats, tokens/s without validation, bytes."""
+    """The run in six numbers, for `python -m extras.compare`: counts of parameters, nats, tokens/s without validation, bytes."""
     before, *steps = read_log(args.out / "log.jsonl")
     summary = {"trainable": trainable_count, "parameters": count, "val_loss_before": before["val_loss"], "val_loss": best,
                "tokens_per_second": sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)}

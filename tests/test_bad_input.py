@@ -21,6 +21,8 @@ import model as model_file
 import rosa
 import train as train_script
 from data import tasks, toy
+from extras import compare, figure1, forgetting
+from extras import merge as merge_file
 from model import Llama, LlamaConfig, one_line
 
 ROOT = Path(rosa.__file__).parent
@@ -53,7 +55,10 @@ def here(good, tmp_path, monkeypatch):
 SCRIPTS = {
     "train": (train_script, ["--ckpt", "ckpt", "--max-len", "200", "--val-size", "2", "--max-steps", "1", "--rank", "4"]),
     "eval": (eval_script, ["--ckpt", "ckpt", "--max-new-tokens", "2", "--limit", "2"]),
-    "merge": (rosa, ["merge", "--ckpt", "ckpt", "--adapter", "adapter", "--out", "merged"]),
+    "compare": (compare, []),
+    "figure1": (figure1, ["fig1.png", "--ckpt", "ckpt"]),
+    "forgetting": (forgetting, ["--ckpt", "ckpt"]),
+    "merge": (merge_file, ["--ckpt", "ckpt", "--adapter", "adapter", "--out", "merged"]),
 }
 
 
@@ -72,7 +77,8 @@ def refused(capsys, script, arguments, *words):
     error = capsys.readouterr().err
     assert stopped.value.code == 2, error
     assert error.endswith("\n") and error[:-1].isprintable() and len(error) < 700, error
-    assert error.startswith({"merge": "rosa"}.get(script, script) + ".py: "), error
+    prefix = {"train": "train.py", "eval": "eval.py"}.get(script, script)
+    assert error.startswith(f"{prefix}: "), error
     for word in words:
         assert word in error, error
     assert tree() == before
@@ -187,7 +193,7 @@ CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", ["train", "eval", "merge"])
 @pytest.mark.parametrize("what", CHECKPOINTS)
 def test_a_checkpoint_that_is_none_is_refused(here, capsys, what, script):
     breaking, *words = CHECKPOINTS[what]
@@ -390,7 +396,7 @@ def test_a_data_file_that_is_none_is_refused_by_its_record(here, capsys, what, s
         words = [word.replace("data.json", "dataset/gsm8k/test.json") for word in words]
         return refused(capsys, "eval", ["--task", "gsm8k", "--data-dir", "."], *words)
     DATA.write_bytes(content)
-    refused(capsys, *{"train": ("train", ["--train-file", DATA]), "loss": ("eval", ["--loss", DATA])}[script], *words)
+    refused(capsys, *{"train": ("train", ["--train-file", DATA]), "loss": ("forgetting", [DATA])}[script], *words)
 
 
 @pytest.mark.parametrize("name, answer", [("gsm8k", "inf"), ("gsm8k", "nan"), ("gsm8k", "1e999"), ("gsm8k", "one"), ("AQuA", "F"), ("AQuA", "1"),
@@ -412,7 +418,7 @@ def test_a_megabyte_among_others_is_left_out(here, capsys):
 def test_a_text_that_does_not_fit_is_refused(here, capsys):
     for content, *words in ((b"", "notes.txt holds no text"), (b"\xff", "notes.txt is not text in UTF-8")):
         Path("notes.txt").write_bytes(content)
-        refused(capsys, "eval", ["--loss", "notes.txt"], *words)
+        refused(capsys, "forgetting", ["notes.txt"], *words)
 
 
 # --- flags ---
@@ -458,9 +464,14 @@ FLAGS = {
     "no question": ("eval", ["--prompt", " "], "--prompt is empty"),
     "a question of half characters": ("eval", ["--prompt", "a\udcff"], "--prompt is empty, or not text in UTF-8"),
     "a question beyond the context": ("eval", ["--prompt", "a b " * 200], "--prompt has ", "no room for an answer"),
-    "nothing to compare": ("eval", ["--compare", "ckpt"], "ckpt is no run directory"),
-    "no text": ("eval", ["--loss", "absent.json"], "absent.json: No such file"),
-    "text a directory": ("eval", ["--loss", "ckpt"], "ckpt: Is a directory"),
+    "nothing to compare": ("compare", ["ckpt"], "ckpt is no run directory"),
+    "no examples to draw": ("figure1", ["--limit", "0"], "--limit must be at least 1"),
+    "no set to draw": ("figure1", ["--task", "gsm8k", "--data-dir", "d"], "python data/download.py all --dir d"),
+    "the old spelling of compare": ("eval", ["--compare", "runs/a"], "--compare is a command of its own now: python -m extras.compare RUN"),
+    "the old spelling of figure1": ("eval", ["--activations=a.png"], "--activations is a command of its own now: python -m extras.figure1 PNG"),
+    "the old spelling of forgetting": ("eval", ["--loss", "a.json"], "--loss is a command of its own now: python -m extras.forgetting FILE"),
+    "no text": ("forgetting", ["absent.json"], "absent.json: No such file"),
+    "text a directory": ("forgetting", ["ckpt"], "ckpt: Is a directory"),
     "train file absent": ("train", ["--train-file", "absent.json"], "absent.json: No such file"),
     "train file a directory": ("train", ["--train-file", "ckpt"], "ckpt: Is a directory"),
     "device": ("train", ["--device", "cuda:7"], "device 'cuda:7' is not available", "choose auto, cpu"),

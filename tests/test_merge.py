@@ -1,4 +1,4 @@
-"""Statements about `python rosa.py merge`: a whole checkpoint or nothing, what `merge` makes in memory, in little of it."""
+"""Statements about `python -m extras.merge`: a whole checkpoint or nothing, what `merge` makes in memory, in little of it."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ from rounding import bound, of_model
 from safetensors.torch import load_file
 
 import rosa
+from extras import merge as merge_file
 from model import Llama
 
 pytestmark = pytest.mark.numeric
@@ -33,12 +34,12 @@ def ckpt(tmp_path, monkeypatch):
 
 
 def merge(*arguments):
-    rosa.run(["merge", "--ckpt", "ckpt", "--adapter", "adapter", "--out", "out", *arguments])
+    merge_file.run(["--ckpt", "ckpt", "--adapter", "adapter", "--out", "out", *arguments])
 
 
 @pytest.mark.parametrize("shard", [5 * 10**9, 20000, 1])
 def test_the_directory_is_complete_and_holds_what_merging_in_memory_gives(ckpt, shard, monkeypatch):
-    monkeypatch.setattr(rosa, "SHARD", shard)
+    monkeypatch.setattr(merge_file, "SHARD", shard)
     merge()
     merged = Llama.from_pretrained("out")
     expected = rosa.merge(rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"))
@@ -104,13 +105,13 @@ def test_a_mistake_is_one_line_and_nothing_is_left_behind(ckpt, capsys, argument
     with pytest.raises(SystemExit) as stopped:
         merge(*arguments)
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and error.startswith("rosa.py: ") and message in error
+    assert stopped.value.code == 2 and error.count("\n") == 1 and error.startswith("merge: ") and message in error
     assert sorted(Path().rglob("*")) == before
 
 
 def test_what_fails_half_way_leaves_nothing(ckpt, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(rosa.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
+        patch.setattr(merge_file.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(1000))
         with pytest.raises(SystemExit):
             merge()
     assert "needs 0.0 GB, only 0.0 are free" in capsys.readouterr().err
@@ -119,9 +120,10 @@ def test_what_fails_half_way_leaves_nothing(ckpt, capsys, monkeypatch):
         Path("out.partial/model.safetensors").write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rosa, "save_file", no_space)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(merge_file, "save_file", no_space)
+    with pytest.raises(SystemExit) as stopped:
         merge()
+    assert stopped.value.code == 130
     assert sorted(path.name for path in Path().iterdir()) == ["adapter", "ckpt"]
 
 

@@ -1,6 +1,5 @@
 """Statements about `train.py` and `eval.py`, run as a user runs them, on a random tiny model with the bundled tokenizer."""
 
-import contextlib
 import copy
 import json
 import shlex
@@ -21,6 +20,7 @@ import rosa
 import train as train_script
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
+from extras import compare, figure1, forgetting
 from model import NAMES, Llama, linear
 
 pytestmark = pytest.mark.numeric
@@ -577,7 +577,7 @@ def test_the_likeliest_option_is_the_answer(ckpt):
 def test_the_loss_on_anything_else(ckpt, capsys):
     Path("other.json").write_text(json.dumps(toy.examples("train", 12)))
     Path("notes.txt").write_text("".join(f"{name} has {n} pears, and no more.\n" for n, name in enumerate(toy.GIRLS * 3)))
-    run(eval_script, "--ckpt", "ckpt", "--loss", "other.json", "notes.txt", "--limit", 10, "--out", "out", "--dtype", "float32")
+    forgetting.run(["other.json", "notes.txt", "--ckpt", "ckpt", "--limit", "10", "--out", "out", "--dtype", "float32"])
     losses = json.loads(Path("out/losses.json").read_text())
     model, tokenizer = Llama.from_pretrained("ckpt"), load_tokenizer("ckpt")
     pairs = [tasks.encode_example(example, tokenizer) for example in toy.examples("train", 10)]
@@ -588,12 +588,12 @@ def test_the_loss_on_anything_else(ckpt, capsys):
         parts = [[tokenizer.bos_id, *ids[i : i + 256]] for i in range(0, len(ids), 256)]
         total = sum(model.loss(torch.tensor([part[:-1]]), torch.tensor([part[1:]])).item() for part in parts)
     assert len(parts) > 2 and losses["notes"] == near(total / len(ids), **of_model(model.config))
-    run(eval_script, "--ckpt", "ckpt", "--loss", "other.json", "--limit", 3, "--out", "out")
+    forgetting.run(["other.json", "--ckpt", "ckpt", "--limit", "3", "--out", "out"])
     assert set(json.loads(Path("out/losses.json").read_text())) == {"other", "notes"}
 
 
 def test_activations_are_the_norms_of_q_and_k(ckpt, monkeypatch, capsys):
-    run(eval_script, "--ckpt", "ckpt", "--activations", "figures/fig1.png", "--limit", 5, "--dtype", "float32")
+    figure1.run(["figures/fig1.png", "--ckpt", "ckpt", "--limit", "5", "--dtype", "float32"])
     found = np.load("figures/fig1.npz")
     model, tokenizer = Llama.from_pretrained("ckpt"), load_tokenizer("ckpt")
     d, expected = model.config.head_dim, {"q": 0, "k": 0}
@@ -610,7 +610,7 @@ def test_activations_are_the_norms_of_q_and_k(ckpt, monkeypatch, capsys):
     assert found["first_low_frequency_pair"] == d // 2 - max(1, round(0.5 * d / 2))
     assert "by quarter of the pairs" in capsys.readouterr().out
     no_package(monkeypatch, "matplotlib")
-    run(eval_script, "--ckpt", "ckpt", "--activations", "other.png")
+    figure1.run(["other.png", "--ckpt", "ckpt"])
     assert "pip install matplotlib" in capsys.readouterr().out and Path("other.npz").is_file() and not Path("other.png").exists()
 
 
@@ -620,9 +620,9 @@ def test_runs_side_by_side(ckpt, capsys):
     for out, adapter in (("runs/a", ["--adapter", "runs/a"]), ("runs/base", [])):
         run(eval_script, "--ckpt", "ckpt", "--limit", 8, "--max-new-tokens", 5, "--out", out, *adapter)
     Path("other.json").write_text(json.dumps(toy.examples("train", 5)))
-    run(eval_script, "--ckpt", "ckpt", "--loss", "other.json", "--out", "runs/base")
+    forgetting.run(["other.json", "--ckpt", "ckpt", "--out", "runs/base"])
     capsys.readouterr()
-    run(eval_script, "--compare", "runs/base", "runs/a", "runs/b")
+    compare.run(["runs/base", "runs/a", "runs/b"])
     head, rule, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
     rows = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     assert list(rows) == ["base", "a", "b"] and set(rule) == {"---"}
@@ -699,10 +699,11 @@ def test_an_absent_package_is_a_line_with_what_to_install(ckpt, monkeypatch, cap
 
 
 def test_the_scripts_run_as_scripts(ckpt):
-    """eval.py and rosa.py; train.py is one in test_torchrun."""
-    commands = [[sys.executable, ROOT / script, *command, "--ckpt", "absent"] for script, command in (
-        ("eval.py", []), ("rosa.py", ["merge", "--adapter", "a", "--out", "b"]))]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
-    for process in started:
+    """eval.py, and a command of extras/; train.py is one in test_torchrun. And rosa.py, which was one."""
+    commands = {"no checkpoint 'absent'": ["eval.py", "--ckpt", "absent"], "--out": ["-m", "extras.merge"],
+                "python -m extras.merge": ["rosa.py", "merge"]}
+    started = {said: subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+               for said, command in commands.items()}
+    for said, process in started.items():
         out, error = process.communicate()
-        assert process.returncode == 2 and out == "" and error.count("\n") == 1 and "no checkpoint 'absent'" in error
+        assert process.returncode == 2 and out == "" and error.count("\n") == 1 and said in error

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import rosa
 from data.tokenizer import HERE as DATA
 from data.tokenizer import load_tokenizer
+from extras import merge as merge_file
 from model import Llama, LlamaConfig
 
 transformers = pytest.importorskip("transformers")
@@ -309,12 +310,12 @@ def test_their_adapters_of_16_bits_come_in(tmp_path, dtype):
 
 @pytest.mark.parametrize("shard", [5 * 10**9, 9000])
 def test_a_merged_checkpoint_is_theirs(tmp_path, shard, monkeypatch):
-    monkeypatch.setattr(rosa, "SHARD", shard)
+    monkeypatch.setattr(merge_file, "SHARD", shard)
     model = random_model(vocab_size=1024, max_position_embeddings=256)
     model.save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "tokenizer.model").write_bytes((DATA / "tiny" / "tokenizer.model").read_bytes())
     rosa.save_adapter(randomise_adapters(rosa.attach(model, 4, 8, 0.5, ALL)), tmp_path / "adapter")
-    rosa.run(["merge", "--ckpt", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
+    merge_file.run(["--ckpt", str(tmp_path / "base"), "--adapter", str(tmp_path / "adapter"), "--out", str(tmp_path / "merged")])
     assert (tmp_path / "merged" / "model.safetensors.index.json").is_file() == (shard == 9000)
     tokens = random_tokens(2, 30)
     with torch.inference_mode():

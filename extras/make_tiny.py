@@ -1,26 +1,26 @@
-"""Make the bundled checkpoint `data/tiny`: a SentencePiece tokenizer and a LLaMA of 2.3 million parameters.
+"""Owns how the bundled checkpoint `data/tiny` was made: a SentencePiece tokenizer and a LLaMA of 2.3 million parameters.
+It makes possible a first command that needs no download.
+Without it: any other checkpoint.
 
-    python data/make_tiny.py OUT_DIR [--minutes 30]
+    python -m extras.make_tiny OUT_DIR --minutes 30
 
 It is pretrained on synthetic prose about quantities: little stories in which people gain, lose and share things, with
 the sums written out, and lists of sums. No text has the form of an instruction and its response, and no story has the
 numbers of a test problem of `toy.py`. So the model knows the words and the arithmetic, and cannot do the task.
 """
 
-import argparse
 import io
 import math
 import random
-import sys
 import time
 from pathlib import Path
 
 import sentencepiece
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import toy  # noqa: E402
-from model import Llama, LlamaConfig  # noqa: E402
+from data import toy
+from extras.runs import command_parser, run_command
+from model import Llama, LlamaConfig
 
 CONTEXT, ROWS = 256, 16  # tokens a training row, rows a step
 
@@ -87,11 +87,7 @@ def rows(rng, tokenizer, count):
     return torch.tensor(stream[: count * (CONTEXT + 1)]).view(count, CONTEXT + 1)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--minutes", type=float, default=30, help="training time (default: %(default)s)")
-    args = parser.parse_args()
+def main(args):
     rng = random.Random(0)
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -122,5 +118,12 @@ def main():
     model.to(torch.bfloat16).save_pretrained(args.out)
 
 
+def run(arguments=None):
+    parser = command_parser("make_tiny", __doc__)
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="directory to be made")
+    parser.add_argument("--minutes", type=float, default=30, help="training time (default: 30)")
+    run_command("make_tiny", main, parser.parse_args(arguments))
+
+
 if __name__ == "__main__":
-    main()
+    run()

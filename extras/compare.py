@@ -1,0 +1,57 @@
+"""Owns the table of runs side by side: what trained, validation loss, scores with their intervals, speed, memory.
+It makes runs comparable at a glance, as Markdown.
+Without it one reads args.json, summary.json, results.json and losses.json of each run directory.
+
+    python -m extras.compare runs/*
+"""
+
+from pathlib import Path
+
+from extras.runs import command_parser, run_command
+from model import read_json
+
+ABSENT = "–"
+
+
+def row_of(run):
+    """Column -> cell for what a run directory holds. Raises ValueError or FileNotFoundError with a line for the user."""
+    held = {name: read_json(run / f"{name}.json", missing={}) for name in ("args", "summary", "results", "losses")}
+    if not any(held.values()):
+        raise FileNotFoundError(f"{run} is no run directory: it has no args.json, results.json or losses.json")
+    options, summary, results = held["args"], held["summary"], held["results"]
+    if "scores" in results and "counts" not in results:
+        raise ValueError(f"{run / 'results.json'} has no counts: run eval.py on it again")
+    settings = ("targets", "rank", "alpha", "low_freq_ratio", "pairs", "k_ratio", "lr")
+    method = [options.get("method", "base"), *(f"{name.replace('_', ' ')} {options[name]}" for name in settings if name in options)]
+    row = {"run": run.name, "method": ", ".join(method)}
+    if summary:
+        row["trainable"] = f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})"
+        row["validation loss"] = f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}"
+    for name, score in results.get("scores", {}).items():
+        low, high = results["intervals"][name]
+        row[f"{name} (n = {results['counts'][name]:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"
+    row |= {f"loss on {name}": f"{loss:.4f}" for name, loss in held["losses"].items()}
+    if summary:
+        row["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
+        row["peak memory"] = f"{summary['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in summary else ABSENT
+    return row
+
+
+def main(args):
+    """Print the table."""
+    rows = [row_of(run) for run in args.runs]
+    # The columns in the order of the fullest row.
+    columns = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(row.get(name, ABSENT) for name in columns)} |")
+
+
+def run(arguments=None):
+    parser = command_parser("compare", __doc__)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, as train.py and eval.py leave it")
+    run_command("compare", main, parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,126 @@
+"""Owns Figure 1 of the paper: how large Q and K are in each dimension of a head, layer by layer.
+It makes visible why RoAE adapts the low-frequency pairs, of a model of one's own.
+Without it: a forward hook on q_proj and k_proj, and a norm over the tokens.
+
+    python -m extras.figure1 figure1.png --ckpt tiny --task toy
+"""
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import rosa
+from data import tasks
+from data.tokenizer import load_tokenizer
+from extras.runs import add_model_arguments, command_parser, run_command
+from model import Llama, choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
+
+
+def load_prompts(args, tokenizer):
+    """The ids of the prompts of the first --limit test examples of a task."""
+    prompts = []
+    for name in tasks.test_sets(args.task):
+        for example in tasks.test_examples(name, args.data_dir) or ():
+            prompts.append(tasks.encode_prompt(example, tokenizer))
+            if len(prompts) == args.limit:
+                return prompts
+    if not prompts:
+        raise FileNotFoundError(f"{args.data_dir} has no test set of {args.task}. To get them: {tasks.how_to_get(args.data_dir)}")
+    return prompts
+
+
+@torch.inference_mode()
+def mean_norms(model, prompts):
+    """name -> [L, d], q and k: the L2 norm over the tokens of a prompt of each dimension before the rotation, averaged over prompts
+    and heads."""
+    norms = {"q": [], "k": []}  # of every prompt and layer in turn, [d]
+
+    def record(name):
+        def hook(module, inputs, states):  # [1, T, heads * d]
+            heads = states[0].float().unflatten(-1, (-1, model.config.head_dim))  # [T, heads, d]
+            norms[name].append(heads.norm(dim=0).mean(0).cpu())
+
+        return hook
+
+    hooks = [
+        layer.self_attn.get_submodule(f"{name}_proj").register_forward_hook(record(name)) for layer in model.model.layers for name in norms
+    ]
+    for prompt in tqdm(prompts, unit="example", leave=False):
+        model.hidden_states(torch.tensor([prompt], device=model.device))
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.stack(found).unflatten(0, (len(prompts), -1)).mean(0).numpy() for name, found in norms.items()}
+
+
+def first_low_frequency_pair(model):
+    """Where the pairs begin that RoAE adapts, in this model or by default."""
+    ratio = inspect.signature(rosa.attach).parameters["low_freq_ratio"].default
+    for adapter in rosa.adapters(model).values():
+        ratio = adapter.low_freq_ratio
+        break
+    half = model.config.head_dim // 2
+    return half - max(1, round(ratio * half))
+
+
+def draw(path, means, first_low, count):
+    """The figure, if the package matplotlib is there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(f"{path} needs the package matplotlib: pip install matplotlib")
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    for axes, (name, mean) in zip(figure.subplots(1, 2), means.items()):
+        half = mean.shape[1] // 2
+        image = axes.imshow(mean, origin="lower", aspect="auto", cmap="magma", vmax=np.percentile(mean, 99.5))
+        for left in (first_low, half + first_low):  # the two bands of low-frequency dimensions
+            axes.axvspan(left - 0.5, left - first_low + half - 0.5, fill=False, edgecolor="cyan", linewidth=1.5)
+        axes.set(
+            xlabel="head dimension (i and i + d/2 are a RoPE pair; low frequencies framed)",
+            ylabel="layer",
+            title=f"{name.upper()}: L2 norm, mean over heads and {count} prompts",
+        )
+        figure.colorbar(image, extend="max")
+    figure.savefig(path, dpi=100)
+    print(f"figure     {path}")
+
+
+def main(args):
+    """Print the norms by quarter of the pairs, write them beside the picture as .npz, q and k [L, d], and draw them."""
+    ckpt = find_checkpoint(args.ckpt)
+    device, dtype = choose_device_and_dtype(args.device, args.dtype)
+    prompts = load_prompts(args, load_tokenizer(ckpt))
+    model = Llama.from_pretrained(ckpt, device, dtype)
+    if (longest := max(map(len, prompts))) > model.config.context:
+        raise ValueError(f"{args.task}: a prompt has {longest} tokens, more than the model's {model.config.limit}")
+    if args.adapter:
+        rosa.load_adapter(model, args.adapter)
+    say_if_bfloat16_is_slow(device, dtype)
+    means, first_low = mean_norms(model, prompts), first_low_frequency_pair(model)
+    half = model.config.head_dim // 2
+    quarters = np.array_split(np.sqrt(means["q"][:, :half] ** 2 + means["q"][:, half:] ** 2).mean(0), 4)
+    print("mean norm of Q by quarter of the pairs, high to low frequency: " + ", ".join(f"{part.mean():.1f}" for part in quarters))
+    numbers = args.png.with_suffix(".npz")
+    args.png.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(numbers, first_low_frequency_pair=first_low, **means)
+    print(f"numbers    {numbers}")
+    draw(args.png, means, first_low, len(prompts))
+
+
+def run(arguments=None):
+    parser = command_parser("figure1", __doc__)
+    parser.add_argument("png", type=Path, metavar="PNG", help="the picture to draw")
+    add_model_arguments(parser)
+    parser.add_argument("--task", default="toy", help="whose test examples are the prompts (default: toy)")
+    parser.add_argument("--limit", type=int, default=8, help="how many of them (default: 8)")
+    parser.add_argument("--data-dir", default=tasks.DATA_DIR, help=f"directory laid out as LLM-Adapters' repository (default: {tasks.DATA_DIR})")
+    args = parser.parse_args(arguments)
+    if args.limit < 1:
+        parser.error(f"--limit must be at least 1, not {args.limit}")
+    run_command("figure1", main, args)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,86 @@
+"""Owns the loss on what was not trained: before and after fine-tuning it says what a model has forgotten.
+It makes forgetting a number: nats per token of the responses of another task, or of any text.
+Without it: model.loss(tokens, labels) on text of one's own.
+
+    python -m extras.forgetting other_task.json notes.txt --ckpt tiny --adapter runs/tiny-toy-rosa
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import rosa
+from data import tasks
+from data.tokenizer import load_tokenizer
+from extras.runs import add_model_arguments, command_parser, run_command, write_whole
+from model import Llama, choose_device_and_dtype, find_checkpoint, read_json, say_if_bfloat16_is_slow
+
+PIECE = 256  # tokens
+
+
+def load_texts(file, tokenizer, limit):
+    """A file as (ids that are given, ids that are predicted) pairs: the examples of a .json or .jsonl, else the text in pieces."""
+    if file.suffix in (".json", ".jsonl"):
+        return [tasks.encode_example(example, tokenizer) for example in tasks.load_examples(file)[:limit]]
+    try:
+        ids = tokenizer.encode(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not text in UTF-8") from None
+    if not ids:
+        raise ValueError(f"{file} holds no text")
+    start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    return [([start], ids[i : i + PIECE]) for i in range(0, len(ids), PIECE)][:limit]
+
+
+@torch.inference_mode()
+def mean_loss(model, pairs, name=""):
+    """Mean cross-entropy of the predicted tokens, in nats per token."""
+    total = 0.0
+    for given, predicted in tqdm(sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1])), desc=name, leave=False):
+        ids = torch.tensor([given + predicted], device=model.device)
+        labels = ids[:, 1:].clone()
+        labels[:, : len(given) - 1] = -100
+        total += model.loss(ids[:, :-1], labels).item()
+    return total / sum(len(predicted) for _, predicted in pairs)
+
+
+def main(args):
+    """Print the loss on each file, and add it to losses.json in --out."""
+    ckpt = find_checkpoint(args.ckpt)
+    device, dtype = choose_device_and_dtype(args.device, args.dtype)
+    tokenizer = load_tokenizer(ckpt)
+    texts = {file: load_texts(file, tokenizer, args.limit) for file in args.files}
+    model = Llama.from_pretrained(ckpt, device, dtype)
+    for file, pairs in texts.items():
+        for i, (given, predicted) in enumerate(pairs):
+            if (count := len(given) + len(predicted) - 1) > model.config.context:
+                raise ValueError(f"{file}, part {i}: {count} tokens exceed the model's {model.config.limit}: leave it out")
+    if args.adapter:
+        rosa.load_adapter(model, args.adapter)
+    say_if_bfloat16_is_slow(device, dtype)
+    out = Path(args.out or args.adapter or f"runs/{ckpt.name}-base")
+    out.mkdir(parents=True, exist_ok=True)
+    losses = read_json(out / "losses.json", missing={})
+    for file, pairs in texts.items():
+        losses[file.stem] = mean_loss(model, pairs, file.name)
+        count = sum(len(predicted) for _, predicted in pairs)
+        print(f"{file.name:<32}{count:>9,} tokens   {losses[file.stem]:.4f} nats per token")
+    write_whole(out / "losses.json", json.dumps(losses, indent=2) + "\n")
+
+
+def run(arguments=None):
+    parser = command_parser("forgetting", __doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".json or .jsonl of training examples, or any other text")
+    add_model_arguments(parser)
+    parser.add_argument("--limit", type=int, help="only the first so many examples or pieces of each file")
+    parser.add_argument("--out", help="where losses.json goes (default: the adapter's directory, or runs/<ckpt>-base)")
+    args = parser.parse_args(arguments)
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit must be at least 1, not {args.limit}")
+    run_command("forgetting", main, args)
+
+
+if __name__ == "__main__":
+    run()
