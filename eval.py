@@ -25,9 +25,10 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import (NAMES, Llama, choose_device_and_dtype, died, find_checkpoint, gather, join_processes, one_line, processes,
-                   say_if_bfloat16_is_slow)
-
+from extras.checkpoints import NAMES, choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
+from extras.distributed import died, gather, join_processes, processes
+from extras.runs import Help, one_line
+from model import Llama
 
 MOVED = {"--loss": "forgetting FILE ...", "--activations": "figure1 PNG", "--compare": "compare RUN ..."}  # what older versions had
 
@@ -58,13 +59,6 @@ def parse_args(arguments=None):
             fail(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     args.out = args.out or args.adapter or Path("runs") / f"{Path(args.ckpt).name}-{args.task}-base"
     return args
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends "(default: x)" to the help of an option, but no "(default: None)"."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def fail(message):

@@ -19,10 +19,7 @@ import math
 import os
 import platform
 import re
-import shutil
-import sys
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,23 +30,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-HERE = Path(__file__).resolve().parent
-
 FAMILIES = {  # model_type -> its architecture, and what it takes for a field on which config.json is silent, where not as below
     "llama": ("LlamaForCausalLM", {}),
     "mistral": ("MistralForCausalLM", {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}),
     "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 32, "max_position_embeddings": 32768}),
 }
-NAMES = {  # short names of repositories on the Hugging Face Hub
-    "llama2-7b": "meta-llama/Llama-2-7b-hf", "llama2-13b": "meta-llama/Llama-2-13b-hf",
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B", "llama3.2-1b": "meta-llama/Llama-3.2-1B",
-    "llama3.2-3b": "meta-llama/Llama-3.2-3B", "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M", "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
-    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B", "mistral-7b": "mistralai/Mistral-7B-v0.3",
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-7b": "Qwen/Qwen2.5-7B",
-}
-
-
 @dataclass
 class LlamaConfig:
     """The fields of a Hugging Face config.json that this file implements, under the same names."""
@@ -367,14 +352,14 @@ class Llama(nn.Module):
         return torch.cat(last)
 
     @classmethod
-    def from_pretrained(cls, ckpt, device="cpu", dtype=None, mapped=False):
-        """Load a Hugging Face directory, or a name that `find_checkpoint` knows. dtype None: as stored.
+    def from_pretrained(cls, directory, device="cpu", dtype=None, mapped=False):
+        """Load a Hugging Face directory. dtype None: as stored.
 
         One tensor at a time goes from the memory-mapped file to its place: file by file, as disks read fastest, of each
         the largest first, so that resident memory never exceeds the model by much. mapped: weights that are on the CPU and
         of the stored dtype stay in their files; they take memory as they are read, and what is not read takes none. Raises
         ValueError or OSError with a line for the user."""
-        directory = find_checkpoint(ckpt)
+        directory = Path(directory)
         config = LlamaConfig.from_file(directory)
         with torch.device("meta"):
             model = cls(config)
@@ -839,99 +824,6 @@ def logits_layer_by_layer(config, tokens, read):
     return linear(x, read("model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"))
 
 
-def choose_device_and_dtype(device="auto", dtype="auto"):
-    """(torch.device, torch.dtype) for two flags. Device "auto": CUDA, then MPS, then the CPU. Dtype "auto": bfloat16
-    where the device computes it natively (CUDA, CPUs with AVX512-BF16 or AMX), float32 elsewhere."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda" and processes()[1] > 1:  # each process of a machine its own
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        torch.empty(1, device=device).item()  # "meta" has no numbers
-        if device.startswith("cuda:"):
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0][:100]
-        raise ValueError(f"device {device!r} is not available ({reason}): choose auto, cpu, cuda or mps") from None
-    device = torch.device(device)
-    if dtype != "auto":
-        return device, getattr(torch, dtype)
-    return device, torch.bfloat16 if Operators.computes_bfloat16(device) else torch.float32
-
-
-def say_if_bfloat16_is_slow(device, dtype):
-    """A line for who has asked for bfloat16 where it is computed in software."""
-    if dtype == torch.bfloat16 and not Operators.computes_bfloat16(device) and processes()[0] == 0:
-        name = "processor" if device.type == "cpu" else "device"
-        print(f"this {name} computes bfloat16 in software, slowly: --dtype float32 is faster here", file=sys.stderr)
-
-
-def processes():
-    """(rank, number of processes), as torchrun tells each of those that it has started; alone: (0, 1)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def join_processes():
-    """Meet the other processes that torchrun has started, if it has. Of all only the first prints."""
-    rank, world = processes()
-    if world > 1:
-        # Patient: others wait in `gather` while the first writes gigabytes. A process that dies is noticed at once.
-        torch.distributed.init_process_group("gloo", timeout=timedelta(hours=1))
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
-
-
-def gather(value=None, problem=None):
-    """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come. If one
-    comes with a problem instead, (script, what is wrong), all end, exit status 2: the first prints it, and what others alone
-    have found."""
-    told = [(value, problem)] * processes()[1]
-    if len(told) > 1:
-        torch.distributed.all_gather_object(told, (value, problem))
-    problems = [problem for _, problem in told]
-    if not any(problems):
-        return [value for value, _ in told]
-    for rank, problem in enumerate(problems):
-        if problem and problem not in problems[:rank] and processes()[0] == 0:
-            print(f"{problem[0]}: {f'rank {rank}: ' if rank else ''}{problem[1]}", file=sys.stderr)
-    sys.exit(2)
-
-
-def died(error):
-    """Whether a RuntimeError says that another process has ended, or no longer answers: gloo's has no class of its own."""
-    return processes()[1] > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError))
-
-
-def find_checkpoint(ckpt):
-    """The directory that `ckpt` names: itself, `checkpoints/<ckpt>`, the bundled `data/<ckpt>`, or what Hugging Face's cache
-    holds of the repository `ckpt`, which is an org/name or a key of NAMES. Raises FileNotFoundError saying how to get it."""
-    for directory in (Path(ckpt), Path("checkpoints") / ckpt, HERE / "data" / ckpt):
-        if (directory / "config.json").is_file():
-            return directory
-    if Path(ckpt).is_dir():
-        raise FileNotFoundError(f"the directory {str(ckpt)!r} has no config.json: give that of a Hugging Face checkpoint")
-    repository = NAMES.get(str(ckpt), str(ckpt))
-    absent = f"no checkpoint {str(ckpt)!r}: neither a directory of that name nor checkpoints/{ckpt}"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise FileNotFoundError(f"{absent}; the names known are tiny, {', '.join(NAMES)}, and any org/name on the Hugging Face Hub")
-    cache = hub_cache() / ("models--" + repository.replace("/", "--"))
-    head = cache / "refs" / "main"
-    # Of what the file says the last part alone: it shall lead nowhere else.
-    directory = cache / "snapshots" / Path(head.read_text(errors="replace").strip()).name if head.is_file() else cache
-    if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
-        return directory
-    raise FileNotFoundError(f"{absent}, and Hugging Face's cache {hub_cache()} does not hold {repository}. To download it (hf comes "
-                            f"with pip install huggingface_hub): hf download {repository} --include '*.json' "
-                            f"--include 'tokenizer*' --include 'model*.safetensors'")
-
-
-def hub_cache():
-    """Where huggingface_hub keeps what it downloads."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(os.path.expandvars(cache)).expanduser()
-
-
 class Stored(NamedTuple):
     file: Path
     shape: tuple
@@ -1000,23 +892,6 @@ def stored_tensors(directory):
         except SafetensorError as error:
             raise ValueError(f"{file} is not a whole safetensors file ({error}): download it again") from None
     return table
-
-
-def one_line(message):
-    """A message, an exception say, as one line for a terminal, whatever the names and values that it quotes hold."""
-    if isinstance(message, OSError) and message.filename is not None:
-        message = f"{message.filename}: {message.strerror}"
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
-    return text if len(text) <= 600 else f"{text[:400]} ... {text[-180:]}"  # the end says what to do
-
-
-def copy_companions(source, directory):
-    """Copy what makes a checkpoint directory complete beside config and weights: the tokenizer, the generation config."""
-    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
-                    "generation_config.json"):
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
 
 
 def read_json(path, missing=None):

@@ -35,8 +35,10 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from model import (NAMES, Llama, choose_device_and_dtype, copy_companions, died, find_checkpoint, gather, join_processes,
-                   one_line, processes, read_json, say_if_bfloat16_is_slow, stored_tensors)
+from extras.checkpoints import NAMES, choose_device_and_dtype, copy_companions, find_checkpoint, say_if_bfloat16_is_slow
+from extras.distributed import all_reduce_gradients, died, gather, join_processes, own_micro_batches, processes, shard
+from extras.runs import Help, one_line
+from model import Llama, read_json, stored_tensors
 
 try:
     import resource
@@ -152,13 +154,6 @@ class CannotWrite(Exception):
     """The disk is full, read-only or gone. What was saved before is whole."""
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends "(default: x)" to the help of an option, but no "(default: None)"."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def fail(message):
     """A user's mistake: one line, exit status 2."""
     gather(problem=("train.py", one_line(message)))
@@ -226,12 +221,12 @@ def main(args):
         step, best = load_state(args, trainable, optimizer, selector)
     if len(set(gather(step))) > 1:
         raise ValueError(f"--resume: {args.out} holds different states on different machines: share it, or copy it to each")
-    peers = None  # the processes, as a group in which one that is silent for so long is taken for dead
+    process_group = None  # the processes, as a group in which one that is silent for so long is taken for dead
     if world > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        peers = torch.distributed.new_group(backend=backend, timeout=timedelta(seconds=50))
+        process_group = torch.distributed.new_group(backend=backend, timeout=timedelta(seconds=50))
     if args.shard:
-        shard(model, peers, device, dtype)
+        shard(model, process_group, device, dtype)
         optimizer.load_state_dict(optimizer.state_dict())  # its moments follow the adapters to their device
     if step is None:
         step = 0
@@ -280,7 +275,7 @@ def main(args):
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()
             loss += micro_loss.item()
-        loss, noted = add_up(peers, model, loss, len(signals))
+        loss, noted = all_reduce_gradients(process_group, model, loss, len(signals))
         selector.after_backward()
 
         # A step that is not finite would spoil the weights for good: it is not applied, and after three in a row the run ends.
@@ -310,7 +305,7 @@ def main(args):
         if rank == 0 and selector.probing:
             selection = {"step": step, "scores": selector.scores.tolist(), "active_layers": selector.active}
             write_log(args.out / "layers.jsonl", selection)
-        stopping = (noted if peers else len(signals)) > 0  # asked once: a signal from here on ends the next step
+        stopping = (noted if process_group else len(signals)) > 0  # asked once: a signal from here on ends the next step
         if skipped == 3:
             stop(f"step {step} was the third in a row that is not finite: {culprits}, counted from 0 in the training data. The "
                  f"last good state, of step {saved}, is in {args.out / 'state.safetensors'}")
@@ -370,24 +365,6 @@ def attach(args, model):
         rosa.attach_peft(model, args.method.removeprefix("peft:"), read_json(args.peft_config) if args.peft_config else {})
 
 
-def shard(model, peers, device, dtype):
-    """Leave each process some rows of every frozen weight (FSDP2). A layer's weights are brought together while it computes,
-    those of the embedding and lm_head from the forward to the backward pass. Adapters and norms, which are small, all have."""
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    from torch.distributed.tensor import DTensor
-
-    mesh = DeviceMesh.from_group(peers, device.type)
-    kept = {p: torch.float32 if p.requires_grad else dtype for name, p in model.named_parameters()
-            if p.requires_grad or "norm" in name}
-    for parameter, its_dtype in kept.items():
-        parameter.data = parameter.data.to(device, its_dtype, copy=True)
-    for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh, ignored_params=set(kept))
-        module._apply(lambda tensor: tensor.to(dtype) if isinstance(tensor, DTensor) else tensor)
-    register_fsdp_forward_method(model, "loss")
-
-
 def by_the_first(save):
     """Have the first process do it, and the others wait until it is done."""
     def saving_once(*arguments):
@@ -440,30 +417,6 @@ def make_batches(lengths, batch_size, seed):
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     rng.shuffle(batches)
     return batches
-
-
-def own_micro_batches(examples, size):
-    """What of these examples this process computes, in micro-batches of at most `size`. All processes have as many, since those
-    of a sharded model compute in step: where examples are too few for that, the last is empty."""
-    rank, world = processes()
-    rounds = math.ceil(len(examples) / (size * world))
-    size = math.ceil(len(examples) / (rounds * world))
-    micro_batches = [examples[i : i + size] for i in range(0, len(examples), size)]
-    return (micro_batches[rank::world] + [[]])[:rounds]
-
-
-def add_up(peers, model, *numbers):
-    """Add up the gradients of all processes, each process's own being replaced, and some numbers, which are returned: in one
-    message of float32."""
-    if peers is None:
-        return numbers
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([*(grad.flatten().float() for grad in grads), torch.tensor(numbers, device=model.device)])
-    torch.distributed.all_reduce(flat, group=peers)
-    *sums, numbers = flat.split([*(grad.numel() for grad in grads), len(numbers)])
-    for grad, total in zip(grads, sums):
-        grad.copy_(total.view_as(grad))
-    return numbers.tolist()
 
 
 def collate(examples, device):

@@ -15,8 +15,9 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
+from extras.checkpoints import choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
 from extras.runs import add_model_arguments, command_parser, run_command
-from model import Llama, choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
+from model import Llama
 
 
 def load_prompts(args, tokenizer):

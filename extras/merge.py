@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 import rosa
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
+from extras.checkpoints import copy_companions, find_checkpoint
 from extras.runs import command_parser, run_command
-from model import Llama, LlamaConfig, copy_companions, find_checkpoint, logits_layer_by_layer, pad, read_tensor, tensor_table
+from model import Llama, LlamaConfig, logits_layer_by_layer, pad, read_tensor, tensor_table
 
 SHARD = 5 * 10**9  # bytes of a file at most
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}

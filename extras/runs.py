@@ -7,8 +7,6 @@ import argparse
 import os
 import sys
 
-from model import one_line
-
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Appends "(default: x)" to the help of an option, but no "(default: None)"."""
@@ -49,6 +47,14 @@ def run_command(name, main, args):
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def one_line(message):
+    """A message, an exception say, as one line for a terminal, whatever the names and values that it quotes hold."""
+    if isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.filename}: {message.strerror}"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
+    return text if len(text) <= 600 else f"{text[:400]} ... {text[-180:]}"  # the end says what to do
 
 
 def write_whole(path, text):

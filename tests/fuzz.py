@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 
 import rosa
 from data import tasks
-from model import Llama, LlamaConfig, one_line
+from extras.runs import one_line
+from model import Llama, LlamaConfig
 
 TOKENS = [3, 1, 4, 1, 5]
 SECONDS, BYTES = 5, 200 * 2**20  # of one case, at most

@@ -9,6 +9,7 @@ import shutil
 import struct
 from pathlib import Path
 
+import fuzz
 import pytest
 import torch
 from conftest import random_model
@@ -16,14 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import eval as eval_script
-import fuzz
 import model as model_file
 import rosa
 import train as train_script
 from data import tasks, toy
 from extras import compare, figure1, forgetting
 from extras import merge as merge_file
-from model import Llama, LlamaConfig, one_line
+from extras.runs import one_line
+from model import Llama, LlamaConfig
 
 ROOT = Path(rosa.__file__).parent
 WEIGHTS, CONFIG, INDEX = Path("ckpt/model.safetensors"), Path("ckpt/config.json"), Path("ckpt/model.safetensors.index.json")

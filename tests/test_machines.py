@@ -4,12 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import as_machine
 import pytest
 import torch
 from conftest import random_model, random_tokens, randomise_adapters, without_operators
 from rounding import assert_close, of_model
 
-import as_machine
 import eval as eval_script
 import model as model_file
 import train as train_script

@@ -11,13 +11,23 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from conftest import BASE, forkserver, generator_of, random_model, random_tokens, seed_torch, without_operators, write_checkpoint
+from conftest import (
+    BASE,
+    forkserver,
+    generator_of,
+    random_model,
+    random_tokens,
+    seed_torch,
+    without_operators,
+    write_checkpoint,
+)
 from rounding import assert_close, assert_greedy, assert_no_worse, near, of_model
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_file
-from model import CausalAttention, Llama, LlamaConfig, RMSNormFunction, SummedCrossEntropy, SwiGLU, attend, find_checkpoint, linear
+from extras.checkpoints import find_checkpoint, hub_cache
+from model import CausalAttention, Llama, LlamaConfig, RMSNormFunction, SummedCrossEntropy, SwiGLU, attend, linear
 from rosa import attach
 
 pytestmark = pytest.mark.numeric
@@ -316,14 +326,14 @@ def test_a_name_is_looked_for_here_then_in_the_cache_of_hugging_face(tmp_path, m
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0123abc")
     assert find_checkpoint(name) == cached / "snapshots" / "0123abc"
-    assert Llama.from_pretrained(name).name_or_path == repository  # which an adapter's config will name
+    assert Llama.from_pretrained(find_checkpoint(name)).name_or_path == repository  # which an adapter's config will name
     (cached / "snapshots" / "0123abc" / "model.safetensors").rename(tmp_path / "weights")
     with pytest.raises(FileNotFoundError, match=command):  # config.json alone is no checkpoint
         find_checkpoint(name)
     for nearer in (f"checkpoints/{name}", name):
         model.save_pretrained(nearer)
         assert find_checkpoint(name).samefile(nearer)
-    assert Llama.from_pretrained(name).name_or_path == name
+    assert Llama.from_pretrained(find_checkpoint(name)).name_or_path == name
 
 
 @pytest.mark.parametrize("environment", [{}, {"HF_HOME": "~/h"}, {"XDG_CACHE_HOME": "/x"}, {"HF_HOME": "$HOME/h", "HF_HUB_CACHE": "/c"},
@@ -336,7 +346,7 @@ def test_the_cache_is_where_hugging_face_has_it(monkeypatch, environment):
         monkeypatch.setenv(name, value)
     script = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
     theirs = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
-    assert str(model_file.hub_cache()) == theirs
+    assert str(hub_cache()) == theirs
 
 
 # --- a sliding window ---

@@ -20,7 +20,8 @@ from tqdm import tqdm
 import rosa
 import train
 from data import tasks, toy
-from model import Llama, choose_device_and_dtype
+from extras.checkpoints import choose_device_and_dtype
+from model import Llama
 
 ROOT = Path(train.__file__).parent
 RUN = ["--ckpt", "ckpt", "--max-steps", "10", "--batch-size", "4", "--val-size", "8", "--eval-every", "3", "--save-every", "2",

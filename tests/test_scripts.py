@@ -21,7 +21,8 @@ import train as train_script
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
 from extras import compare, figure1, forgetting
-from model import NAMES, Llama, linear
+from extras.checkpoints import NAMES
+from model import Llama, linear
 
 pytestmark = pytest.mark.numeric
 ROOT = Path(train_script.__file__).parent

@@ -4,8 +4,8 @@ import json
 import random
 
 import pytest
-import torch
 import rounding
+import torch
 from conftest import generator_of, random_model, random_tokens, randomise_adapters, seed_torch
 from safetensors.torch import load_file, save_file
 

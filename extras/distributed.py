@@ -1,0 +1,89 @@
+"""Owns the processes that torchrun starts: what each computes, how gradients are summed, how all end when one does; FSDP2.
+It makes possible a run on several devices or machines, and a model larger than one of them.
+Without it: one process, of which this file says that it is all there is.
+"""
+
+import math
+import os
+import sys
+from datetime import timedelta
+
+import torch
+
+
+def processes():
+    """(rank, number of processes), as torchrun tells each of those that it has started; alone: (0, 1)."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes():
+    """Meet the other processes that torchrun has started, if it has. Of all only the first prints."""
+    rank, world = processes()
+    if world > 1:
+        # Patient: others wait in `gather` while the first writes gigabytes. A process that dies is noticed at once.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(hours=1))
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def gather(value=None, problem=None):
+    """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come. If one
+    comes with a problem instead, (script, what is wrong), all end, exit status 2: the first prints it, and what others alone
+    have found."""
+    told = [(value, problem)] * processes()[1]
+    if len(told) > 1:
+        torch.distributed.all_gather_object(told, (value, problem))
+    problems = [problem for _, problem in told]
+    if not any(problems):
+        return [value for value, _ in told]
+    for rank, problem in enumerate(problems):
+        if problem and problem not in problems[:rank] and processes()[0] == 0:
+            print(f"{problem[0]}: {f'rank {rank}: ' if rank else ''}{problem[1]}", file=sys.stderr)
+    sys.exit(2)
+
+
+def died(error):
+    """Whether a RuntimeError says that another process has ended, or no longer answers: gloo's has no class of its own."""
+    return processes()[1] > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError))
+
+
+def own_micro_batches(examples, size):
+    """What of these examples this process computes, in micro-batches of at most `size`. All processes have as many, since those
+    of a sharded model compute in step: where examples are too few for that, the last is empty."""
+    rank, world = processes()
+    rounds = math.ceil(len(examples) / (size * world))
+    size = math.ceil(len(examples) / (rounds * world))
+    micro_batches = [examples[i : i + size] for i in range(0, len(examples), size)]
+    return (micro_batches[rank::world] + [[]])[:rounds]
+
+
+def all_reduce_gradients(process_group, model, *numbers):
+    """Add up the gradients of all processes, each process's own being replaced, and some numbers, which are returned: in one
+    message of float32."""
+    if process_group is None:
+        return numbers
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([*(grad.flatten().float() for grad in grads), torch.tensor(numbers, device=model.device)])
+    torch.distributed.all_reduce(flat, group=process_group)
+    *sums, numbers = flat.split([*(grad.numel() for grad in grads), len(numbers)])
+    for grad, total in zip(grads, sums):
+        grad.copy_(total.view_as(grad))
+    return numbers.tolist()
+
+
+def shard(model, process_group, device, dtype):
+    """Leave each process some rows of every frozen weight (FSDP2). A layer's weights are brought together while it computes,
+    those of the embedding and lm_head from the forward to the backward pass. Adapters and norms, which are small, all have."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.tensor import DTensor
+
+    mesh = DeviceMesh.from_group(process_group, device.type)
+    kept = {p: torch.float32 if p.requires_grad else dtype for name, p in model.named_parameters()
+            if p.requires_grad or "norm" in name}
+    for parameter, its_dtype in kept.items():
+        parameter.data = parameter.data.to(device, its_dtype, copy=True)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, ignored_params=set(kept))
+        module._apply(lambda tensor: tensor.to(dtype) if isinstance(tensor, DTensor) else tensor)
+    register_fsdp_forward_method(model, "loss")
