@@ -595,6 +595,12 @@ class Operators:
                 and does_the_same(lambda x, w: call_onednn(x, packed(w), None), F.linear, x.to(dtype), w.to(dtype)))
 
     @staticmethod
+    def allow_recompiling(times):
+        """Let torch.compile make so many forms of a function, where PyTorch still has that setting, before it gives up and runs it plain."""
+        if hasattr(torch._dynamo.config, "recompile_limit"):
+            torch._dynamo.config.recompile_limit = times
+
+    @staticmethod
     def computes_bfloat16(device):
         """Whether a device has instructions for bfloat16. Where it has none PyTorch computes it in software, slower than float32."""
         if device.type == "cpu":

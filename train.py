@@ -13,14 +13,8 @@ killed at any moment and resumed ends in the same bytes as one that never was.
 """
 
 import argparse
-import contextlib
-import hashlib
-import json
 import math
-import os
 import random
-import shlex
-import shutil
 import signal
 import sys
 import time
@@ -28,23 +22,16 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from extras.checkpoints import NAMES, choose_device_and_dtype, copy_companions, find_checkpoint, say_if_bfloat16_is_slow
+from extras import runs
+from extras.checkpoints import NAMES, choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
 from extras.distributed import all_reduce_gradients, died, gather, join_processes, own_micro_batches, processes, shard
 from extras.runs import Help, one_line
-from model import Llama, read_json, stored_tensors
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
+from model import Llama, Operators, read_json
 
 ADAPTER = {"targets": "q,k", "rank": 64, "alpha": None, "lr": 1e-3}  # alpha: twice the rank
 METHODS = {  # method -> its own options and their defaults; another method refuses them
@@ -150,10 +137,6 @@ def parse_args(arguments=None):
     return args
 
 
-class CannotWrite(Exception):
-    """The disk is full, read-only or gone. What was saved before is whole."""
-
-
 def fail(message):
     """A user's mistake: one line, exit status 2."""
     gather(problem=("train.py", one_line(message)))
@@ -186,9 +169,9 @@ def main(args):
     model = Llama.from_pretrained(ckpt, mapped=True) if args.shard else Llama.from_pretrained(ckpt, device, dtype)
     if args.max_len > model.config.context:
         raise ValueError(f"--max-len {args.max_len} exceeds the model's {model.config.limit}")
-    description = describe(args, ckpt, model, train_set, val_set)
+    description = runs.describe(args, ckpt, model, train_set, val_set)
     if args.resume:
-        check_same(args, description)
+        runs.check_same(args, description)
     torch.manual_seed(args.seed)
     attach(args, model)
     selector = rosa.LayerSelector(model, args.k_ratio, args.select_every, args.score_ema, args.select)
@@ -218,7 +201,7 @@ def main(args):
     # --- where to begin ---
     step = None
     if args.resume and (args.out / "state.safetensors").exists():
-        step, best = load_state(args, trainable, optimizer, selector)
+        step, best = runs.load_state(args, trainable, optimizer, selector)
     if len(set(gather(step))) > 1:
         raise ValueError(f"--resume: {args.out} holds different states on different machines: share it, or copy it to each")
     process_group = None  # the processes, as a group in which one that is silent for so long is taken for dead
@@ -230,15 +213,15 @@ def main(args):
         optimizer.load_state_dict(optimizer.state_dict())  # its moments follow the adapters to their device
     if step is None:
         step = 0
-        begin(args, description)
+        runs.begin(args, description)
         best = validate(model, val_set, args)
         if not math.isfinite(best):
             stop(f"the validation loss is {best} before training: is {ckpt} whole?")
         print(f"validation loss {best:.4f} before training")
-        save_best(args, model, ckpt)
+        runs.save_best(args, model, ckpt)
         if rank == 0:
-            write_log(args.out / "log.jsonl", {"step": 0, "val_loss": best})
-        save_state(args, trainable, optimizer, selector, step, best)
+            runs.write_log(args.out / "log.jsonl", {"step": 0, "val_loss": best})
+        runs.save_state(args, trainable, optimizer, selector, step, best)
 
     # --- the loop ---
     first_step = saved = step
@@ -247,7 +230,7 @@ def main(args):
     layers = range(len(model.model.layers))
     bar = tqdm(total=total_steps, initial=step, dynamic_ncols=True, disable=rank > 0,
                bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}")
-    signals = note_signals()  # finish the step, save, stop
+    signals = runs.note_signals()  # finish the step, save, stop
     while step < total_steps:
         epoch, position = divmod(step, batches_per_epoch)
         if position == 0 or step == first_step:
@@ -299,47 +282,31 @@ def main(args):
             tqdm.write(f"step {step:5}  validation loss {record['val_loss']:.4f}")
             if record["val_loss"] < best:  # the adapter kept is the best one, not the last one
                 best = record["val_loss"]
-                save_best(args, model, ckpt)
+                runs.save_best(args, model, ckpt)
         if rank == 0:
-            write_log(args.out / "log.jsonl", record)
+            runs.write_log(args.out / "log.jsonl", record)
         if rank == 0 and selector.probing:
             selection = {"step": step, "scores": selector.scores.tolist(), "active_layers": selector.active}
-            write_log(args.out / "layers.jsonl", selection)
+            runs.write_log(args.out / "layers.jsonl", selection)
         stopping = (noted if process_group else len(signals)) > 0  # asked once: a signal from here on ends the next step
         if skipped == 3:
             stop(f"step {step} was the third in a row that is not finite: {culprits}, counted from 0 in the training data. The "
                  f"last good state, of step {saved}, is in {args.out / 'state.safetensors'}")
         if not skipped and (step % args.save_every == 0 or step == total_steps or stopping):
-            save_state(args, trainable, optimizer, selector, step, best)
+            runs.save_state(args, trainable, optimizer, selector, step, best)
             saved = step
         strip = "".join("█" if i in selector.active else "·" for i in layers)
         bar.set_postfix_str(f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {strip}", refresh=False)
         bar.update()
         if stopping and step < total_steps:
             bar.close()
-            print(f"stopped after step {step}. To go on: {resume_command(args.typed)}")
+            print(f"stopped after step {step}. To go on: {runs.resume_command(args.typed)}")
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
     bar.close()
     if rank == 0:
-        write_summary(args, trainable_count, count, best, device)
-        draw_layers(args.out)
+        runs.write_summary(args, trainable_count, count, best, device)
+        runs.draw_layers(args.out)
     print(f"best validation loss {best:.4f}; its {'checkpoint' if args.method == 'full' else 'adapter'} is in {args.out}")
-
-
-def note_signals():
-    """A list that SIGINT and SIGTERM are put into as they come; a second one ends the process at once."""
-    noted = []
-
-    def note(number, _):
-        noted.append(number)
-        handle(signal.SIG_DFL)
-
-    def handle(handler):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
-
-    handle(note)
-    return noted
 
 
 def compile_layers(model):
@@ -349,7 +316,7 @@ def compile_layers(model):
     except Exception as error:  # no C++ compiler, no Triton, a Python that is not supported: each its own class
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         return print(f"compile    nothing can be compiled here ({reason.strip()}): going on without")
-    torch._dynamo.config.recompile_limit = 64  # a layer that trains, is probed, is frozen, runs without gradients: each is code
+    Operators.allow_recompiling(64)  # a layer that trains, is probed, is frozen, runs without gradients: each is code
     for layer in model.model.layers:
         layer.compile(dynamic=True)
 
@@ -363,32 +330,6 @@ def attach(args, model):
         model.requires_grad_(True)
     else:
         rosa.attach_peft(model, args.method.removeprefix("peft:"), read_json(args.peft_config) if args.peft_config else {})
-
-
-def by_the_first(save):
-    """Have the first process do it, and the others wait until it is done."""
-    def saving_once(*arguments):
-        if processes()[0] == 0:
-            save(*arguments)
-        gather()
-    return saving_once
-
-
-@by_the_first
-def save_best(args, model, ckpt):
-    """The adapter, or with --method full a whole checkpoint, tokenizer included: `eval.py --ckpt` takes it."""
-    new = args.out / "best.partial"
-    with saving(new):
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        if args.method == "full":
-            model.save_pretrained(new)
-            copy_companions(ckpt, new)
-        else:
-            rosa.save_adapter(model, new)
-        for file in new.iterdir():
-            write(args.out / file.name, lambda partial: os.replace(file, partial))
-        new.rmdir()
 
 
 def load_data(args, tokenizer):
@@ -446,197 +387,6 @@ def validate(model, examples, args):
     return sum(gather(total)) / sum(len(response) for _, response in examples)
 
 
-# --- what a run leaves on disk, and how it goes on from there ---
-
-
-LOGS = ("log.jsonl", "layers.jsonl")
-# What may differ between a run and its resumption.
-NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations", "shard")
-
-
-@contextlib.contextmanager
-def saving(path):
-    """A disk that is full, read-only or gone ends the run in one line: `run`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise CannotWrite(f"cannot write {path}: {error}. What was saved before is whole; once this is mended") from None
-
-
-def write(path, content):
-    """Replace a file whole: written beside it, flushed to disk, renamed. content: text, or a function that writes a file."""
-    partial = path.with_name(path.name + ".partial")
-    with saving(path):
-        try:
-            partial.write_text(content, encoding="utf-8") if isinstance(content, str) else content(partial)
-            flush(partial)
-            os.replace(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):  # of the error that brought us here
-                partial.unlink()
-            raise
-        if os.name == "posix":  # a rename is on disk once its directory is
-            flush(path.parent)
-
-
-def flush(path):
-    """Have the disk hold what was written."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_log(path, record):
-    """Add a line. JSON has no word for a number that is not finite: null stands for it."""
-    record = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
-    with saving(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def read_log(path):
-    """The records of a log, as far as it is whole: a kill may have cut the last line."""
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
-
-
-def describe(args, ckpt, model, train_set, val_set):
-    """args.json: the arguments, and hashes by which a resumption knows the checkpoint and the data again. Of the checkpoint
-    these are its config, what its tensors are, and one small tensor, which another model of the same shape has otherwise."""
-    tensors = sorted((name, t.file.name, t.file.stat().st_size, t.shape, t.dtype) for name, t in stored_tensors(ckpt).items())
-    found = {"config.json of the checkpoint": (ckpt / "config.json").read_bytes(), "tensors of the checkpoint": tensors,
-             "final norm of the checkpoint": model.model.norm.weight.to(getattr(torch, args.dtype)).tolist(),
-             "training examples": train_set, "held-out examples": val_set}
-    if getattr(args, "peft_config", None):
-        found["options in --peft-config"] = read_json(args.peft_config)
-    hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in found.items()}
-    described = vars(args) | {"hashes": hashes}
-    del described["typed"]
-    return json.loads(json.dumps(described, default=str))
-
-
-def check_same(args, description):
-    """Raise ValueError naming a difference between this run and the one that was begun in --out."""
-    if not (args.out / "args.json").is_file():
-        raise FileNotFoundError(f"--resume: {args.out} has no args.json: nothing was saved there yet; run without --resume")
-    before = read_json(args.out / "args.json")
-    for key, value in before.items():
-        if key not in (*NOT_COMPARED, "hashes") and (now := description.get(key)) != value:
-            raise ValueError(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}, not {now}")
-    for name, value in before.get("hashes", {}).items():
-        if description["hashes"].get(name) != value:
-            raise ValueError(f"--resume: the {name} differ from those that the run in {args.out} began with")
-
-
-def resume_command(typed):
-    """What goes on with the run of these arguments."""
-    arguments = [argument for argument in typed if argument not in ("--resume", "--overwrite")]
-    return ("python " if processes()[1] == 1 else "torchrun ... ") + shlex.join([os.path.relpath(__file__), *arguments, "--resume"])
-
-
-@by_the_first
-def begin(args, description):
-    """Make way in --out for a run, and say which."""
-    with saving(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:  # first: what is left of another run is from here on no run
-            (args.out / "args.json").unlink(missing_ok=True)
-        for file in ("state.safetensors", *LOGS, "layers.png", "summary.json"):
-            (args.out / file).unlink(missing_ok=True)
-        clear_partial(args.out)
-    write(args.out / "args.json", json.dumps(description, indent=2) + "\n")
-
-
-def clear_partial(out):
-    """Delete what a save that was cut short has left."""
-    for leftover in out.glob("*.partial"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-@by_the_first
-def save_state(args, trainable, optimizer, selector, step, best):
-    """Everything that the rest of the run depends on, in one file. The random state is a function of the step."""
-    tensors = {f"trainable.{name}": p.detach().cpu().contiguous() for name, p in trainable.items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value.cpu() for key, value in moments.items()}
-    if selector.scores is not None:
-        tensors["scores"] = selector.scores
-    progress = {"progress": json.dumps({"step": step, "best": best, "active": selector.active})}
-    for log in LOGS:  # their lines up to this step are not to be lost when the state is there
-        with saving(args.out / log), contextlib.suppress(FileNotFoundError):
-            flush(args.out / log)
-    write(args.out / "state.safetensors", lambda partial: save_file(tensors, partial, metadata=progress))
-
-
-def load_state(args, trainable, optimizer, selector):
-    """Undo `save_state`; returns (step, best validation loss). Log lines beyond that step are dropped."""
-    path = args.out / "state.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): --overwrite starts anew") from None
-    moments = {}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "trainable":
-                trainable[rest].copy_(tensor)
-            elif kind == "optimizer":
-                i, key = rest.split(".")
-                moments.setdefault(int(i), {})[key] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    selector.scores = tensors.get("scores")
-    selector.activate(progress["active"])
-    if processes()[0] > 0:
-        return progress["step"], progress["best"]
-    with saving(args.out):
-        clear_partial(args.out)
-    for log in LOGS:
-        lines = [json.dumps(record) + "\n" for record in read_log(args.out / log) if record["step"] <= progress["step"]]
-        write(args.out / log, "".join(lines))
-    return progress["step"], progress["best"]
-
-
-def write_summary(args, trainable_count, count, best, device):
-    """The run in six numbers, for `python -m extras.compare`: counts of parameters, nats, tokens/s without validation, bytes."""
-    before, *steps = read_log(args.out / "log.jsonl")
-    summary = {"trainable": trainable_count, "parameters": count, "val_loss_before": before["val_loss"], "val_loss": best,
-               "tokens_per_second": sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)}
-    if device.type == "cuda":
-        summary["peak_memory"] = torch.cuda.max_memory_allocated()
-    elif resource:  # of the whole process; kilobytes, on a Mac bytes
-        summary["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    write(args.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def draw_layers(out):
-    """layers.png: the score of every layer at every probe, as a share of that probe's highest, and who was selected."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"layers.png needs the package matplotlib: pip install matplotlib; its numbers are in {out}/layers.jsonl")
-    probes = read_log(out / "layers.jsonl")
-    scores = torch.tensor([probe["scores"] for probe in probes]).T  # [L, probes]
-    figure = Figure(figsize=(4 + 0.2 * len(probes), 1.5 + 0.15 * len(scores)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow((scores / scores.amax(0)).numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1)
-    axes.scatter(*zip(*((i, layer) for i, probe in enumerate(probes) for layer in probe["active_layers"])),
-                 s=10, c="white", edgecolors="black")
-    every = math.ceil(len(probes) / 20)
-    axes.set_xticks(range(0, len(probes), every), [probe["step"] for probe in probes[::every]], rotation=90)
-    axes.set(xlabel="optimiser step", ylabel="layer", title="selected layers (dots)")
-    figure.colorbar(image, label="score, share of the highest")
-    write(out / "layers.png", lambda partial: figure.savefig(partial, format="png", dpi=120))
-
-
 def run(arguments=None):
     """`main` with these command-line arguments, or the process's own."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -647,14 +397,14 @@ def run(arguments=None):
         gather()  # nobody leaves before all are done
     except (ValueError, OSError, ImportError) as error:
         fail(error)
-    except CannotWrite as error:
-        stop(f"{error}: {resume_command(arguments)}")
+    except runs.CannotWrite as error:
+        stop(f"{error}: {runs.resume_command(arguments)}")
     except KeyboardInterrupt:
         stop("interrupted before its first step: what was saved before is whole", 130)
     except RuntimeError as error:
         if not died(error):
             raise
-        stop(f"another process has ended, and the run with it. To go on: {resume_command(arguments)}")
+        stop(f"another process has ended, and the run with it. To go on: {runs.resume_command(arguments)}")
     finally:
         for number, handler in handlers.items():  # as they were, where `run` is called by another program
             signal.signal(number, handler)

@@ -47,6 +47,15 @@ def died(error):
     return processes()[1] > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError))
 
 
+def by_the_first(save):
+    """Have the first process do it, and the others wait until it is done."""
+    def saving_once(*arguments):
+        if processes()[0] == 0:
+            save(*arguments)
+        gather()
+    return saving_once
+
+
 def own_micro_batches(examples, size):
     """What of these examples this process computes, in micro-batches of at most `size`. All processes have as many, since those
     of a sharded model compute in step: where examples are too few for that, the last is empty."""

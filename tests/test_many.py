@@ -26,6 +26,7 @@ import eval as eval_script
 import train
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
+from extras import runs
 from model import Llama
 
 pytestmark = pytest.mark.numeric
@@ -258,9 +259,9 @@ def broken():
 
 def without_room():
     def write(path, content):
-        with train.saving(path):
+        with runs.saving(path):
             raise OSError(28, "No space left on device")
-    train.write = write
+    runs.write = write
 
 
 def test_a_signal_to_one_ends_all_after_their_step_and_other_numbers_of_processes_resume(ckpt):
@@ -379,5 +380,5 @@ def test_torchrun(ckpt):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=60)
-    steps = len(train.read_log(Path("many/log.jsonl"))) - 1
+    steps = len(runs.read_log(Path("many/log.jsonl"))) - 1
     assert process.returncode and f"stopped after step {steps}. To go on: torchrun ... " in out

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import rosa
 import train
 from data import tasks, toy
+from extras import runs
 from extras.checkpoints import choose_device_and_dtype
 from model import Llama
 
@@ -107,7 +108,7 @@ def life(arguments, fatal, count=None):
             return result
         return touching
 
-    save_file, dumps = train.save_file, json.dumps
+    save_file, dumps = runs.save_file, json.dumps
 
     def half_saved(tensors, path, **options):
         save_file(tensors, path, **options)
@@ -125,7 +126,7 @@ def life(arguments, fatal, count=None):
             file.write(line[len(line) // 2 :])
 
     os.replace, os.fsync, os.unlink, Path.unlink = map(around, (os.replace, os.fsync, os.unlink, Path.unlink))
-    train.save_file, train.write_log = half_saved, half_written
+    runs.save_file, runs.write_log = half_saved, half_written
     with open("printed.txt", "a") as printed:
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
@@ -289,8 +290,8 @@ def test_a_full_disk_ends_the_run_in_a_line_and_it_goes_on_once_there_is_room(sm
 
 TROUBLES = {
     "read-only": ("os.replace", "state.safetensors", OSError(30, "Read-only file system")),
-    "a disk that cannot flush": ("train.flush", "state.safetensors", OSError(5, "Input/output error")),
-    "no space": ("train.save_file", "state.safetensors", SafetensorError("I/O error: No space left on device (os error 28)")),
+    "a disk that cannot flush": ("extras.runs.flush", "state.safetensors", OSError(5, "Input/output error")),
+    "no space": ("extras.runs.save_file", "state.safetensors", SafetensorError("I/O error: No space left on device (os error 28)")),
     "no permission": ("builtins.open", "log.jsonl", PermissionError(13, "Permission denied")),
     "no space for layers.jsonl": ("builtins.open", "layers.jsonl", OSError(28, "No space left on device")),
     "no space for the best": ("rosa.save_file", "adapter_model", SafetensorError("I/O error: No space left on device")),
@@ -304,7 +305,7 @@ def test_what_cannot_be_written_ends_the_run_in_a_line_and_what_was_saved_is_who
     works = pkgutil.resolve_name(function)
 
     def broken(*arguments, **options):  # on that file, from step 3 on
-        if any(file in str(a) for a in arguments if isinstance(a, (str, Path))) and len(train.read_log(Path("out/log.jsonl"))) > 3:
+        if any(file in str(a) for a in arguments if isinstance(a, (str, Path))) and len(runs.read_log(Path("out/log.jsonl"))) > 3:
             raise error
         return works(*arguments, **options)
 
@@ -356,13 +357,13 @@ def spoil(monkeypatch, steps, what):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_not_applied(ckpt, monkeypatch, capsys, what):
     states = []
-    save = train.save_state
+    save = runs.save_state
 
     def saving(*arguments):
         save(*arguments)
         states.append(state())
 
-    monkeypatch.setattr(train, "save_state", saving)
+    monkeypatch.setattr(runs, "save_state", saving)
     spoil(monkeypatch, (0, 4, 5, 7), what)
     run("--save-every", 1)
     log = contents("out")["log.jsonl"]

@@ -20,7 +20,7 @@ import rosa
 import train as train_script
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
-from extras import compare, figure1, forgetting
+from extras import compare, figure1, forgetting, runs
 from extras.checkpoints import NAMES
 from model import Llama, linear
 
@@ -216,7 +216,7 @@ def test_the_selections_of_a_run_are_written_and_drawn(ckpt, monkeypatch, capsys
         assert read_log("out")[probe["step"]]["active_layers"] == probe["active_layers"]
     no_package(monkeypatch, "matplotlib")
     Path("out/layers.png").unlink(missing_ok=True)
-    train_script.draw_layers(Path("out"))
+    runs.draw_layers(Path("out"))
     assert "pip install matplotlib" in capsys.readouterr().out and not Path("out/layers.png").exists()
 
 
@@ -288,14 +288,14 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(ckpt, monkeypatch, opt
         Path("dropout.json").write_text('{"lora_dropout": 0.5}')
     arguments = [*(SHORT if "--method" in options else QUICK), "--save-every", 1, *options]
     run(train_script, *arguments, "--out", "whole")
-    save = train_script.save_state
+    save = runs.save_state
 
     def stop(*arguments):
         save(*arguments)
         if arguments[4] == stop.after:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_script, "save_state", stop)
+    monkeypatch.setattr(runs, "save_state", stop)
     for stop.after, resume in ((3, ()), (4, ("--resume",)), (None, ("--resume",))):
         try:
             run(train_script, *arguments, "--out", "parts", *resume)
@@ -377,7 +377,7 @@ def test_an_interruption_while_loading_is_a_line(ckpt, script, monkeypatch, caps
 def test_a_second_signal_ends_a_run_at_once():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        noted = train_script.note_signals()
+        noted = runs.note_signals()
         signal.raise_signal(signal.SIGINT)
         assert noted == [signal.SIGINT]
         assert [signal.getsignal(number) for number in before] == [signal.SIG_DFL, signal.SIG_DFL]
