@@ -25,6 +25,7 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
+from extras import peft_methods
 from extras.checkpoints import NAMES, choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
 from extras.distributed import died, gather, join_processes, processes
 from extras.runs import Help, one_line
@@ -92,7 +93,7 @@ def main(args):
             raise ValueError(f"{name}, record {i}: the prompt has {len(prompt)} tokens; with {more} it exceeds the model's "
                              f"{model.config.limit}")
     if args.adapter:
-        rosa.load_adapter(model, args.adapter)
+        peft_methods.load_adapter(model, args.adapter)
         if dtype == torch.float32:  # bfloat16 weights would round the adapter's part away
             rosa.merge(model)
     if not hasattr(model, "peft_config"):  # PEFT's layers read the weights themselves

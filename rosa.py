@@ -181,8 +181,6 @@ def save_adapter(model, directory):
     What RoSA knows beyond that stands in the safetensors metadata, under "rosa". Each file is replaced whole."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "peft_config"):
-        return write_adapter(directory, *peft_adapter(model))
     known = settings(model)
     tensors = {}
     for name, adapter in adapters(model).items():
@@ -214,7 +212,7 @@ def load_adapter(model, directory):
     directory = Path(directory)
     known, tensors = read_adapter(directory)
     if "peft" in known:
-        return load_peft(model, known["peft"], tensors, directory)
+        raise ValueError(f"{directory} is an adapter of PEFT's type {known['peft']['peft_type']}: extras.peft_methods.load_adapter reads it")
     if adapters(model) and (mine := settings(model)) != known:
         differing = [f"{key} {known[key]} (the model has {mine[key]})" for key in known if known[key] != mine[key]]
         raise ValueError(f"{directory} has {', '.join(differing)}")
@@ -310,66 +308,6 @@ def read_adapter(directory):
         problem = f"the key {error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(f"{directory / 'adapter_config.json'}: {problem}") from None
     return known, tensors
-
-
-# --- any other method, by the optional package peft ---
-
-
-def attach_peft(model, peft_type, options):
-    """Freeze the model and let the package `peft` put one of its adapters in. Returns the model.
-
-    peft_type: a name of peft.PeftType (IA3, OFT, LN_TUNING, ...); options: arguments of its config class. What trains
-    is made float32. Raises ValueError or ImportError with a line for the user."""
-    try:
-        import peft
-    except ImportError:
-        raise ImportError(f"the method peft:{peft_type} needs the package peft: pip install peft") from None
-    known = {kind.value: cls for kind, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if peft_type not in known:
-        raise ValueError(f"peft {peft.__version__} has no method {peft_type!r}: choose from {', '.join(sorted(known))}")
-    try:
-        peft.inject_adapter_in_model(known[peft_type](**options), model)
-        if not isinstance(model.lm_head, nn.Linear):
-            raise ValueError("lm_head cannot be adapted, the loss reads its weight itself")
-        saved = {tensor.data_ptr() for tensor in peft.get_peft_model_state_dict(model).values()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and parameter.data_ptr() in saved)
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-        model.loss(tokens, tokens).backward()  # what cannot run here shall say so now
-        model.zero_grad()
-    except Exception as error:  # each of its methods raises its own
-        raise ValueError(f"peft:{peft_type} with {options or 'no options'} in {str(model.dtype)[6:]}: "
-                         + " ".join(str(error).split())) from None
-    return model
-
-
-def peft_adapter(model):
-    """(config, tensors, metadata) of a PEFT adapter, named as PEFT names them on a transformers model."""
-    import peft
-
-    tensors = {f"base_model.model.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, tensor in peft.get_peft_model_state_dict(model).items()}
-    config = model.peft_config["default"].to_dict()
-    config |= {"inference_mode": True, "base_model_name_or_path": getattr(model, "name_or_path", None)}
-    return json.loads(json.dumps(config, default=sorted)), tensors, {"peft": True}  # sorted: some options are sets
-
-
-def load_peft(model, config, tensors, directory):
-    """Put a saved PEFT adapter into a model, attaching it first if need be."""
-    if not hasattr(model, "peft_config"):
-        options = config | {"inference_mode": False, "base_model_name_or_path": None}  # the base's name PEFT would look for
-        try:
-            attach_peft(model, options.pop("peft_type"), options)
-        except (ValueError, ImportError) as error:
-            raise type(error)(f"{directory}: {error}") from None
-    import peft
-
-    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-    check_tensors(directory, tensors, {name: tensor.shape for name, tensor in peft.get_peft_model_state_dict(model).items()})
-    peft.set_peft_model_state_dict(model, tensors)
-    return model
 
 
 class LayerSelector:

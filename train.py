@@ -27,7 +27,7 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from extras import runs
+from extras import peft_methods, runs
 from extras.checkpoints import NAMES, choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
 from extras.distributed import all_reduce_gradients, died, gather, join_processes, own_micro_batches, processes, shard
 from extras.runs import Help, one_line
@@ -329,7 +329,7 @@ def attach(args, model):
     elif args.method == "full":
         model.requires_grad_(True)
     else:
-        rosa.attach_peft(model, args.method.removeprefix("peft:"), read_json(args.peft_config) if args.peft_config else {})
+        peft_methods.attach_peft(model, args.method.removeprefix("peft:"), read_json(args.peft_config) if args.peft_config else {})
 
 
 def load_data(args, tokenizer):

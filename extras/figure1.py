@@ -15,6 +15,7 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
+from extras import peft_methods
 from extras.checkpoints import choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
 from extras.runs import add_model_arguments, command_parser, run_command
 from model import Llama
@@ -97,7 +98,7 @@ def main(args):
     if (longest := max(map(len, prompts))) > model.config.context:
         raise ValueError(f"{args.task}: a prompt has {longest} tokens, more than the model's {model.config.limit}")
     if args.adapter:
-        rosa.load_adapter(model, args.adapter)
+        peft_methods.load_adapter(model, args.adapter)
     say_if_bfloat16_is_slow(device, dtype)
     means, first_low = mean_norms(model, prompts), first_low_frequency_pair(model)
     half = model.config.head_dim // 2

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
+from extras import peft_methods
 from extras.checkpoints import choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
 from extras.runs import add_model_arguments, command_parser, run_command, write_whole
 from model import Llama, read_json
@@ -59,7 +59,7 @@ def main(args):
             if (count := len(given) + len(predicted) - 1) > model.config.context:
                 raise ValueError(f"{file}, part {i}: {count} tokens exceed the model's {model.config.limit}: leave it out")
     if args.adapter:
-        rosa.load_adapter(model, args.adapter)
+        peft_methods.load_adapter(model, args.adapter)
     say_if_bfloat16_is_slow(device, dtype)
     out = Path(args.out or args.adapter or f"runs/{ckpt.name}-base")
     out.mkdir(parents=True, exist_ok=True)

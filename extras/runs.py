@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import rosa
+from extras import peft_methods
 from extras.checkpoints import copy_companions
 from extras.distributed import by_the_first, processes
 from model import read_json, stored_tensors
@@ -235,7 +235,7 @@ def save_best(args, model, ckpt):
             model.save_pretrained(new)
             copy_companions(ckpt, new)
         else:
-            rosa.save_adapter(model, new)
+            peft_methods.save_adapter(model, new)
         for file in new.iterdir():
             write(args.out / file.name, lambda partial: os.replace(file, partial))
         new.rmdir()

@@ -9,6 +9,7 @@ from conftest import random_model, random_tokens, seed_torch, smooth_adamw
 from rounding import assert_close, near, of_model
 
 import rosa
+from extras import peft_methods
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.numeric
@@ -38,7 +39,7 @@ def test_a_method_of_peft_trains_layer_by_layer_and_comes_back_from_its_files(tm
     seed_torch(0)
     model, tokens = random_model(dtype=dtype), random_tokens(2, 20)
     frozen = {name: p.clone() for name, p in model.named_parameters()}
-    rosa.attach_peft(model, name.split()[0], METHODS[name])
+    peft_methods.attach_peft(model, name.split()[0], METHODS[name])
     selector = rosa.LayerSelector(model, 0.4, select_every=2)  # 1 of 3 layers
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trainable and all(p.dtype == torch.float32 for p in trainable.values())
@@ -53,11 +54,11 @@ def test_a_method_of_peft_trains_layer_by_layer_and_comes_back_from_its_files(tm
         if (name := name.replace("base_layer.", "")) in frozen:
             assert torch.equal(p, frozen[name])
 
-    rosa.save_adapter(model, tmp_path)
-    again = rosa.load_adapter(random_model(dtype=dtype), tmp_path)
+    peft_methods.save_adapter(model, tmp_path)
+    again = peft_methods.load_adapter(random_model(dtype=dtype), tmp_path)
     assert torch.equal(again(tokens), model(tokens)) and not torch.equal(again(tokens), random_model(dtype=dtype)(tokens))
     with pytest.raises(ValueError, match="is an adapter for another model: missing"):
-        rosa.load_adapter(random_model(num_hidden_layers=4), tmp_path)
+        peft_methods.load_adapter(random_model(num_hidden_layers=4), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["IA3", "OFT", "LN_TUNING"])
@@ -65,9 +66,9 @@ def test_its_files_load_into_a_transformers_model(tmp_path, name):
     transformers = pytest.importorskip("transformers")
     model, tokens = random_model(), random_tokens(2, 20)
     model.save_pretrained(tmp_path / "base")
-    rosa.attach_peft(model, name, METHODS[name])
+    peft_methods.attach_peft(model, name, METHODS[name])
     train(model, [p for p in model.parameters() if p.requires_grad])
-    rosa.save_adapter(model, tmp_path / "adapter")
+    peft_methods.save_adapter(model, tmp_path / "adapter")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     assert_close(model(tokens), theirs(tokens).logits, **of_model(model.config))
@@ -77,7 +78,7 @@ def test_its_files_load_into_a_transformers_model(tmp_path, name):
 def test_our_lora_is_pefts(targets):
     ours, theirs = random_model(), random_model()
     rosa.attach(ours, rank=4, alpha=8, targets=targets, pairs="all")
-    rosa.attach_peft(theirs, "LORA", {"r": 4, "lora_alpha": 8,
+    peft_methods.attach_peft(theirs, "LORA", {"r": 4, "lora_alpha": 8,
                                       "target_modules": [rosa.TARGETS[target].split(".")[1] for target in targets.split(",")]})
     with torch.no_grad():
         for name, adapter in rosa.adapters(ours).items():
@@ -97,7 +98,7 @@ def test_our_lora_is_pefts(targets):
 ])
 def test_what_cannot_run_is_refused_in_a_line(model, method, options, message):
     with pytest.raises(ValueError, match=message) as error:
-        rosa.attach_peft(model, method, options)
+        peft_methods.attach_peft(model, method, options)
     assert "\n" not in str(error.value)
 
 
@@ -109,6 +110,6 @@ def test_adapters_from_elsewhere_that_we_do_not_implement_run_by_peft(tmp_path):
             if parameter.requires_grad:
                 parameter.mul_(1.5)
     theirs.save_pretrained(tmp_path)
-    assert_close(rosa.load_adapter(model, tmp_path)(tokens), theirs.model(tokens), **of_model(model.config))
+    assert_close(peft_methods.load_adapter(model, tmp_path)(tokens), theirs.model(tokens), **of_model(model.config))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "IA3"

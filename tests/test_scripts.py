@@ -20,7 +20,7 @@ import rosa
 import train as train_script
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
-from extras import compare, figure1, forgetting, runs
+from extras import compare, figure1, forgetting, peft_methods, runs
 from extras.checkpoints import NAMES
 from model import Llama, linear
 
@@ -197,7 +197,7 @@ def test_a_method_of_peft_runs_in_the_same_loop_and_is_read_back(ckpt):
     assert args.out == Path("runs/ckpt-toy-peft-IA3")
     first, *log = read_log(args.out)
     assert log[-1]["val_loss"] < first["val_loss"] - 0.01 and all(len(record["active_layers"]) == 2 for record in log)
-    model = rosa.load_adapter(Llama.from_pretrained("ckpt"), args.out)
+    model = peft_methods.load_adapter(Llama.from_pretrained("ckpt"), args.out)
     _, held_out, *_ = train_script.load_data(args, load_tokenizer("ckpt"))
     assert train_script.validate(model, held_out, args) == near(log[-1]["val_loss"], **of_model(model.config))
     files = [(args.out / "adapter_model.safetensors").read_bytes()]
@@ -396,7 +396,7 @@ def test_dropout_acts_in_training_alone(ckpt):
         first.append([record.get("val_loss") or record["loss"] for record in read_log("out")])
     assert first[0][:2] == first[1][:2] and first[0][2] != first[1][2]  # step 0, step 1 (B is zero), step 2
     args = train_script.parse_args([str(a) for a in (*SHORT, "--method", "lora")])
-    model = rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
+    model = peft_methods.load_adapter(Llama.from_pretrained("ckpt"), "out")
     _, held_out, *_ = train_script.load_data(args, load_tokenizer("ckpt"))
     assert train_script.validate(model, held_out, args) == near(read_log("out")[-1]["val_loss"], **of_model(model.config))
 
