@@ -12,7 +12,6 @@ Run again it goes on where it stopped: what the same adapter has answered with t
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from itertools import chain, islice
@@ -28,7 +27,7 @@ from data.tokenizer import load_tokenizer
 from extras import peft_methods
 from extras.checkpoints import NAMES, choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
 from extras.distributed import died, gather, join_processes, processes
-from extras.runs import Help, one_line
+from extras.runs import Help, one_line, write_whole
 from model import Llama
 
 MOVED = {"--loss": "forgetting FILE ...", "--activations": "figure1 PNG", "--compare": "compare RUN ..."}  # what older versions had
@@ -122,7 +121,7 @@ def main(args):
         print(f"answers    {len(predictions):,} of {len(examples):,} are in {path} already")
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        write(path, "".join(json.dumps(line) + "\n" for line in [*predictions.values(), *answered.values()]))
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in [*predictions.values(), *answered.values()]))
 
     # --- the loop: long prompts first, so that what does not fit in memory fails at once ---
     order = sorted(set(range(len(examples))) - set(predictions), key=lambda j: (-len(examples[j][3]), j))
@@ -171,10 +170,10 @@ def main(args):
     if absent:
         print(f"absent from {args.data_dir}: {', '.join(absent)}. To get them: {tasks.how_to_get(args.data_dir)}")
     lines = [predictions[j] for j in range(len(examples))] + list(answered.values())
-    write(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
     counts = {name: len(correct) for name, correct in results.items()}
-    write_json(args.out / "results.json", {"scores": scores, "micro": micro, "macro": macro, "counts": counts,
-                                           "intervals": intervals, "score": args.score})
+    results = {"scores": scores, "micro": micro, "macro": macro, "counts": counts, "intervals": intervals, "score": args.score}
+    write_whole(args.out / "results.json", json.dumps(results, indent=2) + "\n")
     print(f"every answer is in {path}")
 
 
@@ -262,17 +261,6 @@ def read_predictions(path):
         if isinstance(line, dict) and {"set", "index", "instruction", "answer", "correct"} <= line.keys():
             lines.append(line)
     return lines
-
-
-def write(path, text):
-    """Replace a file whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_json(path, value):
-    write(path, json.dumps(value, indent=2) + "\n")
 
 
 def run(arguments=None):

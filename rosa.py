@@ -213,6 +213,11 @@ def load_adapter(model, directory):
     known, tensors = read_adapter(directory)
     if "peft" in known:
         raise ValueError(f"{directory} is an adapter of PEFT's type {known['peft']['peft_type']}: extras.peft_methods.load_adapter reads it")
+    return set_adapter(model, known, tensors, directory)
+
+
+def set_adapter(model, known, tensors, directory):
+    """Put what `read_adapter` read from a directory, settings and tensors, into the model. Returns and raises as `load_adapter`."""
     if adapters(model) and (mine := settings(model)) != known:
         differing = [f"{key} {known[key]} (the model has {mine[key]})" for key in known if known[key] != mine[key]]
         raise ValueError(f"{directory} has {', '.join(differing)}")

@@ -91,7 +91,6 @@ def parse_args(arguments=None):
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
     args = p.parse_args(arguments)
-    args.typed = arguments
     kind = "peft" if args.method.startswith("peft:") else args.method
     if kind not in METHODS or args.method == "peft":
         fail(f"--method {args.method!r} is unknown: choose rosa, lora, full, or peft:NAME, such as peft:IA3")
@@ -300,8 +299,7 @@ def main(args):
         bar.update()
         if stopping and step < total_steps:
             bar.close()
-            print(f"stopped after step {step}. To go on: {runs.resume_command(args.typed)}")
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+            raise runs.Stopped(f"stopped after step {step}", 128 + (signals or [signal.SIGTERM])[0])
     bar.close()
     if rank == 0:
         runs.write_summary(args, trainable_count, count, best, device)
@@ -397,6 +395,10 @@ def run(arguments=None):
         gather()  # nobody leaves before all are done
     except (ValueError, OSError, ImportError) as error:
         fail(error)
+    except runs.Stopped as stopped:
+        message, status = stopped.args
+        print(f"{message}. To go on: {runs.resume_command(arguments)}")
+        sys.exit(status)
     except runs.CannotWrite as error:
         stop(f"{error}: {runs.resume_command(arguments)}")
     except KeyboardInterrupt:

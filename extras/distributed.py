@@ -30,12 +30,12 @@ def gather(value=None, problem=None):
     """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come. If one
     comes with a problem instead, (script, what is wrong), all end, exit status 2: the first prints it, and what others alone
     have found."""
-    told = [(value, problem)] * processes()[1]
-    if len(told) > 1:
-        torch.distributed.all_gather_object(told, (value, problem))
-    problems = [problem for _, problem in told]
+    gathered = [(value, problem)] * processes()[1]
+    if len(gathered) > 1:
+        torch.distributed.all_gather_object(gathered, (value, problem))
+    problems = [problem for _, problem in gathered]
     if not any(problems):
-        return [value for value, _ in told]
+        return [value for value, _ in gathered]
     for rank, problem in enumerate(problems):
         if problem and problem not in problems[:rank] and processes()[0] == 0:
             print(f"{problem[0]}: {f'rank {rank}: ' if rank else ''}{problem[1]}", file=sys.stderr)

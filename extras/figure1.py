@@ -59,10 +59,8 @@ def mean_norms(model, prompts):
 
 def first_low_frequency_pair(model):
     """Where the pairs begin that RoAE adapts, in this model or by default."""
-    ratio = inspect.signature(rosa.attach).parameters["low_freq_ratio"].default
-    for adapter in rosa.adapters(model).values():
-        ratio = adapter.low_freq_ratio
-        break
+    default = inspect.signature(rosa.attach).parameters["low_freq_ratio"].default
+    ratio = rosa.settings(model)["low_freq_ratio"] if rosa.adapters(model) else default
     half = model.config.head_dim // 2
     return half - max(1, round(ratio * half))
 

@@ -69,9 +69,9 @@ def merge_checkpoint(ckpt, adapter, out):
 
     merged = tensor_table(out, model)
     tokens, lengths = pad([tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 4)])
-    told = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]: where there is no padding
-    return (logits_layer_by_layer(model.config, tokens, lambda name: updated(name, read_tensor(table, name)).float())[told],
-            logits_layer_by_layer(model.config, tokens, lambda name: read_tensor(merged, name).float())[told])
+    real = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]: where there is no padding
+    return (logits_layer_by_layer(model.config, tokens, lambda name: updated(name, read_tensor(table, name)).float())[real],
+            logits_layer_by_layer(model.config, tokens, lambda name: read_tensor(merged, name).float())[real])
 
 
 def updater(model, directory):

@@ -25,7 +25,7 @@ def load_adapter(model, directory):
     known, tensors = rosa.read_adapter(Path(directory))
     if "peft" in known:
         return load_peft(model, known["peft"], tensors, directory)
-    return rosa.load_adapter(model, directory)
+    return rosa.set_adapter(model, known, tensors, Path(directory))
 
 
 def attach_peft(model, peft_type, options):

@@ -81,14 +81,11 @@ def one_line(message):
     return text if len(text) <= 600 else f"{text[:400]} ... {text[-180:]}"  # the end says what to do
 
 
-def write_whole(path, text):
-    """Replace a file whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 # --- files ---
+
+
+class Stopped(Exception):
+    """A signal has ended the run after a step: Stopped(message, exit status)."""
 
 
 class CannotWrite(Exception):
@@ -101,23 +98,28 @@ def saving(path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CannotWrite(f"cannot write {path}: {error}. What was saved before is whole; once this is mended") from None
+        raise CannotWrite(f"cannot write {path}: {error}. What was saved before is whole; once this is fixed") from None
 
 
 def write(path, content):
+    """write_whole, in a run of train.py."""
+    with saving(path):
+        write_whole(path, content)
+
+
+def write_whole(path, content):
     """Replace a file whole: written beside it, flushed to disk, renamed. content: text, or a function that writes a file."""
     partial = path.with_name(path.name + ".partial")
-    with saving(path):
-        try:
-            partial.write_text(content, encoding="utf-8") if isinstance(content, str) else content(partial)
-            flush(partial)
-            os.replace(partial, path)
-        except BaseException:
-            with contextlib.suppress(OSError):  # of the error that brought us here
-                partial.unlink()
-            raise
-        if os.name == "posix":  # a rename is on disk once its directory is
-            flush(path.parent)
+    try:
+        partial.write_text(content, encoding="utf-8") if isinstance(content, str) else content(partial)
+        flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # of the error that brought us here
+            partial.unlink()
+        raise
+    if os.name == "posix":  # a rename is on disk once its directory is
+        flush(path.parent)
 
 
 def flush(path):
@@ -181,9 +183,7 @@ def describe(args, ckpt, model, train_set, val_set):
     if getattr(args, "peft_config", None):
         found["options in --peft-config"] = read_json(args.peft_config)
     hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in found.items()}
-    described = vars(args) | {"hashes": hashes}
-    del described["typed"]
-    return json.loads(json.dumps(described, default=str))
+    return json.loads(json.dumps(vars(args) | {"hashes": hashes}, default=str))
 
 
 def check_same(args, description):

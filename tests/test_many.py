@@ -351,7 +351,7 @@ def test_several_processes_answer_what_one_answers(ckpt):
 
 
 def unwritable(rank):
-    write, writes = eval_script.write, []
+    write, writes = eval_script.write_whole, []
 
     def full(path, text):
         writes.append(path)
@@ -359,7 +359,7 @@ def unwritable(rank):
             raise OSError(28, "No space left on device")
         write(path, text)
 
-    eval_script.write = full
+    eval_script.write_whole = full
 
 
 def test_what_the_first_cannot_write_ends_the_others_too(ckpt):
