@@ -9,12 +9,9 @@ Writes predictions.jsonl, a line per example as it is answered, and results.json
 Run again it goes on where it stopped: what the same adapter has answered with the same settings is not asked again.
 """
 
-import argparse
-import hashlib
-import json
+import math
 import sys
 import time
-from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,172 +21,167 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from extras import peft_methods
-from extras.checkpoints import NAMES, choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
-from extras.distributed import died, gather, join_processes, processes
-from extras.runs import Help, one_line, write_whole
-from model import Llama
+from extras import inference, kernels, peft_methods
+from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, say_if_bfloat16_is_slow
+from extras.commands import count, run_script, script_parser
+from extras.distributed import gather, gather_rounds, processes
+from extras.predictions import Predictions, settings_hash
 
-MOVED = {"--loss": "forgetting FILE ...", "--activations": "figure1 PNG", "--compare": "compare RUN ..."}  # what older versions had
+MOVED = {"--loss": "forgetting FILE ...", "--activations": "figure1 PNG", "--compare": "compare RUN ..."}
 
 
 def parse_args(arguments=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
-    p.error = fail
-    p.add_argument("--ckpt", default="tiny", help="checkpoint: a directory, a name in checkpoints/, "
-                   f"an org/name in Hugging Face's cache, or a name known: {', '.join(NAMES)}; tiny is bundled")
-    p.add_argument("--task", default="toy", help="toy, arithmetic, commonsense, or test sets, separated by commas")
-    p.add_argument("--adapter", type=Path, help="adapter directory, as train.py writes it (default: the model alone)")
-    p.add_argument("--limit", type=int, help="only the first so many examples of each test set or file")
-    p.add_argument("--score", default="generate", choices=("generate", "likelihood"),
-                   help="likelihood: of a multiple-choice question's options the most probable is the answer")
-    p.add_argument("--batch-size", type=int, default=32, help="examples at a time")
-    p.add_argument("--max-new-tokens", type=int, default=256, help="longest answer, in tokens")
-    p.add_argument("--prompt", help="instead of scoring: answer this one question, printing the answer as it is made")
-    p.add_argument("--data-dir", default=tasks.DATA_DIR, help="directory laid out as LLM-Adapters' repository")
-    p.add_argument("--out", type=Path, help="where results go (default: the adapter's directory, or runs/<ckpt>-<task>-base)")
-    p.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
     for argument in sys.argv[1:] if arguments is None else arguments:
         if command := MOVED.get(argument.split("=")[0]):
-            fail(f"{argument.split('=')[0]} is a command of its own now: python -m extras.{command}")
-    args = p.parse_args(arguments)
-    for name in ("limit", "batch_size", "max_new_tokens"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            fail(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+            raise ValueError(f"{argument.split('=')[0]} is a command of its own now: python -m extras.{command}")
+    parser = script_parser("eval.py", "\n".join(__doc__.split("\n")[:5]))
+    add = parser.add_argument_group("model and data").add_argument
+    add("--ckpt", default="tiny", help="directory, or a name such as llama2-7b or org/name")
+    add("--adapter", type=Path, help="adapter directory, as train.py writes it (default: the model alone)")
+    add("--task", default="toy", help="toy, arithmetic, commonsense, or test sets by commas")
+    add("--data-dir", default=tasks.DATA_DIR, help="laid out as LLM-Adapters' repository")
+    add("--out", type=Path, help="where results go (default: --adapter, or runs/<ckpt>-<task>-base)")
+    add = parser.add_argument_group("answers").add_argument
+    add("--prompt", help="instead of scoring: answer this one question")
+    add("--limit", type=count, help="only the first so many examples of each test set")
+    add("--batch-size", type=count, default=32, help="examples at a time")
+    add("--max-new-tokens", type=count, default=256, help="longest answer, in tokens")
+    scores = ("generate", "likelihood")
+    add("--score", default="generate", choices=scores, help="by its answer, or its likeliest option")
+    add = parser.add_argument_group("more").add_argument
+    add("--plain", action="store_true", help="model.py alone: nothing from extras/kernels.py and extras/inference.py")
+    add("--device", default="auto", help="auto, cpu, cuda, mps, ...")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
+    args = parser.parse_args(arguments)
     args.out = args.out or args.adapter or Path("runs") / f"{Path(args.ckpt).name}-{args.task}-base"
     return args
 
 
-def fail(message):
-    """A user's mistake: one line, exit status 2."""
-    gather(problem=("eval.py", one_line(message)))
-
-
-def stop(message, status):
-    """What befalls an evaluation on its way: one line, told by the first process, and the end."""
-    if processes()[0] == 0:
-        print(f"eval.py: {message}: what was scored so far is kept, and not asked again", file=sys.stderr)
-    sys.exit(status)
-
-
 def main(args):
+    # --- the questions and the model ---
     rank, world = processes()
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
     if args.prompt is not None and not (args.prompt.strip() and tasks.is_unicode(args.prompt)):
         raise ValueError("--prompt is empty, or not text in UTF-8")
-    names, absent, examples = [], [], []
-    if not args.prompt:
-        names, absent, examples = load_questions(args, tokenizer)
-    model = Llama.from_pretrained(ckpt, device, dtype)
-    for name, i, example, prompt in examples:
-        room, more = args.max_new_tokens, f"--max-new-tokens {args.max_new_tokens}"
-        if args.score == "likelihood":
-            room, more = len(tokenizer.encode(max(tasks.options(name, example), key=len))), "an answer"
-        if len(prompt) + room > model.config.context:
-            raise ValueError(f"{name}, record {i}: the prompt has {len(prompt)} tokens; with {more} it exceeds the model's "
-                             f"{model.config.limit}")
+    names, absent, questions = ([], [], []) if args.prompt else load_questions(args, tokenizer)
+    model = load_model(ckpt, device, dtype)
+    check_lengths(args, questions, model.config, tokenizer)
     if args.adapter:
-        peft_methods.load_adapter(model, args.adapter)
-        if dtype == torch.float32:  # bfloat16 weights would round the adapter's part away
+        peft_methods.load_adapter(model, args.adapter)  # one of RoSA's, by rosa.load_adapter, or of PEFT's own
+        if dtype == torch.float32:  # bfloat16 weights would round the adapter's part away; PEFT's own stay as they are
             rosa.merge(model)
-    if not hasattr(model, "peft_config"):  # PEFT's layers read the weights themselves
-        model.pack()
-    gather()  # all are set up
+    gather()  # wait: none begins before all are set up
+    if not args.plain:
+        kernels.accelerate(model, inference=True)
     say_if_bfloat16_is_slow(device, dtype)
-    if rank > 0 and args.prompt:
-        return  # this the first does alone
     if args.prompt:
-        return answer(args, model, tokenizer)
-    print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; "
-          f"adapter: {args.adapter or 'none'}")
+        return answer_prompt(args, model, tokenizer) if rank == 0 else None
+    adapter = args.adapter or "none"
+    print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; adapter: {adapter}")
 
-    # --- what is answered already ---
-    path, key = args.out / "predictions.jsonl", fingerprint(args, ckpt, dtype)
-    lines, *_ = gather(read_predictions(path) if rank == 0 else None)
-    answered = {(line["set"], line["index"]): line for line in lines if line.get("settings") == key}
-    if lines and not answered:
-        print(f"answers    those in {path} are another adapter's or were made with other settings: starting anew")
-    predictions = {}  # number of the example -> its line
-    for j, (name, i, example, _) in enumerate(examples):
-        line = answered.get((name, i))
-        if line and (line["instruction"], line["answer"]) == (example["instruction"], example["answer"]):
-            predictions[j] = answered.pop((name, i))
-    if predictions:
-        print(f"answers    {len(predictions):,} of {len(examples):,} are in {path} already")
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in [*predictions.values(), *answered.values()]))
-
-    # --- the loop: long prompts first, so that what does not fit in memory fails at once ---
-    order = sorted(set(range(len(examples))) - set(predictions), key=lambda j: (-len(examples[j][3]), j))
-    right, new_tokens = sum(line["correct"] for line in predictions.values()), 0
+    # --- the loop ---
+    predictions = Predictions(args.out, settings_hash(args, ckpt, dtype), questions)  # what is answered already
+    right, new_tokens = sum(line["correct"] for line in predictions.lines.values()), 0
+    bar = tqdm(
+        total=len(questions), initial=len(predictions.lines), unit="example", dynamic_ncols=True, disable=rank > 0
+    )
     start = time.perf_counter()
-    bar = tqdm(total=len(examples), initial=len(predictions), unit="example", dynamic_ncols=True, disable=rank > 0)
-    own = order[rank::world]  # long and short prompts in each process
-    answers = respond(args, model, tokenizer, [examples[j] for j in own])
-    some = 1 if world == 1 else args.batch_size  # answers at a time: processes wait for each other
-    for _ in range(0, len(order), some * world):
-        told = gather([(own[i], response, count) for i, response, count in islice(answers, some)])
-        if rank > 0:
-            continue
-        with open(path, "a", encoding="utf-8") as file:  # at once, so that nothing is asked twice
-            for j, response, count in chain(*told):
-                name, i, example, _ = examples[j]
-                correct = tasks.is_correct(name, response, example["answer"])
-                predictions[j] = {"set": name, "index": i, "instruction": example["instruction"], "answer": example["answer"],
-                                  "response": response, "extracted": tasks.extract_answer(name, response), "correct": correct,
-                                  "settings": key}
-                file.write(json.dumps(predictions[j]) + "\n")
-                right += correct
-                new_tokens += count
+    numbers = predictions.unanswered()  # long prompts first
+    mine = numbers[rank::world]  # so that each process has long and short ones
+    responses = respond(args, model, tokenizer, [questions[number] for number in mine])
+    answers = ((mine[i], response, num_tokens) for i, response, num_tokens in responses)  # by number, not place in mine
+    per_round = 1 if world == 1 else args.batch_size  # answers of each process; in each round they wait for each other
+    for answered in gather_rounds(answers, per_round, math.ceil(len(numbers) / (per_round * world))):
+        for number, response, num_tokens in answered:
+            name, _, example, _ = questions[number]
+            correct = tasks.is_correct(name, response, example["answer"])
+            predictions.add(number, response, tasks.extract_answer(name, response), correct)
+            right += correct
+            new_tokens += num_tokens
         speed = f"  {new_tokens / (time.perf_counter() - start):,.0f} new tokens/s" if new_tokens else ""
-        bar.set_postfix_str(f"accuracy {right / len(predictions):.1%}{speed}", refresh=False)
-        bar.update(sum(map(len, told)))
+        bar.set_postfix_str(f"accuracy {right / len(predictions.lines):.1%}{speed}", refresh=False)
+        bar.update(len(answered))
     bar.close()
-    if rank > 0:
-        return
 
     # --- the table ---
-    results = {name: [] for name in names if name not in absent}
-    for line in predictions.values():
-        results[line["set"]].append(line["correct"])
-    scores = {name: sum(correct) / len(correct) for name, correct in results.items()}
-    intervals = {name: tasks.wilson_interval(sum(correct), len(correct)) for name, correct in results.items()}
-    micro, macro = right / len(examples), sum(scores.values()) / len(scores)
-    print(f"{'test set':<16}{'examples':>9}{'accuracy':>10}   95 % interval")
-    for name in names:
-        print(f"{name:<16}" + (f"{'absent':>9}" if name in absent else f"{len(results[name]):>9,}{scores[name]:>10.1%}"
-                               f"   {intervals[name][0]:.1%} to {intervals[name][1]:.1%}"))
-    if len(scores) > 1:
-        low, high = tasks.wilson_interval(right, len(examples))
-        print(f"{'micro average':<16}{len(examples):>9,}{micro:>10.1%}   {low:.1%} to {high:.1%}")
-        print(f"{'macro average':<16}{len(scores):>4} sets{macro:>10.1%}")
+    correct = {name: [] for name in names if name not in absent}
+    for line in predictions.lines.values():
+        correct[line["set"]].append(line["correct"])
+    results = score(correct) | {"score": args.score}
+    print_table(names, results)
     if absent:
         print(f"absent from {args.data_dir}: {', '.join(absent)}. To get them: {tasks.how_to_get(args.data_dir)}")
-    lines = [predictions[j] for j in range(len(examples))] + list(answered.values())
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
-    counts = {name: len(correct) for name, correct in results.items()}
-    results = {"scores": scores, "micro": micro, "macro": macro, "counts": counts, "intervals": intervals, "score": args.score}
-    write_whole(args.out / "results.json", json.dumps(results, indent=2) + "\n")
-    print(f"every answer is in {path}")
+    predictions.finish(results)
 
 
 def respond(args, model, tokenizer, questions):
-    """Yields (number of the question, response, its new tokens) as questions, (set, index, example, prompt ids), are answered."""
-    if args.score == "generate":
-        prompts = [prompt for *_, prompt in questions]
-        for i, ids in model.stream(prompts, args.max_new_tokens, eos_tokens(model, tokenizer), batch_size=args.batch_size):
-            yield i, tokenizer.decode(ids), len(ids)
-    else:
+    """Yield (number of the question, response, its new tokens) as questions, (test set, index, example, prompt ids),
+    are answered."""
+    prompts = [prompt for *_, prompt in questions]
+    if args.score == "likelihood":
         for first in range(0, len(questions), args.batch_size):
-            for i, response in enumerate(most_likely(model, tokenizer, questions[first : first + args.batch_size]), first):
-                yield i, response, 0
+            responses = most_likely(args, model, tokenizer, questions[first : first + args.batch_size])
+            yield from ((i, response, 0) for i, response in enumerate(responses, first))
+        return
+    limit, eos = args.max_new_tokens, eos_tokens(model, tokenizer)
+    if args.plain:
+        answers = ((i, model.generate([prompt], limit, eos)[0]) for i, prompt in enumerate(prompts))
+    else:
+        answers = inference.stream(model, prompts, limit, eos, args.batch_size)
+    yield from ((i, tokenizer.decode(ids), len(ids)) for i, ids in answers)
 
 
-def answer(args, model, tokenizer):
+def most_likely(args, model, tokenizer, questions):
+    """The option of highest summed log-probability, as text, for each (test set, index, example, prompt ids)."""
+    options = [tasks.options(name, example) for name, _, example, _ in questions]
+    prompts, ids = [prompt for *_, prompt in questions], []
+    for (_, _, example, _), texts in zip(questions, options):
+        responses = [tasks.encode_example(example | {"output": text}, tokenizer)[1] for text in texts]
+        ids.append([response[:-1] for response in responses])  # without the end-of-sequence token
+    if args.plain:
+        scores = [[log_likelihood(model, prompt, option) for option in each] for prompt, each in zip(prompts, ids)]
+    else:
+        scores = inference.log_likelihoods(model, prompts, ids)
+    return [texts[int(np.argmax(score))] for texts, score in zip(options, scores)]
+
+
+@torch.no_grad()
+def log_likelihood(model, prompt, ids):
+    """Summed log-probability, in nats, of ids after a prompt."""
+    tokens = torch.tensor([prompt + ids], device=model.device)
+    labels = tokens[:, 1:].clone()
+    labels[:, : len(prompt) - 1] = -100
+    return -model.loss(tokens[:, :-1], labels).item()
+
+
+def score(correct):
+    """test set -> list of bools, as results.json has it: scores, averages over examples (micro) and sets (macro)."""
+    scores = {name: sum(each) / len(each) for name, each in correct.items()}
+    counts = {name: len(each) for name, each in correct.items()}
+    intervals = {name: tasks.wilson_interval(sum(each), len(each)) for name, each in correct.items()}
+    micro = sum(map(sum, correct.values())) / sum(counts.values())
+    macro = sum(scores.values()) / len(scores)
+    return {"scores": scores, "micro": micro, "macro": macro, "counts": counts, "intervals": intervals}
+
+
+def print_table(names, results):
+    print(f"{'test set':<16}{'examples':>9}{'accuracy':>10}   95 % interval")
+    for name in names:
+        if name not in results["scores"]:
+            print(f"{name:<16}{'absent':>9}")
+            continue
+        low, high = results["intervals"][name]
+        print(f"{name:<16}{results['counts'][name]:>9,}{results['scores'][name]:>10.1%}   {low:.1%} to {high:.1%}")
+    if len(results["scores"]) > 1:
+        total = sum(results["counts"].values())
+        low, high = tasks.wilson_interval(round(results["micro"] * total), total)
+        print(f"{'micro average':<16}{total:>9,}{results['micro']:>10.1%}   {low:.1%} to {high:.1%}")
+        print(f"{'macro average':<16}{len(results['scores']):>4} sets{results['macro']:>10.1%}")
+
+
+def answer_prompt(args, model, tokenizer):
     """Print the answer to --prompt as it is made: of its text so far, what is new."""
     shown = ""
 
@@ -197,14 +189,19 @@ def answer(args, model, tokenizer):
         nonlocal shown
         text = tokenizer.decode(ids)
         if not text.endswith("\ufffd"):  # a character whose bytes have not all come yet
-            print(text[len(shown):], end="", flush=True)
+            print(text[len(shown) :], end="", flush=True)
             shown = text
 
     prompt = tasks.encode_prompt({"instruction": args.prompt}, tokenizer)
     if (room := model.config.context - len(prompt)) < 1:
-        raise ValueError(f"--prompt has {len(prompt)} tokens: no room for an answer is in the model's {model.config.limit}")
-    ids, = model.generate([prompt], min(args.max_new_tokens, room), eos_tokens(model, tokenizer), show)
-    print(tokenizer.decode(ids)[len(shown):])
+        problem = f"--prompt has {len(prompt)} tokens: no room for an answer is in the model's {model.config.limit}"
+        raise ValueError(f"{problem}: make it shorter")
+    limit, eos = min(args.max_new_tokens, room), eos_tokens(model, tokenizer)
+    if args.plain:
+        (ids,) = model.generate([prompt], limit, eos)
+    else:
+        (ids,) = inference.generate(model, [prompt], limit, eos, on_token=show)
+    print(tokenizer.decode(ids)[len(shown) :])
 
 
 def eos_tokens(model, tokenizer):
@@ -214,69 +211,43 @@ def eos_tokens(model, tokenizer):
 
 
 def load_questions(args, tokenizer):
-    """(names of the task's test sets, those of them that are absent, the examples as (set, index, example, prompt ids))."""
-    names, absent, examples = tasks.test_sets(args.task), [], []
+    """(names of the task's test sets, those of them that are absent, questions as (test set, index, example, prompt
+    ids))."""
+    names, absent, questions = tasks.test_sets(args.task), [], []
     for name in names:
-        found = tasks.test_examples(name, args.data_dir)
-        if found is None:
+        examples = tasks.test_examples(name, args.data_dir)
+        if examples is None:
             absent.append(name)
             continue
-        for i, example in enumerate(found[: args.limit]):
+        for i, example in enumerate(examples[: args.limit]):
             if args.score == "likelihood":
                 tasks.options(name, example)  # refuses what is no multiple choice
-            examples.append((name, i, example, tasks.encode_prompt(example, tokenizer)))
-    if not examples:
-        raise FileNotFoundError(f"{args.data_dir} has no test set of {args.task}. To get them: "
-                                f"{tasks.how_to_get(args.data_dir)}")
-    return names, absent, examples
+            questions.append((name, i, example, tasks.encode_prompt(example, tokenizer)))
+    if not questions:
+        advice = tasks.how_to_get(args.data_dir)
+        raise FileNotFoundError(f"{args.data_dir} has no test set of {args.task}. To get them: {advice}")
+    return names, absent, questions
 
 
-def most_likely(model, tokenizer, questions):
-    """The option of highest summed log-probability, as text, for each (set, index, example, prompt ids)."""
-    options = [tasks.options(name, example) for name, _, example, _ in questions]
-    ids = [[tasks.encode_example(example | {"output": option}, tokenizer)[1][:-1] for option in some]  # without the eos
-           for (_, _, example, _), some in zip(questions, options)]
-    scores = model.log_likelihoods([prompt for *_, prompt in questions], ids)
-    return [some[int(np.argmax(score))] for some, score in zip(options, scores)]
+def check_lengths(args, questions, config, tokenizer):
+    """Raise ValueError for a question that leaves no room for its answer."""
+    for name, i, example, prompt in questions:
+        room, answer = args.max_new_tokens, f"--max-new-tokens {args.max_new_tokens}"
+        if args.score == "likelihood":
+            room, answer = len(tokenizer.encode(max(tasks.options(name, example), key=len))), "an answer"
+        if len(prompt) + room > config.context:
+            problem = f"{name}, record {i}: the prompt has {len(prompt)} tokens"
+            raise ValueError(f"{problem}; with {answer} it exceeds the model's {config.limit}")
 
 
-def fingerprint(args, ckpt, dtype):
-    """What an answer depends on beside its question, in twelve characters."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(ckpt.glob("*.safetensors"))]
-    adapter = args.adapter and [(args.adapter / name).read_bytes()
-                                for name in ("adapter_config.json", "adapter_model.safetensors")]
-    limit = args.max_new_tokens if args.score == "generate" else None
-    told = [(ckpt / "config.json").read_bytes(), files, adapter, args.score, limit, dtype]
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
-
-
-def read_predictions(path):
-    """The lines of a predictions.jsonl, but a last one that was cut short, and whatever else is no answer."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            break
-        if isinstance(line, dict) and {"set", "index", "instruction", "answer", "correct"} <= line.keys():
-            lines.append(line)
-    return lines
+def go_on(arguments):
+    """What run_script adds to its line where a run ends before its time."""
+    return "What was scored so far is kept, and not asked again"
 
 
 def run(arguments=None):
     """`main` with these command-line arguments, or the process's own."""
-    try:
-        join_processes()
-        main(parse_args(arguments))
-        gather()  # nobody leaves before all are done
-    except (ValueError, OSError, ImportError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        stop("interrupted", 130)
-    except RuntimeError as error:
-        if not died(error):
-            raise
-        stop("another process has ended, and this one with it", 1)
+    run_script("eval.py", parse_args, main, arguments, go_on)
 
 
 if __name__ == "__main__":

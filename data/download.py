@@ -49,8 +49,9 @@ BLOB_IDS = {
 
 
 def parse_args(arguments=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     p.error = fail
     p.add_argument("task", choices=(*tasks.TRAIN_FILES, "all"), help="whose files to fetch")
     p.add_argument("--dir", type=Path, default=tasks.DATA_DIR, help="where they go")
@@ -126,8 +127,16 @@ def download(url, partial):
             done = 0
         length = response.headers["Content-Length"]
         total = None if length is None else done + int(length)
-        bar = tqdm(total=total, initial=done, desc=f"{partial.parent.name}/{partial.stem}", unit="B", unit_scale=True,
-                   dynamic_ncols=True, disable=None, leave=False)
+        bar = tqdm(
+            total=total,
+            initial=done,
+            desc=f"{partial.parent.name}/{partial.stem}",
+            unit="B",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=None,
+            leave=False,
+        )
         with bar, open(partial, "ab" if done else "wb") as out:
             while chunk := response.read1(1 << 16):  # read would lose the chunk in which the connection breaks
                 bar.update(out.write(chunk))

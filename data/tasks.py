@@ -14,17 +14,30 @@ from data import toy
 TASKS = {
     "toy": ["toy"],
     "arithmetic": ["MultiArith", "gsm8k", "AddSub", "AQuA", "SingleEq", "SVAMP", "mawps"],
-    "commonsense": ["boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "ARC-Easy", "ARC-Challenge", "openbookqa"],
+    "commonsense": [
+        "boolq",
+        "piqa",
+        "social_i_qa",
+        "hellaswag",
+        "winogrande",
+        "ARC-Easy",
+        "ARC-Challenge",
+        "openbookqa",
+    ],
 }
 TRAIN_FILES = {"arithmetic": "math_10k.json", "commonsense": "commonsense_15k.json"}
 TOY_SIZES = {"train": 2300, "test": 300}
 DATA_DIR = "LLM-Adapters"
 
-PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-          "### Instruction:\n{instruction}\n\n### Response:\n")
-PROMPT_WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
-                     "Write a response that appropriately completes the request.\n\n"
-                     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n")
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
 
 
 def prompt_text(example):
@@ -55,7 +68,9 @@ def test_sets(task):
     names = TASKS.get(task) or task.split(",")
     for name in names:
         if name not in every:
-            raise ValueError(f"unknown task {name!r}: choose from {', '.join(TASKS)}, or test sets of {', '.join(every)}")
+            raise ValueError(
+                f"unknown task {name!r}: choose from {', '.join(TASKS)}, or test sets of {', '.join(every)}"
+            )
     return list(dict.fromkeys(names))
 
 
@@ -72,8 +87,10 @@ def train_examples(task, data_dir, train_file=None):
     if task == "toy":
         return toy.examples("train", TOY_SIZES["train"])
     if task not in TRAIN_FILES:
-        raise ValueError(f"task {task!r} has no training file of its own: give one with --train-file, "
-                         f"or choose from toy, {', '.join(TRAIN_FILES)}")
+        raise ValueError(
+            f"task {task!r} has no training file of its own: give one with --train-file, "
+            f"or choose from toy, {', '.join(TRAIN_FILES)}"
+        )
     file = Path(data_dir) / "ft-training_set" / TRAIN_FILES[task]
     if not file.is_file():
         raise FileNotFoundError(f"{file} is absent. To get it: {how_to_get(data_dir)}")
@@ -92,7 +109,9 @@ def test_examples(name, data_dir):
         answer = example["answer"]
         try:
             choice = name in CHOICES or name == "AQuA"
-            possible = extract_answer(name, answer) == answer if choice else math.isfinite(float(answer.replace(",", "")))
+            possible = (
+                extract_answer(name, answer) == answer if choice else math.isfinite(float(answer.replace(",", "")))
+            )
         except ValueError:
             possible = False
         if not possible:
@@ -105,8 +124,9 @@ PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answ
 
 
 def load_examples(file, needed=("instruction", "output")):
-    """The examples in a JSON array, or in JSON Lines, as dicts of text: "instruction", "input", "output", "answer", of which
-    each has `needed`; a question and its response may go by any names in PAIRS. Raises ValueError naming file and record."""
+    """The examples in a JSON array, or in JSON Lines, as dicts of text: "instruction", "input", "output", "answer", of
+    which each has `needed`; a question and its response may go by any names in PAIRS. Raises ValueError naming file and
+    record."""
     examples = []
     for place, record in read_records(file):
         if not isinstance(record, dict):
@@ -121,7 +141,9 @@ def load_examples(file, needed=("instruction", "output")):
             if not isinstance(record.get(name, ""), str):
                 raise ValueError(f"{place}: the field {name!r} is not text but {record[name]!r:.50}")
             if not is_unicode(record.get(name, "")):
-                raise ValueError(f"{place}: the field {name!r} holds half a character, which cannot be encoded: mend it")
+                raise ValueError(
+                    f"{place}: the field {name!r} holds half a character, which cannot be encoded: mend it"
+                )
         examples.append(record | {field: record[name] for field, name in names.items() if name in record})
     if not examples:
         raise ValueError(f"{file} must hold at least one example: a JSON array of them, or one a line")
@@ -157,7 +179,12 @@ def is_unicode(text):
     return True
 
 
-CHOICES = {"boolq": r"\b(?:true|false)\b", "piqa": r"solution[12]", "hellaswag": r"ending[1-4]", "winogrande": r"option[12]"}
+CHOICES = {
+    "boolq": r"\b(?:true|false)\b",
+    "piqa": r"solution[12]",
+    "hellaswag": r"ending[1-4]",
+    "winogrande": r"option[12]",
+}
 CHOICES |= dict.fromkeys(("social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookqa"), r"answer[1-5]")
 
 
@@ -204,8 +231,8 @@ def options(name, example):
 
 
 def wilson_interval(right, count):
-    """(low, high): the 95 % score interval of a proportion of which `right` in `count` is a sample (Wilson, 1927, "Probable
-    inference, the law of succession, and statistical inference").
+    """(low, high): the 95 % score interval of a proportion of which `right` in `count` is a sample (Wilson, 1927,
+    "Probable inference, the law of succession, and statistical inference").
 
     With n = count, p = right/n and z the normal quantile 1.96, the q for which |p - q| <= z sqrt(q (1 - q)/n):
 

@@ -30,8 +30,10 @@ def load_tokenizer(ckpt):
         raise FileNotFoundError(f"{directory} has no tokenizer.model and no tokenizer.json: download the model's own")
     rows = settings.get("vocab_size")
     if type(rows) is int and 0 < rows < tokenizer.vocab_size:
-        raise ValueError(f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: "
-                         "download the model's own")
+        raise ValueError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {rows}: "
+            "download the model's own"
+        )
     if type(tokenizer.eos_id) is not int or not 0 <= tokenizer.eos_id < tokenizer.vocab_size:
         raise ValueError(f"{directory}: {tokenizer.eos_id!r} is no end-of-sequence token: mend tokenizer_config.json")
     return tokenizer
@@ -39,10 +41,10 @@ def load_tokenizer(ckpt):
 
 class SentencePieceTokenizer:
     """LLaMA 1 and 2, Mistral: a space is put before a text that does not begin with one, bytes stand in for unknown
-    characters. These are the ids that transformers 5 gives; SentencePiece alone would put a second space before the first."""
+    characters. These are the ids that transformers 5 gives; SentencePiece alone would put a second space there."""
 
     def __init__(self, file, settings):
-        # One more protobuf field after the others overrides what the model says: normalizer_spec { add_dummy_prefix: false }.
+        # One more protobuf field after the others overrides the model's: normalizer_spec { add_dummy_prefix: false }.
         no_prefix = b"\x1a\x02\x18\x00"
         proto = file.read_bytes()
         try:
@@ -75,7 +77,9 @@ class JsonTokenizer:
         try:
             self.model = Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
-            raise ValueError(f"{file} is no tokenizer that the package tokenizers reads ({error}): download it again") from None
+            raise ValueError(
+                f"{file} is no tokenizer that the package tokenizers reads ({error}): download it again"
+            ) from None
         self.model.encode_special_tokens = True  # "</s>" in somebody's text is four characters
         self.model.no_truncation()
         self.model.no_padding()
@@ -88,7 +92,9 @@ class JsonTokenizer:
         if isinstance(self.eos_id, list):
             self.eos_id = next(iter(self.eos_id), None)
         if self.eos_id is None:
-            raise ValueError(f"{file.parent}: neither tokenizer_config.json nor config.json names an end-of-sequence token")
+            raise ValueError(
+                f"{file.parent}: neither tokenizer_config.json nor config.json names an end-of-sequence token"
+            )
 
     def encode(self, text):
         return self.model.encode(text, add_special_tokens=False).ids

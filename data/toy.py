@@ -14,11 +14,15 @@ import random
 import sys
 import zlib
 
-GIRLS = "Anna Clara Ella Emma Eva Fiona Grace Hanna Ida Julia Kate Laura Lily Lucy Maria Mia Nina Olga Rosa Sara".split()
+GIRLS = (
+    "Anna Clara Ella Emma Eva Fiona Grace Hanna Ida Julia Kate Laura Lily Lucy Maria Mia Nina Olga Rosa Sara".split()
+)
 BOYS = "Adam Alex Ben Carl David Eric Felix Frank George Hugo Ivan Jack Leo Liam Mark Max Noah Oscar Paul Tom".split()
-ITEMS = ("apples balls beads books bottles cakes candles cards coins cookies cups eggs flowers grapes hats kites lemons "
-         "marbles nuts oranges pears pencils pens plums potatoes ribbons rings seeds shells stamps stickers stones "
-         "tickets tomatoes toys").split()
+ITEMS = (
+    "apples balls beads books bottles cakes candles cards coins cookies cups eggs flowers grapes hats kites lemons "
+    "marbles nuts oranges pears pencils pens plums potatoes ribbons rings seeds shells stamps stickers stones "
+    "tickets tomatoes toys"
+).split()
 BOXES = "bags baskets bowls boxes crates drawers jars nets rows sacks shelves trays".split()
 GAINS = "buys finds gets wins collects".split()
 LOSSES = "loses sells eats breaks throws".split()
@@ -74,7 +78,7 @@ def problem(rng):
 
 
 def split_of(key):
-    """"train" or "test", for ever the same for the same key."""
+    """ "train" or "test", for ever the same for the same key."""
     return "test" if zlib.crc32(repr(key).encode()) % 10 == 0 else "train"
 
 

@@ -1,52 +1,68 @@
-"""Owns where a checkpoint lies and what it runs on: names of models, Hugging Face's cache, device and dtype.
-It makes possible `--ckpt llama2-7b`, and a line that says how to download what is absent.
-Without it: Llama.from_pretrained(directory, device, dtype) with the directory's own path.
+"""Owns where a checkpoint lies, what is wrong with it, and what it runs on: names, Hugging Face's cache, device, dtype.
+It makes possible `--ckpt llama2-7b`, and one line on what to download or fix where something is absent or broken.
+Without it: Llama.from_pretrained(directory, device, dtype) with the directory's own path; a mistake is a traceback.
 """
 
+import json
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from extras.distributed import processes
-from model import Operators
+from model import Llama, LlamaConfig
 
 HERE = Path(__file__).resolve().parent.parent
 
 NAMES = {  # short names of repositories on the Hugging Face Hub
-    "llama2-7b": "meta-llama/Llama-2-7b-hf", "llama2-13b": "meta-llama/Llama-2-13b-hf",
-    "llama3-8b": "meta-llama/Meta-Llama-3-8B", "llama3.2-1b": "meta-llama/Llama-3.2-1B",
-    "llama3.2-3b": "meta-llama/Llama-3.2-3B", "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
-    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M", "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
-    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B", "mistral-7b": "mistralai/Mistral-7B-v0.3",
-    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "llama2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama3-8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama3.2-3b": "meta-llama/Llama-3.2-3B",
+    "tinyllama": "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "smollm2-360m": "HuggingFaceTB/SmolLM2-360M",
+    "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B",
+    "mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
 }
 
 
 def find_checkpoint(ckpt):
-    """The directory that `ckpt` names: itself, `checkpoints/<ckpt>`, the bundled `data/<ckpt>`, or what Hugging Face's cache
-    holds of the repository `ckpt`, which is an org/name or a key of NAMES. Raises FileNotFoundError saying how to get it."""
+    """The directory that `ckpt` names: itself, `checkpoints/<ckpt>`, the bundled `data/<ckpt>`, or what Hugging Face's
+    cache holds of the repository `ckpt`, an org/name or a key of NAMES. Raises FileNotFoundError with how to get it."""
     for directory in (Path(ckpt), Path("checkpoints") / ckpt, HERE / "data" / ckpt):
         if (directory / "config.json").is_file():
             return directory
     if Path(ckpt).is_dir():
-        raise FileNotFoundError(f"the directory {str(ckpt)!r} has no config.json: give that of a Hugging Face checkpoint")
+        raise FileNotFoundError(
+            f"the directory {str(ckpt)!r} has no config.json: give that of a Hugging Face checkpoint"
+        )
     repository = NAMES.get(str(ckpt), str(ckpt))
     absent = f"no checkpoint {str(ckpt)!r}: neither a directory of that name nor checkpoints/{ckpt}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise FileNotFoundError(f"{absent}; the names known are tiny, {', '.join(NAMES)}, and any org/name on the Hugging Face Hub")
+        raise FileNotFoundError(
+            f"{absent}; the names known are tiny, {', '.join(NAMES)}, and any org/name on the Hugging Face Hub"
+        )
     cache = hub_cache() / ("models--" + repository.replace("/", "--"))
     head = cache / "refs" / "main"
     # Of what the file says the last part alone: it shall lead nowhere else.
     directory = cache / "snapshots" / Path(head.read_text(errors="replace").strip()).name if head.is_file() else cache
     if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
         return directory
-    raise FileNotFoundError(f"{absent}, and Hugging Face's cache {hub_cache()} does not hold {repository}. To download it (hf comes "
-                            f"with pip install huggingface_hub): hf download {repository} --include '*.json' "
-                            f"--include 'tokenizer*' --include 'model*.safetensors'")
+    raise FileNotFoundError(
+        f"{absent}, and Hugging Face's cache {hub_cache()} does not hold {repository}. To download it (hf comes "
+        f"with pip install huggingface_hub): hf download {repository} --include '*.json' "
+        f"--include 'tokenizer*' --include 'model*.safetensors'"
+    )
 
 
 def hub_cache():
@@ -57,9 +73,16 @@ def hub_cache():
 
 
 def copy_companions(source, directory):
-    """Copy what makes a checkpoint directory complete beside config and weights: the tokenizer, the generation config."""
-    for pattern in ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*",
-                    "generation_config.json"):
+    """Copy what a checkpoint directory holds beside config and weights: the tokenizer, the generation config."""
+    for pattern in (
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template*",
+        "generation_config.json",
+    ):
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, directory / file.name)
@@ -82,11 +105,194 @@ def choose_device_and_dtype(device="auto", dtype="auto"):
     device = torch.device(device)
     if dtype != "auto":
         return device, getattr(torch, dtype)
-    return device, torch.bfloat16 if Operators.computes_bfloat16(device) else torch.float32
+    return device, torch.bfloat16 if computes_bfloat16(device) else torch.float32
+
+
+def computes_bfloat16(device):
+    """Whether a device has instructions for bfloat16. Where it has none PyTorch computes it in software, slowly."""
+    if device.type == "cpu":
+        names = "_is_avx512_bf16_supported", "_is_amx_tile_supported"
+        return any(getattr(torch.cpu, name)() for name in names if hasattr(torch.cpu, name))
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def say_if_bfloat16_is_slow(device, dtype):
     """A line for who has asked for bfloat16 where it is computed in software."""
-    if dtype == torch.bfloat16 and not Operators.computes_bfloat16(device) and processes()[0] == 0:
+    if dtype == torch.bfloat16 and not computes_bfloat16(device) and processes()[0] == 0:
         name = "processor" if device.type == "cpu" else "device"
         print(f"this {name} computes bfloat16 in software, slowly: --dtype float32 is faster here", file=sys.stderr)
+
+
+# --- loading, with a line for the user where something is wrong ---
+
+
+def load_model(ckpt, device="cpu", dtype=None, mapped=False):
+    """Llama.from_pretrained of a checkpoint directory. Raises ValueError or OSError with a line for the user.
+
+    mapped: the weights stay in their files, as stored; they take memory as they are read."""
+    config = check_config(ckpt)
+    with torch.device("meta"):
+        model = Llama(config)
+    table = tensor_table(ckpt, model)
+    if not mapped:
+        model = Llama.from_pretrained(ckpt, device, dtype)
+    for name in table if mapped else ():
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, nn.Parameter(read_tensor(table, name)))
+    if mapped and config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    # In Hugging Face's cache a checkpoint is models--org--name/snapshots/<commit>.
+    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+$", Path(ckpt).as_posix())
+    model.name_or_path = "/".join(cached.groups()) if cached else str(ckpt)
+    return model.eval()
+
+
+# What config.json may say: name -> the largest whole number; beyond, even a model without memory cannot be made.
+WHOLE_NUMBERS = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), 2**24)
+WHOLE_NUMBERS |= {"num_hidden_layers": 2**10, "max_position_embeddings": 2**24}
+OPTIONAL_WHOLE_NUMBERS = dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"), 2**24)
+
+
+def check_config(directory):
+    """LlamaConfig.from_file, with each value looked at first. Raises ValueError naming the file and the field."""
+    path = Path(directory) / "config.json"
+    raw = read_json(path)
+    generation = read_json(path.with_name("generation_config.json"), missing={})
+    try:
+        for name, largest in (WHOLE_NUMBERS | OPTIONAL_WHOLE_NUMBERS).items():
+            value = raw.get(name, 1)
+            optional = name in OPTIONAL_WHOLE_NUMBERS and value is None
+            if not optional and (type(value) is not int or not 1 <= value <= largest):
+                raise ValueError(f"{name} must be a whole number from 1 to {largest:,}, not {value!r}")
+        if raw.get("num_attention_heads", 1) * (raw.get("head_dim") or 1) > 2**24:
+            raise ValueError("num_attention_heads x head_dim is more than 2^24")
+        for name in ("architectures", "layer_types"):
+            if not isinstance(raw.get(name), list | None):
+                raise ValueError(f"{name} must be a list, not {raw[name]!r}")
+        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+            if raw.get(name) not in (True, False, None):
+                raise ValueError(f"{name} must be true or false, not {raw[name]!r}")
+        eos = raw.get("eos_token_id") if generation.get("eos_token_id") is None else generation["eos_token_id"]
+        if any(token is not None and type(token) is not int for token in (eos if isinstance(eos, list) else [eos])):
+            where = "eos_token_id, here or in generation_config.json,"
+            raise ValueError(f"{where} must be a token id or a list of them, not {eos!r}")
+        if not isinstance(raw.get("model_type", ""), str):
+            raise ValueError(f"model_type {raw['model_type']!r} is not implemented")
+        check_positive("rms_norm_eps", raw.get("rms_norm_eps", 1.0))
+        check_rope(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return LlamaConfig.from_file(directory)
+
+
+def check_rope(raw):
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling must be an object, not {rope!r}")
+    check_positive("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 1.0)))
+    numbers = {"linear": ["factor"]}
+    numbers["llama3"] = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    for name in numbers.get(str(rope.get("rope_type", rope.get("type"))), ()):
+        check_positive(f"rope_scaling's {name}", rope.get(name))
+    low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", 1)
+    if low >= high:
+        raise ValueError(f"rope_scaling's low_freq_factor {low} is not below its high_freq_factor {high}")
+
+
+def check_positive(name, value):
+    if type(value) not in (int, float) or not 0 < value < 1e38:  # within float32
+        raise ValueError(f"{name} must be a positive number, not {value!r}")
+
+
+class Stored(NamedTuple):
+    file: Path
+    shape: tuple
+    dtype: str  # as safetensors names it: BF16
+
+
+def tensor_table(directory, model):
+    """name -> Stored of every parameter of the model, which may be on the meta device, from the headers of the files in
+    a checkpoint directory. Raises ValueError or OSError, naming the first tensors that do not fit."""
+    needed = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied one once
+    stored = {
+        name: entry
+        for name, entry in stored_tensors(directory).items()
+        if not name.endswith("rotary_emb.inv_freq") and (name in needed or name != "lm_head.weight")
+    }
+    problems = [f"missing {name}" for name in needed if name not in stored]
+    problems += [f"unexpected {name}" for name in stored if name not in needed]
+    for name in (name for name in needed if name in stored):
+        if stored[name].shape != needed[name]:
+            found = f"{name} has shape {list(stored[name].shape)}"
+            problems.append(f"{found}, config.json says {list(needed[name])}")
+        if stored[name].dtype not in ("F16", "BF16", "F32", "F64"):
+            problems.append(f"{name} is stored as {stored[name].dtype}, not as a float of 16, 32 or 64 bits")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        message = f"{directory}: the tensors do not fit the config: {'; '.join(problems[:5])}{more}"
+        raise ValueError(f"{message}. Download both again, of one model")
+    return stored
+
+
+def read_tensor(table, name):
+    """A tensor of a checkpoint, mapped from its file: what is read of it goes when the tensor goes."""
+    with safe_open(table[name].file, framework="pt") as file:
+        return file.get_tensor(name)
+
+
+def stored_tensors(directory):
+    """name -> Stored of every tensor in a checkpoint directory."""
+    table = {}
+    for file in checkpoint_files(Path(directory)):
+        try:
+            open(file, "rb").close()  # which says why where it cannot: safe_open calls it absent
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    if name in table:
+                        both = f"{name} is in {table[name].file} and in {file.name}"
+                        raise ValueError(f"{both}: download the checkpoint again")
+                    entry = tensors.get_slice(name)
+                    table[name] = Stored(file, tuple(entry.get_shape()), entry.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file ({error}): download it again") from None
+    return table
+
+
+def checkpoint_files(directory):
+    """The safetensors files of a checkpoint directory. Raises ValueError or OSError saying what else lies there."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
+        if pickled:
+            problem = f"{directory} holds only pickled weights ({pickled[0]}), which can run code when they are loaded"
+            raise ValueError(f"{problem}: download or convert to model.safetensors")
+        names = f"no {single.name} and no {index.name}"
+        raise FileNotFoundError(f"{directory} has {names}: download them")
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to file names: download it again")
+    files = [directory / file for file in sorted(set(weight_map.values()))]
+    for file in files:
+        if file.parent != directory or file.name in ("", ".", ".."):
+            problem = f"{index} names a file outside its directory, {file}"
+            raise ValueError(f"{problem}: download the checkpoint again")
+        if not file.is_file():
+            raise FileNotFoundError(f"{index} names {file.name}, which is absent: download it")
+    return files
+
+
+def read_json(path, missing=None):
+    """The JSON object in a file. Raises ValueError naming the file; an absent file is `missing`, if that is given."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if missing is None:
+            raise
+        return missing
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a thousand brackets
+        raise ValueError(f"{path} is not a JSON file ({error}): fix or download it") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object: fix or download it")
+    return value

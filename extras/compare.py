@@ -7,14 +7,14 @@ Without it one reads args.json, summary.json, results.json and losses.json of ea
 
 from pathlib import Path
 
-from extras.runs import command_parser, run_command
-from model import read_json
+from extras.checkpoints import read_json
+from extras.commands import command_parser, run_command
 
 ABSENT = "–"
 
 
 def row_of(run):
-    """Column -> cell for what a run directory holds. Raises ValueError or FileNotFoundError with a line for the user."""
+    """Column -> cell for what a run directory holds. Raises ValueError or OSError with a line for the user."""
     held = {name: read_json(run / f"{name}.json", missing={}) for name in ("args", "summary", "results", "losses")}
     if not any(held.values()):
         raise FileNotFoundError(f"{run} is no run directory: it has no args.json, results.json or losses.json")
@@ -22,7 +22,10 @@ def row_of(run):
     if "scores" in results and "counts" not in results:
         raise ValueError(f"{run / 'results.json'} has no counts: run eval.py on it again")
     settings = ("targets", "rank", "alpha", "low_freq_ratio", "pairs", "k_ratio", "lr")
-    method = [options.get("method", "base"), *(f"{name.replace('_', ' ')} {options[name]}" for name in settings if name in options)]
+    method = [
+        options.get("method", "base"),
+        *(f"{name.replace('_', ' ')} {options[name]}" for name in settings if name in options),
+    ]
     row = {"run": run.name, "method": ", ".join(method)}
     if summary:
         row["trainable"] = f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})"
@@ -49,7 +52,9 @@ def main(args):
 
 def run(arguments=None):
     parser = command_parser("compare", __doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory, as train.py and eval.py leave it")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, as train.py and eval.py leave it"
+    )
     run_command("compare", main, parser.parse_args(arguments))
 
 

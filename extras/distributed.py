@@ -1,4 +1,4 @@
-"""Owns the processes that torchrun starts: what each computes, how gradients are summed, how all end when one does; FSDP2.
+"""Owns the processes that torchrun starts: what each computes, how gradients are summed, how all end with one; FSDP2.
 It makes possible a run on several devices or machines, and a model larger than one of them.
 Without it: one process, of which this file says that it is all there is.
 """
@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from datetime import timedelta
+from itertools import chain, islice
 
 import torch
 
@@ -27,9 +28,9 @@ def join_processes():
 
 
 def gather(value=None, problem=None):
-    """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come. If one
-    comes with a problem instead, (script, what is wrong), all end, exit status 2: the first prints it, and what others alone
-    have found."""
+    """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come.
+    If one comes with a problem instead, (script, what is wrong), all end, exit status 2: the first prints it, and what
+    others alone have found."""
     gathered = [(value, problem)] * processes()[1]
     if len(gathered) > 1:
         torch.distributed.all_gather_object(gathered, (value, problem))
@@ -42,23 +43,39 @@ def gather(value=None, problem=None):
     sys.exit(2)
 
 
+def gather_rounds(items, per_round, num_rounds):
+    """Yield num_rounds lists of what the iterators of all processes give, up to per_round items of each in a list."""
+    for _ in range(num_rounds):
+        yield list(chain(*gather(list(islice(items, per_round)))))
+
+
 def died(error):
-    """Whether a RuntimeError says that another process has ended, or no longer answers: gloo's has no class of its own."""
+    """Whether a RuntimeError says that another process has ended or no longer answers: gloo's has no own class."""
     return processes()[1] > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError))
 
 
 def by_the_first(save):
     """Have the first process do it, and the others wait until it is done."""
+
     def saving_once(*arguments):
         if processes()[0] == 0:
             save(*arguments)
         gather()
+
     return saving_once
 
 
+def gradient_group(device):
+    """The processes as a group in which one that is silent for 50 seconds is taken for dead; None for one alone."""
+    if processes()[1] == 1:
+        return None
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    return torch.distributed.new_group(backend=backend, timeout=timedelta(seconds=50))
+
+
 def own_micro_batches(examples, size):
-    """What of these examples this process computes, in micro-batches of at most `size`. All processes have as many, since those
-    of a sharded model compute in step: where examples are too few for that, the last is empty."""
+    """What of these examples this process computes, in micro-batches of at most `size`. All processes have as many,
+    since those of a sharded model compute in step: where examples are too few for that, the last is empty."""
     rank, world = processes()
     rounds = math.ceil(len(examples) / (size * world))
     size = math.ceil(len(examples) / (rounds * world))
@@ -67,8 +84,8 @@ def own_micro_batches(examples, size):
 
 
 def all_reduce_gradients(process_group, model, *numbers):
-    """Add up the gradients of all processes, each process's own being replaced, and some numbers, which are returned: in one
-    message of float32."""
+    """Add up the gradients of all processes, in place, and some numbers, which are returned: in one message of
+    float32."""
     if process_group is None:
         return numbers
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -81,15 +98,19 @@ def all_reduce_gradients(process_group, model, *numbers):
 
 
 def shard(model, process_group, device, dtype):
-    """Leave each process some rows of every frozen weight (FSDP2). A layer's weights are brought together while it computes,
-    those of the embedding and lm_head from the forward to the backward pass. Adapters and norms, which are small, all have."""
+    """Leave each process some rows of every frozen weight (FSDP2). A layer's weights are brought together while it
+    computes, those of the embedding and lm_head from the forward to the backward pass. Adapters and norms, which are
+    small, all have."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor
 
     mesh = DeviceMesh.from_group(process_group, device.type)
-    kept = {p: torch.float32 if p.requires_grad else dtype for name, p in model.named_parameters()
-            if p.requires_grad or "norm" in name}
+    kept = {
+        p: torch.float32 if p.requires_grad else dtype
+        for name, p in model.named_parameters()
+        if p.requires_grad or "norm" in name
+    }
     for parameter, its_dtype in kept.items():
         parameter.data = parameter.data.to(device, its_dtype, copy=True)
     for module in (*model.model.layers, model):

@@ -16,9 +16,8 @@ import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
 from extras import peft_methods
-from extras.checkpoints import choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
-from extras.runs import add_model_arguments, command_parser, run_command
-from model import Llama
+from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, say_if_bfloat16_is_slow
+from extras.commands import add_model_arguments, command_parser, run_command
 
 
 def load_prompts(args, tokenizer):
@@ -30,14 +29,16 @@ def load_prompts(args, tokenizer):
             if len(prompts) == args.limit:
                 return prompts
     if not prompts:
-        raise FileNotFoundError(f"{args.data_dir} has no test set of {args.task}. To get them: {tasks.how_to_get(args.data_dir)}")
+        raise FileNotFoundError(
+            f"{args.data_dir} has no test set of {args.task}. To get them: {tasks.how_to_get(args.data_dir)}"
+        )
     return prompts
 
 
 @torch.inference_mode()
 def mean_norms(model, prompts):
-    """name -> [L, d], q and k: the L2 norm over the tokens of a prompt of each dimension before the rotation, averaged over prompts
-    and heads."""
+    """name -> [L, d], q and k: the L2 norm over the tokens of a prompt of each dimension before the rotation, averaged
+    over prompts and heads."""
     norms = {"q": [], "k": []}  # of every prompt and layer in turn, [d]
 
     def record(name):
@@ -48,7 +49,9 @@ def mean_norms(model, prompts):
         return hook
 
     hooks = [
-        layer.self_attn.get_submodule(f"{name}_proj").register_forward_hook(record(name)) for layer in model.model.layers for name in norms
+        layer.self_attn.get_submodule(f"{name}_proj").register_forward_hook(record(name))
+        for layer in model.model.layers
+        for name in norms
     ]
     for prompt in tqdm(prompts, unit="example", leave=False):
         model.hidden_states(torch.tensor([prompt], device=model.device))
@@ -92,7 +95,7 @@ def main(args):
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     prompts = load_prompts(args, load_tokenizer(ckpt))
-    model = Llama.from_pretrained(ckpt, device, dtype)
+    model = load_model(ckpt, device, dtype)
     if (longest := max(map(len, prompts))) > model.config.context:
         raise ValueError(f"{args.task}: a prompt has {longest} tokens, more than the model's {model.config.limit}")
     if args.adapter:
@@ -101,7 +104,10 @@ def main(args):
     means, first_low = mean_norms(model, prompts), first_low_frequency_pair(model)
     half = model.config.head_dim // 2
     quarters = np.array_split(np.sqrt(means["q"][:, :half] ** 2 + means["q"][:, half:] ** 2).mean(0), 4)
-    print("mean norm of Q by quarter of the pairs, high to low frequency: " + ", ".join(f"{part.mean():.1f}" for part in quarters))
+    print(
+        "mean norm of Q by quarter of the pairs, high to low frequency: "
+        + ", ".join(f"{part.mean():.1f}" for part in quarters)
+    )
     numbers = args.png.with_suffix(".npz")
     args.png.parent.mkdir(parents=True, exist_ok=True)
     np.savez(numbers, first_low_frequency_pair=first_low, **means)
@@ -115,7 +121,11 @@ def run(arguments=None):
     add_model_arguments(parser)
     parser.add_argument("--task", default="toy", help="whose test examples are the prompts (default: toy)")
     parser.add_argument("--limit", type=int, default=8, help="how many of them (default: 8)")
-    parser.add_argument("--data-dir", default=tasks.DATA_DIR, help=f"directory laid out as LLM-Adapters' repository (default: {tasks.DATA_DIR})")
+    parser.add_argument(
+        "--data-dir",
+        default=tasks.DATA_DIR,
+        help=f"directory laid out as LLM-Adapters' repository (default: {tasks.DATA_DIR})",
+    )
     args = parser.parse_args(arguments)
     if args.limit < 1:
         parser.error(f"--limit must be at least 1, not {args.limit}")

@@ -14,15 +14,15 @@ from tqdm import tqdm
 from data import tasks
 from data.tokenizer import load_tokenizer
 from extras import peft_methods
-from extras.checkpoints import choose_device_and_dtype, find_checkpoint, say_if_bfloat16_is_slow
-from extras.runs import add_model_arguments, command_parser, run_command, write_whole
-from model import Llama, read_json
+from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, read_json, say_if_bfloat16_is_slow
+from extras.commands import add_model_arguments, command_parser, run_command
+from extras.runs import write_whole
 
 PIECE = 256  # tokens
 
 
 def load_texts(file, tokenizer, limit):
-    """A file as (ids that are given, ids that are predicted) pairs: the examples of a .json or .jsonl, else the text in pieces."""
+    """A file as pairs (context ids, ids to predict): the examples of a .json or .jsonl, else the text in pieces."""
     if file.suffix in (".json", ".jsonl"):
         return [tasks.encode_example(example, tokenizer) for example in tasks.load_examples(file)[:limit]]
     try:
@@ -53,11 +53,13 @@ def main(args):
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
     texts = {file: load_texts(file, tokenizer, args.limit) for file in args.files}
-    model = Llama.from_pretrained(ckpt, device, dtype)
+    model = load_model(ckpt, device, dtype)
     for file, pairs in texts.items():
         for i, (given, predicted) in enumerate(pairs):
             if (count := len(given) + len(predicted) - 1) > model.config.context:
-                raise ValueError(f"{file}, part {i}: {count} tokens exceed the model's {model.config.limit}: leave it out")
+                raise ValueError(
+                    f"{file}, part {i}: {count} tokens exceed the model's {model.config.limit}: leave it out"
+                )
     if args.adapter:
         peft_methods.load_adapter(model, args.adapter)
     say_if_bfloat16_is_slow(device, dtype)
@@ -73,7 +75,9 @@ def main(args):
 
 def run(arguments=None):
     parser = command_parser("forgetting", __doc__)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help=".json or .jsonl of training examples, or any other text")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help=".json or .jsonl of training examples, or any other text"
+    )
     add_model_arguments(parser)
     parser.add_argument("--limit", type=int, help="only the first so many examples or pieces of each file")
     parser.add_argument("--out", help="where losses.json goes (default: the adapter's directory, or runs/<ckpt>-base)")

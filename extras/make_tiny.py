@@ -1,4 +1,4 @@
-"""Owns how the bundled checkpoint `data/tiny` was made: a SentencePiece tokenizer and a LLaMA of 2.3 million parameters.
+"""Owns how the bundled checkpoint `data/tiny` was made: a SentencePiece tokenizer, a LLaMA of 2.3 million parameters.
 It makes possible a first command that needs no download.
 Without it: any other checkpoint.
 
@@ -19,7 +19,7 @@ import sentencepiece
 import torch
 
 from data import toy
-from extras.runs import command_parser, run_command
+from extras.commands import command_parser, run_command
 from model import Llama, LlamaConfig
 
 CONTEXT, ROWS = 256, 16  # tokens a training row, rows a step
@@ -42,24 +42,35 @@ def sums(rng):
     for _ in range(rng.randint(2, 6)):
         a, b, m, n = rng.randint(1, 60), rng.randint(1, 30), rng.randint(2, 12), rng.randint(2, 9)
         a, b = max(a, b), min(a, b)
-        lines.append(rng.choice([f"{a} + {b} = {a + b}.", f"{b} + {a} = {a + b}.", f"{a} - {b} = {a - b}.",
-                                 f"{m} x {n} = {m * n}.", f"{m * n} / {n} = {m}."]))
+        lines.append(
+            rng.choice(
+                [
+                    f"{a} + {b} = {a + b}.",
+                    f"{b} + {a} = {a + b}.",
+                    f"{a} - {b} = {a - b}.",
+                    f"{m} x {n} = {m * n}.",
+                    f"{m * n} / {n} = {m}.",
+                ]
+            )
+        )
     return " ".join(lines)
 
 
 def note(rng):
     """A note that uses the words of letters and lists, so that the tokenizer and the model have met them."""
     name, other, item, count = rng.choice(toy.GIRLS), rng.choice(toy.BOYS), rng.choice(toy.ITEMS), rng.randint(2, 60)
-    return rng.choice([
-        f"Below is a list that describes {count} {item}.",
-        f"{name} has a task: write a note that describes {count} {item} to {other}.",
-        f"{other} writes: the request is for {count} {item}. {name} completes the request appropriately.",
-        f"An instruction for {name} and {other}: count the {item}. The response is {count}.",
-        f"The instruction below is for {other}. It describes a request for {count} {item}.",
-        f"# {item.capitalize()}\n{name} has an answer to the request: {count} {item}.",
-        f"## {name} and {other}\nThe answer that completes the list is {count}.",
-        f"{name}: Instruction and request.\n### {other}: Response. Write that the task is complete.",
-    ])
+    return rng.choice(
+        [
+            f"Below is a list that describes {count} {item}.",
+            f"{name} has a task: write a note that describes {count} {item} to {other}.",
+            f"{other} writes: the request is for {count} {item}. {name} completes the request appropriately.",
+            f"An instruction for {name} and {other}: count the {item}. The response is {count}.",
+            f"The instruction below is for {other}. It describes a request for {count} {item}.",
+            f"# {item.capitalize()}\n{name} has an answer to the request: {count} {item}.",
+            f"## {name} and {other}\nThe answer that completes the list is {count}.",
+            f"{name}: Instruction and request.\n### {other}: Response. Write that the task is complete.",
+        ]
+    )
 
 
 def document(rng):
@@ -72,10 +83,22 @@ def train_tokenizer(rng):
     lines = (line for _ in range(20000) for line in document(rng).split("\n") if line)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=1024, split_digits=True,
-        byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        sentence_iterator=lines,
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=1024,
+        split_digits=True,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
         required_chars="#:?!,.'\"$%&()*;<>[]{}@_/=+-0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz",
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
     return model.getvalue()
 
 
@@ -94,10 +117,21 @@ def main(args):
     (args.out / "tokenizer.model").write_bytes(train_tokenizer(rng))
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(args.out / "tokenizer.model"))
 
-    model = Llama(LlamaConfig(
-        vocab_size=tokenizer.vocab_size(), hidden_size=192, intermediate_size=448, num_hidden_layers=6,
-        num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=1024, rms_norm_eps=1e-5,
-        tie_word_embeddings=True, bos_token_id=1, eos_token_id=2))
+    model = Llama(
+        LlamaConfig(
+            vocab_size=tokenizer.vocab_size(),
+            hidden_size=192,
+            intermediate_size=448,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    )
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     start, step, tokens = time.monotonic(), 0, 0
@@ -113,8 +147,11 @@ def main(args):
         optimizer.zero_grad(set_to_none=True)
         step, tokens = step + 1, tokens + ROWS * CONTEXT
         if step % 100 == 0:
-            print(f"step {step}  {tokens:,} tokens  loss {loss.item():.4f}  lr {lr:.1e}  "
-                  f"{tokens / (time.monotonic() - start):,.0f} tokens/s", flush=True)
+            print(
+                f"step {step}  {tokens:,} tokens  loss {loss.item():.4f}  lr {lr:.1e}  "
+                f"{tokens / (time.monotonic() - start):,.0f} tokens/s",
+                flush=True,
+            )
     model.to(torch.bfloat16).save_pretrained(args.out)
 
 

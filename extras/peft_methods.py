@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors import SafetensorError, safe_open
 
 import rosa
+from extras.checkpoints import read_json
 
 
 def save_adapter(model, directory):
@@ -21,11 +22,35 @@ def save_adapter(model, directory):
 
 
 def load_adapter(model, directory):
-    """rosa.load_adapter, for an adapter of any kind; where rosa.py does not know it, PEFT's own code runs it. Returns the model."""
-    known, tensors = rosa.read_adapter(Path(directory))
-    if "peft" in known:
-        return load_peft(model, known["peft"], tensors, directory)
-    return rosa.set_adapter(model, known, tensors, Path(directory))
+    """rosa.load_adapter, for an adapter of any kind; where rosa.py does not know it, PEFT's own code runs it. Returns
+    the model. Raises ValueError, OSError or ImportError with a line for the user."""
+    check_files(Path(directory))
+    arguments, tensors = rosa.read_adapter(directory)
+    if "peft" in arguments:
+        return load_peft(model, arguments["peft"], tensors, directory)
+    return rosa.load_adapter(model, directory)
+
+
+def check_files(directory):
+    """Raise ValueError or OSError unless the directory holds the two files of an adapter, whole."""
+    names = "adapter_config.json", "adapter_model.safetensors"
+    if absent := [name for name in names if not (directory / name).is_file()]:
+        pickled = (directory / "adapter_model.bin").is_file()
+        instead = ", only adapter_model.bin, a pickle, which can run code" if pickled else ""
+        raise FileNotFoundError(f"{directory} is no adapter directory: it has no {absent[0]}{instead}")
+    config, weights = directory / names[0], directory / names[1]
+    if not isinstance(read_json(config).get("peft_type"), str):
+        raise ValueError(f"{config}: the key 'peft_type' is missing: copy the adapter again")
+    try:
+        open(weights, "rb").close()  # which says why where it cannot: safe_open calls it absent
+        with safe_open(weights, framework="pt") as file:
+            metadata = (file.metadata() or {}).get("rosa", "{}")
+        if not isinstance(json.loads(metadata), dict):
+            raise ValueError("no object")
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is not a whole safetensors file ({error}): copy it again") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the metadata of {weights} is not JSON ({error}): copy it again") from None
 
 
 def attach_peft(model, peft_type, options):
@@ -42,8 +67,6 @@ def attach_peft(model, peft_type, options):
         raise ValueError(f"peft {peft.__version__} has no method {peft_type!r}: choose from {', '.join(sorted(known))}")
     try:
         peft.inject_adapter_in_model(known[peft_type](**options), model)
-        if not isinstance(model.lm_head, nn.Linear):
-            raise ValueError("lm_head cannot be adapted, the loss reads its weight itself")
         saved = {tensor.data_ptr() for tensor in peft.get_peft_model_state_dict(model).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and parameter.data_ptr() in saved)
@@ -53,8 +76,10 @@ def attach_peft(model, peft_type, options):
         model.loss(tokens, tokens).backward()  # what cannot run here shall say so now
         model.zero_grad()
     except Exception as error:  # each of its methods raises its own
-        raise ValueError(f"peft:{peft_type} with {options or 'no options'} in {str(model.dtype)[6:]}: "
-                         + " ".join(str(error).split())) from None
+        raise ValueError(
+            f"peft:{peft_type} with {options or 'no options'} in {str(model.dtype)[6:]}: "
+            + " ".join(str(error).split())
+        ) from None
     return model
 
 
@@ -62,8 +87,10 @@ def peft_adapter(model):
     """(config, tensors, metadata) of a PEFT adapter, named as PEFT names them on a transformers model."""
     import peft
 
-    tensors = {f"base_model.model.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-               for name, tensor in peft.get_peft_model_state_dict(model).items()}
+    tensors = {
+        f"base_model.model.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in peft.get_peft_model_state_dict(model).items()
+    }
     config = model.peft_config["default"].to_dict()
     config |= {"inference_mode": True, "base_model_name_or_path": getattr(model, "name_or_path", None)}
     return json.loads(json.dumps(config, default=sorted)), tensors, {"peft": True}  # sorted: some options are sets
@@ -72,7 +99,10 @@ def peft_adapter(model):
 def load_peft(model, config, tensors, directory):
     """Put a saved PEFT adapter into a model, attaching it first if need be."""
     if not hasattr(model, "peft_config"):
-        options = config | {"inference_mode": False, "base_model_name_or_path": None}  # the base's name PEFT would look for
+        options = config | {
+            "inference_mode": False,
+            "base_model_name_or_path": None,
+        }  # the base's name PEFT would look for
         try:
             attach_peft(model, options.pop("peft_type"), options)
         except (ValueError, ImportError) as error:
@@ -80,6 +110,8 @@ def load_peft(model, config, tensors, directory):
     import peft
 
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-    rosa.check_tensors(directory, tensors, {name: tensor.shape for name, tensor in peft.get_peft_model_state_dict(model).items()})
+    rosa.check_tensors(
+        directory, tensors, {name: tensor.shape for name, tensor in peft.get_peft_model_state_dict(model).items()}
+    )
     peft.set_peft_model_state_dict(model, tensors)
     return model

@@ -1,104 +1,297 @@
-"""Owns what a run says and leaves on disk: help, one-line errors, atomic files, logs, the state to resume from, signals.
+"""Owns what a run of train.py leaves on disk: whole files, logs, the best adapter, the state to resume from; signals.
 It makes possible that a run killed at any moment and resumed ends in the same bytes as one that never was.
-Without it: rosa.save_adapter(model, directory) after the last step, and a traceback for a mistake.
+Without it: rosa.save_adapter(model, directory) after the last step.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
 import math
 import os
-import shlex
 import shutil
 import signal
 import sys
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from extras import peft_methods
-from extras.checkpoints import copy_companions
-from extras.distributed import by_the_first, processes
-from model import read_json, stored_tensors
+from extras.checkpoints import copy_companions, read_json, stored_tensors
+from extras.commands import Stop
+from extras.distributed import by_the_first, gather, processes
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+FORMAT = 2  # of a run directory; 1 had no number, and kept the optimiser's moments by position
+LOGS = ("log.jsonl", "layers.jsonl")
+# What may differ between a run and its resumption.
+NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations", "shard", "plain")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Appends "(default: x)" to the help of an option, but no "(default: None)"."""
+class Run:
+    """A run directory, and what a run must know to stop after any step and go on.
 
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+    trainable: name -> parameter of what trains, in the optimiser's order."""
+
+    def __init__(self, args, ckpt, model, trainable, optimizer, selector):
+        self.args, self.out, self.ckpt, self.model = args, args.out, ckpt, model
+        self.trainable, self.optimizer, self.selector = trainable, optimizer, selector
+        self.best = math.inf  # validation loss, nats per token
+        self.saved = 0  # the step that the state on disk is of
+        self.skipped = 0  # steps in a row that were not applied
+        self.signals = []  # SIGINT and SIGTERM, as they come
+
+    def resume(self):
+        """The step to go on from: that of the state in the directory with --resume, else None."""
+        step = self.load_state() if self.args.resume and (self.out / "state.safetensors").exists() else None
+        if len(set(gather(step))) > 1:
+            problem = f"--resume: {self.out} holds different states on different machines"
+            raise ValueError(f"{problem}: share it, or copy it to each")
+        return step
+
+    @by_the_first
+    def begin(self, description):
+        """Make way in the directory for a run, and say in args.json which."""
+        with saving(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not self.args.resume:  # first: what is left of another run is from here on no run
+                (self.out / "args.json").unlink(missing_ok=True)
+            for file in ("state.safetensors", *LOGS, "layers.png", "summary.json"):
+                (self.out / file).unlink(missing_ok=True)
+            clear_partial(self.out)
+        write(self.out / "args.json", json.dumps(description, indent=2) + "\n")
+
+    def can_apply(self, step, loss, norm, places_in_file):
+        """Whether a step can be applied: one that is not finite would spoil the weights for good. places_in_file: those
+        of its examples."""
+        self.skipped = 0 if math.isfinite(loss) and math.isfinite(norm) else self.skipped + 1
+        if self.skipped:
+            self.culprits = f"loss {loss:.3g}, gradient {norm:.3g}, examples {places_in_file}"
+            tqdm.write(f"step {step:5}  not applied: {self.culprits}")
+        return not self.skipped
+
+    def keep_best(self, step, val_loss):
+        """The adapter kept is the best one, not the last one."""
+        if step == 0 and not math.isfinite(val_loss):
+            raise Stop(f"the validation loss is {val_loss} before training: is {self.ckpt} whole?")
+        tqdm.write(f"step {step:5}  validation loss {val_loss:.4f}" + (" before training" if step == 0 else ""))
+        if val_loss < self.best or step == 0:
+            self.best = val_loss
+            self.save_best()
+
+    def log(self, record):
+        """A line of log.jsonl, and after a selection of layers one of layers.jsonl; the first process writes."""
+        if processes()[0] > 0:
+            return
+        write_log(self.out / "log.jsonl", record | ({"skipped": True} if self.skipped else {}))
+        if self.selector.selected:
+            scores = self.selector.scores.tolist()
+            selection = {"step": record["step"], "scores": scores, "active_layers": self.selector.active}
+            write_log(self.out / "layers.jsonl", selection)
+
+    def save(self, step, last, stop_requested):
+        """Save the state every --save-every steps, after the last step, and before the run stops; it stops here, after
+        a signal or the third step in a row that was not applied."""
+        if self.skipped == 3:
+            state = f"The last good state, of step {self.saved}, is in {self.out / 'state.safetensors'}"
+            message = f"step {step} was the third in a row that is not finite: {self.culprits}"
+            raise Stop(f"{message}, counted from 0 in the training data. {state}")
+        if not self.skipped and (step % self.args.save_every == 0 or last or stop_requested):
+            self.save_state(step)
+            self.saved = step
+        if stop_requested and not last:
+            raise Stop(f"stopped after step {step}", 128 + (self.signals or [signal.SIGTERM])[0])
+
+    def note_signals(self):
+        """From here on SIGINT and SIGTERM let the step end first; a second one ends the process at once."""
+
+        def note(number, _):
+            self.signals.append(number)
+            handle(signal.SIG_DFL)
+
+        def handle(handler):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, handler)
+
+        handle(note)
+
+    @by_the_first
+    def save_best(self):
+        """The adapter, or with --method full a whole checkpoint, tokenizer included: `eval.py --ckpt` takes it."""
+        new = self.out / "best.partial"
+        with saving(new):
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            if self.args.method == "full":
+                self.model.save_pretrained(new)
+                copy_companions(self.ckpt, new)
+            else:
+                peft_methods.save_adapter(self.model, new)
+            for file in new.iterdir():
+                write(self.out / file.name, lambda partial, file=file: os.replace(file, partial))
+            new.rmdir()
+
+    @by_the_first
+    def save_state(self, step):
+        """Everything that the rest of the run depends on, in one file. The random state is a function of the step."""
+        tensors = {f"trainable.{name}": p.detach().cpu().contiguous() for name, p in self.trainable.items()}
+        for name, parameter in self.trainable.items():  # one that has not been trained yet has no moments
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = value.cpu()
+        if self.selector.scores is not None:
+            tensors["scores"] = self.selector.scores
+        progress = {"progress": json.dumps({"step": step, "best": self.best, "active": self.selector.active})}
+        for log in LOGS:  # their lines up to this step are not to be lost when the state is there
+            with saving(self.out / log), contextlib.suppress(FileNotFoundError):
+                flush(self.out / log)
+        write(self.out / "state.safetensors", lambda partial: save_file(tensors, partial, metadata=progress))
+
+    @torch.no_grad()
+    def load_state(self):
+        """Undo `save_state`; returns the step. Log lines beyond it are dropped."""
+        path = self.out / "state.safetensors"
+        try:
+            with safe_open(path, framework="pt") as file:
+                progress = json.loads(file.metadata()["progress"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file ({error}): --overwrite starts anew") from None
+        moments = {}  # the optimiser's own state goes by position
+        for i, (name, parameter) in enumerate(self.trainable.items()):
+            parameter.copy_(tensors[f"trainable.{name}"])
+            prefix = f"optimizer.{name}."
+            if found := {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}:
+                moments[i] = found
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.selector.scores = tensors.get("scores")
+        self.selector.activate(progress["active"])
+        self.best, self.saved = progress["best"], progress["step"]
+        if processes()[0] == 0:
+            with saving(self.out):
+                clear_partial(self.out)
+            for log in LOGS:
+                records = [record for record in read_log(self.out / log) if record["step"] <= self.saved]
+                write(self.out / log, "".join(json.dumps(record) + "\n" for record in records))
+        return self.saved
+
+    def finish(self, device):
+        """summary.json, the run in six numbers for `python -m extras.compare`, and the picture of the layers."""
+        best = "checkpoint" if self.args.method == "full" else "adapter"
+        print(f"best validation loss {self.best:.4f}; its {best} is in {self.out}")
+        if processes()[0] > 0:
+            return
+        before, *steps = read_log(self.out / "log.jsonl")
+        summary = {
+            "trainable": sum(p.numel() for p in self.trainable.values()),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "val_loss_before": before["val_loss"],
+            "val_loss": self.best,
+            "tokens_per_second": sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps),
+        }
+        if device.type == "cuda":
+            summary["peak_memory"] = torch.cuda.max_memory_allocated()  # bytes
+        elif resource:  # of the whole process; kilobytes, on a Mac bytes
+            unit = 1 if sys.platform == "darwin" else 1024
+            summary["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        write(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        draw_layers(self.out)
 
 
-def command_parser(name, documentation):
-    """An argparse parser for `python -m extras.<name>`. documentation: the command's own docstring, an example in it."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m extras.{name}", description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.error = lambda message: fail(name, message)
-    return parser
+def describe(args, ckpt, model, train_set, val_set):
+    """args.json: the arguments, and hashes by which a resumption knows the checkpoint and the data again. Of the
+    checkpoint these are its config, what its tensors are, and one small tensor, by which models of a shape differ."""
+    entries = stored_tensors(ckpt).items()
+    content = {
+        "config.json of the checkpoint": (ckpt / "config.json").read_bytes(),
+        "tensors of the checkpoint": sorted(
+            (name, entry.file.name, entry.file.stat().st_size, entry.shape, entry.dtype) for name, entry in entries
+        ),
+        "final norm of the checkpoint": model.model.norm.weight.to(getattr(torch, args.dtype)).tolist(),
+        "training examples": train_set,
+        "held-out examples": val_set,
+    }
+    if getattr(args, "peft_config", None):
+        content["options in --peft-config"] = read_json(args.peft_config)
+    hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in content.items()}
+    return json.loads(json.dumps(vars(args) | {"format": FORMAT, "hashes": hashes}, default=str))
 
 
-def add_model_arguments(parser):
-    """The options by which a command chooses a model: --ckpt, --adapter, --device, --dtype."""
-    parser.add_argument("--ckpt", default="tiny", help="checkpoint, as train.py takes it (default: tiny)")
-    parser.add_argument("--adapter", help="adapter directory, as train.py writes it (default: the model alone)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ... (default: auto)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model (default: auto)")
+def check_out(args, ckpt):
+    """Raise ValueError where --out cannot be this run's directory."""
+    if (args.out / "args.json").exists() and not (args.resume or args.overwrite):
+        raise ValueError(f"--out {args.out} holds a run already: --resume goes on with it, --overwrite starts anew")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: choose a directory for the run")
+    if args.out.resolve() == ckpt.resolve():
+        raise ValueError(f"--out {args.out} is the checkpoint itself: choose another directory for the run")
 
 
-def fail(name, message):
-    """A user's mistake: one line on stderr, exit status 2."""
-    print(f"{name}: {one_line(message)}", file=sys.stderr)
-    sys.exit(2)
+def check_same(args, description):
+    """Raise ValueError naming a difference between this run and the one that was begun in --out."""
+    if not (args.out / "args.json").is_file():
+        message = f"--resume: {args.out} has no args.json: nothing was saved there yet"
+        raise FileNotFoundError(f"{message}; run without --resume")
+    before = read_json(args.out / "args.json")
+    if before.get("format", 1) != FORMAT:
+        message = f"--resume: the run in {args.out} was begun by another version, in format {before.get('format', 1)}"
+        raise ValueError(f"{message} and not {FORMAT}: --overwrite starts anew")
+    for key, value in before.items():
+        if key not in (*NOT_COMPARED, "hashes", "format") and (now := description.get(key)) != value:
+            raise ValueError(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}, not {now}")
+    for name, value in before.get("hashes", {}).items():
+        if description["hashes"].get(name) != value:
+            raise ValueError(f"--resume: the {name} differ from those that the run in {args.out} began with")
 
 
-def run_command(name, main, args):
-    """main(args), in which ValueError, OSError and ImportError are a user's mistakes."""
+def clear_partial(out):
+    """Delete what a save that was cut short has left."""
+    for leftover in out.glob("*.partial"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def draw_layers(out):
+    """layers.png: the score of every layer at every probe, as a share of that probe's highest, and who was selected."""
     try:
-        main(args)
-    except (ValueError, OSError, ImportError) as error:
-        fail(name, error)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def one_line(message):
-    """A message, an exception say, as one line for a terminal, whatever the names and values that it quotes hold."""
-    if isinstance(message, OSError) and message.filename is not None:
-        message = f"{message.filename}: {message.strerror}"
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
-    return text if len(text) <= 600 else f"{text[:400]} ... {text[-180:]}"  # the end says what to do
+        from matplotlib.figure import Figure
+    except ImportError:
+        return print(
+            f"layers.png needs the package matplotlib: pip install matplotlib; its numbers are in {out}/layers.jsonl"
+        )
+    probes = read_log(out / "layers.jsonl")
+    scores = torch.tensor([probe["scores"] for probe in probes]).T  # [L, probes]
+    figure = Figure(figsize=(4 + 0.2 * len(probes), 1.5 + 0.15 * len(scores)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(
+        (scores / scores.amax(0)).numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1
+    )
+    axes.scatter(
+        *zip(*((i, layer) for i, probe in enumerate(probes) for layer in probe["active_layers"])),
+        s=10,
+        c="white",
+        edgecolors="black",
+    )
+    every = math.ceil(len(probes) / 20)
+    axes.set_xticks(range(0, len(probes), every), [probe["step"] for probe in probes[::every]], rotation=90)
+    axes.set(xlabel="optimiser step", ylabel="layer", title="selected layers (dots)")
+    figure.colorbar(image, label="score, share of the highest")
+    write(out / "layers.png", lambda partial: figure.savefig(partial, format="png", dpi=120))
 
 
 # --- files ---
 
 
-class Stopped(Exception):
-    """A signal has ended the run after a step: Stopped(message, exit status)."""
-
-
-class CannotWrite(Exception):
-    """The disk is full, read-only or gone. What was saved before is whole."""
-
-
 @contextlib.contextmanager
 def saving(path):
-    """A disk that is full, read-only or gone ends the run in one line: `run`."""
+    """A disk that is full, read-only or gone ends the run in one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CannotWrite(f"cannot write {path}: {error}. What was saved before is whole; once this is fixed") from None
+        raise Stop(f"cannot write {path}: {error}. What was saved before is whole") from None
 
 
 def write(path, content):
@@ -108,7 +301,7 @@ def write(path, content):
 
 
 def write_whole(path, content):
-    """Replace a file whole: written beside it, flushed to disk, renamed. content: text, or a function that writes a file."""
+    """Replace a file whole: written beside it, flushed, renamed. content: text, or a function that writes it."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(content, encoding="utf-8") if isinstance(content, str) else content(partial)
@@ -133,7 +326,9 @@ def flush(path):
 
 def write_log(path, record):
     """Add a line. JSON has no word for a number that is not finite: null stands for it."""
-    record = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+    record = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
     with saving(path), open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
@@ -147,173 +342,3 @@ def read_log(path):
         except ValueError:
             break
     return records
-
-
-# --- a run of train.py ---
-
-
-LOGS = ("log.jsonl", "layers.jsonl")
-# What may differ between a run and its resumption.
-NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations", "shard")
-
-
-def note_signals():
-    """A list that SIGINT and SIGTERM are put into as they come; a second one ends the process at once."""
-    noted = []
-
-    def note(number, _):
-        noted.append(number)
-        handle(signal.SIG_DFL)
-
-    def handle(handler):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, handler)
-
-    handle(note)
-    return noted
-
-
-def describe(args, ckpt, model, train_set, val_set):
-    """args.json: the arguments, and hashes by which a resumption knows the checkpoint and the data again. Of the checkpoint
-    these are its config, what its tensors are, and one small tensor, which another model of the same shape has otherwise."""
-    tensors = sorted((name, t.file.name, t.file.stat().st_size, t.shape, t.dtype) for name, t in stored_tensors(ckpt).items())
-    found = {"config.json of the checkpoint": (ckpt / "config.json").read_bytes(), "tensors of the checkpoint": tensors,
-             "final norm of the checkpoint": model.model.norm.weight.to(getattr(torch, args.dtype)).tolist(),
-             "training examples": train_set, "held-out examples": val_set}
-    if getattr(args, "peft_config", None):
-        found["options in --peft-config"] = read_json(args.peft_config)
-    hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in found.items()}
-    return json.loads(json.dumps(vars(args) | {"hashes": hashes}, default=str))
-
-
-def check_same(args, description):
-    """Raise ValueError naming a difference between this run and the one that was begun in --out."""
-    if not (args.out / "args.json").is_file():
-        raise FileNotFoundError(f"--resume: {args.out} has no args.json: nothing was saved there yet; run without --resume")
-    before = read_json(args.out / "args.json")
-    for key, value in before.items():
-        if key not in (*NOT_COMPARED, "hashes") and (now := description.get(key)) != value:
-            raise ValueError(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}, not {now}")
-    for name, value in before.get("hashes", {}).items():
-        if description["hashes"].get(name) != value:
-            raise ValueError(f"--resume: the {name} differ from those that the run in {args.out} began with")
-
-
-def resume_command(typed):
-    """What goes on with the run of these arguments."""
-    arguments = [argument for argument in typed if argument not in ("--resume", "--overwrite")]
-    return ("python " if processes()[1] == 1 else "torchrun ... ") + shlex.join([os.path.relpath(TRAIN), *arguments, "--resume"])
-
-
-@by_the_first
-def begin(args, description):
-    """Make way in --out for a run, and say which."""
-    with saving(args.out):
-        args.out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:  # first: what is left of another run is from here on no run
-            (args.out / "args.json").unlink(missing_ok=True)
-        for file in ("state.safetensors", *LOGS, "layers.png", "summary.json"):
-            (args.out / file).unlink(missing_ok=True)
-        clear_partial(args.out)
-    write(args.out / "args.json", json.dumps(description, indent=2) + "\n")
-
-
-def clear_partial(out):
-    """Delete what a save that was cut short has left."""
-    for leftover in out.glob("*.partial"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-@by_the_first
-def save_best(args, model, ckpt):
-    """The adapter, or with --method full a whole checkpoint, tokenizer included: `eval.py --ckpt` takes it."""
-    new = args.out / "best.partial"
-    with saving(new):
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        if args.method == "full":
-            model.save_pretrained(new)
-            copy_companions(ckpt, new)
-        else:
-            peft_methods.save_adapter(model, new)
-        for file in new.iterdir():
-            write(args.out / file.name, lambda partial: os.replace(file, partial))
-        new.rmdir()
-
-
-@by_the_first
-def save_state(args, trainable, optimizer, selector, step, best):
-    """Everything that the rest of the run depends on, in one file. The random state is a function of the step."""
-    tensors = {f"trainable.{name}": p.detach().cpu().contiguous() for name, p in trainable.items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{key}": value.cpu() for key, value in moments.items()}
-    if selector.scores is not None:
-        tensors["scores"] = selector.scores
-    progress = {"progress": json.dumps({"step": step, "best": best, "active": selector.active})}
-    for log in LOGS:  # their lines up to this step are not to be lost when the state is there
-        with saving(args.out / log), contextlib.suppress(FileNotFoundError):
-            flush(args.out / log)
-    write(args.out / "state.safetensors", lambda partial: save_file(tensors, partial, metadata=progress))
-
-
-def load_state(args, trainable, optimizer, selector):
-    """Undo `save_state`; returns (step, best validation loss). Log lines beyond that step are dropped."""
-    path = args.out / "state.safetensors"
-    try:
-        with safe_open(path, framework="pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}): --overwrite starts anew") from None
-    moments = {}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "trainable":
-                trainable[rest].copy_(tensor)
-            elif kind == "optimizer":
-                i, key = rest.split(".")
-                moments.setdefault(int(i), {})[key] = tensor
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    selector.scores = tensors.get("scores")
-    selector.activate(progress["active"])
-    if processes()[0] > 0:
-        return progress["step"], progress["best"]
-    with saving(args.out):
-        clear_partial(args.out)
-    for log in LOGS:
-        lines = [json.dumps(record) + "\n" for record in read_log(args.out / log) if record["step"] <= progress["step"]]
-        write(args.out / log, "".join(lines))
-    return progress["step"], progress["best"]
-
-
-def write_summary(args, trainable_count, count, best, device):
-    """The run in six numbers, for `python -m extras.compare`: counts of parameters, nats, tokens/s without validation, bytes."""
-    before, *steps = read_log(args.out / "log.jsonl")
-    summary = {"trainable": trainable_count, "parameters": count, "val_loss_before": before["val_loss"], "val_loss": best,
-               "tokens_per_second": sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)}
-    if device.type == "cuda":
-        summary["peak_memory"] = torch.cuda.max_memory_allocated()
-    elif resource:  # of the whole process; kilobytes, on a Mac bytes
-        summary["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    write(args.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-
-
-def draw_layers(out):
-    """layers.png: the score of every layer at every probe, as a share of that probe's highest, and who was selected."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print(f"layers.png needs the package matplotlib: pip install matplotlib; its numbers are in {out}/layers.jsonl")
-    probes = read_log(out / "layers.jsonl")
-    scores = torch.tensor([probe["scores"] for probe in probes]).T  # [L, probes]
-    figure = Figure(figsize=(4 + 0.2 * len(probes), 1.5 + 0.15 * len(scores)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow((scores / scores.amax(0)).numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1)
-    axes.scatter(*zip(*((i, layer) for i, probe in enumerate(probes) for layer in probe["active_layers"])),
-                 s=10, c="white", edgecolors="black")
-    every = math.ceil(len(probes) / 20)
-    axes.set_xticks(range(0, len(probes), every), [probe["step"] for probe in probes[::every]], rotation=90)
-    axes.set(xlabel="optimiser step", ylabel="layer", title="selected layers (dots)")
-    figure.colorbar(image, label="score, share of the highest")
-    write(out / "layers.png", lambda partial: figure.savefig(partial, format="png", dpi=120))

@@ -6,10 +6,10 @@
     python tests/as_machine.py no-onednn -- python -m pytest -q     a PyTorch without oneDNN and its operators
     python tests/as_machine.py one-core  -- python -m pytest -q     one thread
 
-ATen, oneDNN and MKL are held back by variables of their own. What PyTorch says of the processor, and the operators that a processor may
-refuse, are replaced right after `import torch`, in the command and in every Python process that it starts, by a `sitecustomize` of
-which PYTHONPATH tells them (one that is started with -I, -E or -S does not look). A machine can only be held back: without AVX-512,
-avx512 is avx2. Speed is imitated as far as instructions make it.
+ATen, oneDNN and MKL are held back by variables of their own. What PyTorch says of the processor, and the operators that
+a processor may refuse, are replaced right after `import torch`, in the command and in every Python process that it
+starts, by a `sitecustomize` of which PYTHONPATH tells them (one that is started with -I, -E or -S does not look). A
+machine can only be held back: without AVX-512, avx512 is avx2. Speed is imitated as far as instructions make it.
 """
 
 import importlib.abc
@@ -22,7 +22,11 @@ from pathlib import Path
 
 VARIABLES = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
-    "avx512": {"ATEN_CPU_CAPABILITY": "avx512", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI", "MKL_ENABLE_INSTRUCTIONS": "AVX512"},
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+    },
     "bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "no-onednn": {},
     "one-core": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
@@ -43,7 +47,9 @@ def hold_back(torch, kind):
         packets, call = [getattr(torch.ops.mkldnn, name) for name in LINEAR], torch._ops.OpOverloadPacket.__call__
 
         def refuse(self, *given, **options):
-            if any(self is packet for packet in packets) and any(getattr(x, "dtype", None) == torch.bfloat16 for x in given):
+            if any(self is packet for packet in packets) and any(
+                getattr(x, "dtype", None) == torch.bfloat16 for x in given
+            ):
                 raise RuntimeError("bf16 path needs the cpu support avx512bw, avx512vl and avx512dq")
             return call(self, *given, **options)
 
@@ -92,15 +98,21 @@ class Finder(importlib.abc.MetaPathFinder):
 def main():
     kind, *command = sys.argv[1:] or [""]
     if kind not in VARIABLES or command[:1] != ["--"] or len(command) < 2:
-        print(f"as_machine.py: type python tests/as_machine.py KIND -- COMMAND, KIND one of {', '.join(VARIABLES)}", file=sys.stderr)
+        print(
+            f"as_machine.py: type python tests/as_machine.py KIND -- COMMAND, KIND one of {', '.join(VARIABLES)}",
+            file=sys.stderr,
+        )
         sys.exit(2)
     with tempfile.TemporaryDirectory() as site:
         here = str(Path(__file__).resolve().parent)
         Path(site, "sitecustomize.py").write_text(
-            f"import sys\nsys.path.append({here!r})\nimport as_machine\nsys.meta_path.insert(0, as_machine.Finder({kind!r}))\n"
-            f"sys.path.remove({here!r})\n")
+            f"import sys\nsys.path.append({here!r})\nimport as_machine\n"
+            f"sys.meta_path.insert(0, as_machine.Finder({kind!r}))\nsys.path.remove({here!r})\n"
+        )
         paths = [site, *filter(None, [os.environ.get("PYTHONPATH")])]
-        sys.exit(subprocess.call(command[1:], env=os.environ | VARIABLES[kind] | {"PYTHONPATH": os.pathsep.join(paths)}))
+        sys.exit(
+            subprocess.call(command[1:], env=os.environ | VARIABLES[kind] | {"PYTHONPATH": os.pathsep.join(paths)})
+        )
 
 
 if __name__ == "__main__":

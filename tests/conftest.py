@@ -5,19 +5,36 @@ import gc
 import json
 import multiprocessing.forkserver
 import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from rounding import bound, of_model
 
-from model import Llama, LlamaConfig, Operators
+from data import toy
+from extras import inference
+from extras.operators import Operators
+from model import Llama, LlamaConfig
 
+ROOT = Path(__file__).resolve().parent.parent
 # The statements shall hold for any random numbers: this many seeds further on are others.
 OFFSET = 1000 * int(os.environ.get("ROSA_TEST_SEED", 0))
-BASE = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-        "hidden_act": "silu", "eos_token_id": 2, "bos_token_id": 1}
+BASE = {
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
 
 
 def seed_torch(seed):
@@ -41,10 +58,11 @@ def random_model(seed=0, dtype=torch.float32, **changes):
 
 
 def decisive_model(prompts, count, **changes):
-    """A random model whose greedy answers hang on no rounding: nowhere is the second token as likely as the first but for rounding."""
+    """A random model whose greedy answers hang on no rounding: nowhere is the second token as likely as the first but
+    for rounding."""
     for seed in range(50):
         model = random_model(seed, **changes)
-        for prompt, ids in zip(prompts, model.generate(prompts, count, None)):
+        for prompt, ids in zip(prompts, inference.generate(model, prompts, count, None)):
             logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 :]
             first, second = logits.topk(2).values.unbind(-1)
             if (first - second).min() <= 2 * bound(**of_model(model.config)) * logits.square().mean().sqrt():
@@ -77,8 +95,8 @@ def randomise_adapters(model, seed=1):
 
 
 def smooth_adamw():
-    """AdamW divides a gradient by its own size: of one that is nearly zero, all rounding, it makes a whole step. With an eps far above
-    rounding its steps differ as little as the gradients do; for runs that are compared to rounding."""
+    """AdamW divides a gradient by its own size: of one that is nearly zero, all rounding, it makes a whole step. With
+    an eps far above rounding its steps differ as little as the gradients do; for runs that are compared to rounding."""
     return functools.partial(torch.optim.AdamW, eps=1e-3)
 
 
@@ -113,9 +131,56 @@ def model():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """What takes longer than the runs themselves and changes nothing in them: hundreds of problems drawn, disks waited for."""
+    """What takes longer than the runs themselves and changes nothing in them: hundreds of problems drawn, disks waited
+    for."""
     from data import tasks
 
     monkeypatch.setitem(tasks.TOY_SIZES, "train", 100)
     monkeypatch.setitem(tasks.TOY_SIZES, "test", 30)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+# --- the scripts, as a user runs them ---
+
+
+@pytest.fixture
+def ckpt(tmp_path, monkeypatch):
+    """A checkpoint directory `ckpt` in an empty working directory: 1,024 tokens, 4 layers, a context of 256."""
+    monkeypatch.chdir(tmp_path)
+    random_model(vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256).save_pretrained("ckpt")
+    shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", "ckpt")
+    return "ckpt"
+
+
+def run(script, *arguments):
+    """The script's main with these arguments, in this process. Returns its parsed arguments."""
+    args = script.parse_args([str(argument) for argument in arguments])
+    script.main(args)
+    return args
+
+
+SHORT = (
+    "--ckpt ckpt --max-steps 6 --batch-size 8 --micro-batch-size 8 --val-size 20 --eval-every 3 --max-len "
+    "200 --select-every 2 --device cpu --dtype float32"
+).split()
+
+
+QUICK = (*SHORT, "--rank", 4, "--alpha", 8, "--lr", 1e-2)
+
+
+def read_log(out, name="log.jsonl"):
+    return [json.loads(line) for line in (Path(out) / name).read_text().splitlines()]
+
+
+def no_package(monkeypatch, name):
+    """As on a machine where an optional package is absent."""
+    for module in [module for module in sys.modules if module.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+
+
+def write_test_sets(directory, names):
+    for i, name in enumerate(names):
+        file = Path(directory, "dataset", name, "test.json")
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(toy.examples("test", 5 + 4 * i, seed=i)))

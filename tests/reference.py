@@ -12,7 +12,10 @@ def logits(directory, tokens):
     weights = {}
     for file in sorted(directory.glob("*.safetensors")):
         weights |= {name: tensor.astype(np.float64) for name, tensor in load_file(file).items()}
-    heads, d = config["num_attention_heads"], config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    heads, d = (
+        config["num_attention_heads"],
+        config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+    )
     kv_heads, T = config.get("num_key_value_heads") or heads, len(tokens)
     angles = np.outer(np.arange(T), inverse_frequencies(config, d))  # [T, d/2]
 
@@ -21,7 +24,9 @@ def logits(directory, tokens):
         return y + weights[name + ".bias"] if name + ".bias" in weights else y
 
     def norm(x, name):
-        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.get("rms_norm_eps", 1e-6)) * weights[name + ".weight"]
+        return (
+            x / np.sqrt((x**2).mean(-1, keepdims=True) + config.get("rms_norm_eps", 1e-6)) * weights[name + ".weight"]
+        )
 
     def rotate(x):  # [T, d]: pair i as the complex number x[i] + j x[i + d/2]
         z = (x[:, : d // 2] + 1j * x[:, d // 2 :]) * np.exp(1j * angles)
@@ -62,7 +67,9 @@ def inverse_frequencies(config, d):
             if wavelength > context / rope["low_freq_factor"]:
                 f /= rope["factor"]
             elif wavelength > context / rope["high_freq_factor"]:
-                smooth = (context / wavelength - rope["low_freq_factor"]) / (rope["high_freq_factor"] - rope["low_freq_factor"])
+                smooth = (context / wavelength - rope["low_freq_factor"]) / (
+                    rope["high_freq_factor"] - rope["low_freq_factor"]
+                )
                 f = (1 - smooth) * f / rope["factor"] + smooth * f
         found.append(f)
     return np.array(found)

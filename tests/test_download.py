@@ -62,11 +62,7 @@ def server(tmp_path, monkeypatch):
 
 
 def git_id(content):
-    digest = hashlib.sha1()
-    for part in ("blob ", str(len(content)), "\0"):
-        digest.update(part.encode())
-    digest.update(content)
-    return digest.hexdigest()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
 
 def run(server, capsys, *arguments):
@@ -80,6 +76,12 @@ def run(server, capsys, *arguments):
     return status, printed.out.splitlines(), printed.err.splitlines()
 
 
+def succeeds(server, capsys):
+    """The same command again gets all that is missing."""
+    assert run(server, capsys, "arithmetic")[0] == 0
+    assert_complete(server, "arithmetic")
+
+
 def files_in(directory):
     return {path.relative_to(directory).as_posix() for path in Path(directory).rglob("*") if path.is_file()}
 
@@ -91,12 +93,19 @@ def assert_complete(server, task, directory="LLM-Adapters"):
         assert Path(directory, file).read_bytes() == server.content[file]
 
 
-def assert_failed(result, file, what, of=8):
+def fails(server, capsys, file, what):
     """Exit status 1, one line about the one file that failed and why, one about what to do; the others are there."""
-    status, out, err = result
-    assert status == 1 and len(out) == of - 1 and not any("next" in line for line in out)
+    status, out, err = run(server, capsys, "arithmetic")
+    assert status == 1 and len(out) == 7 and not any("next" in line for line in out)
     assert err[0].startswith(f"download.py: {file}: ") and what in err[0]
-    assert err[1:] == [f"download.py: 1 of {of} files failed; the same command again resumes what is missing"]
+    assert err[1:] == ["download.py: 1 of 8 files failed; the same command again resumes what is missing"]
+    assert {*download.files_of("arithmetic")} - files_in("LLM-Adapters") <= {file}
+
+
+def assert_part(server, count):
+    """So many bytes have come."""
+    part = Path("LLM-Adapters", f"{MATH}.partial")
+    assert part.read_bytes() == server.content[MATH][:count] and MATH not in files_in("LLM-Adapters")
 
 
 # --- which files ---
@@ -113,17 +122,16 @@ def test_the_table_names_every_file_of_every_task():
     assert re.fullmatch(r"https://raw\.githubusercontent\.com/AGI-Edgerunners/LLM-Adapters/[0-9a-f]{40}", download.URL)
 
 
-@pytest.mark.parametrize("content, blob_id", [(b"", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"),
-                                              (b"hello\n", "ce013625030ba8dba906f756967f9e9ca394464a")])
-def test_a_blob_id_is_what_git_says(tmp_path, content, blob_id):
-    (tmp_path / "file").write_bytes(content)
-    assert download.blob_id(tmp_path / "file") == blob_id == git_id(content)
+def test_a_blob_id_is_what_git_says(tmp_path):
+    empty, hello = "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391", "ce013625030ba8dba906f756967f9e9ca394464a"
+    for content, blob_id in ((b"", empty), (b"hello\n", hello)):
+        (tmp_path / "file").write_bytes(content)
+        assert download.blob_id(tmp_path / "file") == blob_id == git_id(content)
 
 
-@pytest.mark.parametrize("task, count, following", [
-    ("arithmetic", 8, ["arithmetic"]), ("commonsense", 9, ["commonsense"]), ("all", 18, ["arithmetic", "commonsense"]),
-])
-def test_a_task_is_its_training_file_and_its_test_sets(server, capsys, task, count, following):
+@pytest.mark.parametrize("task, count", [("arithmetic", 8), ("commonsense", 9), ("all", 18)])
+def test_a_task_is_its_training_file_and_its_test_sets(server, capsys, task, count):
+    following = ["arithmetic", "commonsense"] if task == "all" else [task]
     status, out, err = run(server, capsys, task)
     assert (status, err) == (0, [])
     assert_complete(server, task)
@@ -166,8 +174,7 @@ def test_a_file_with_other_content_is_left_alone_and_reported(server, capsys):
     mine = Path("LLM-Adapters", GSM8K)
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
-    result = run(server, capsys, "arithmetic")
-    assert_failed(result, GSM8K, f"is there, with blob id {git_id(b'mine')}: delete it, or choose another --dir")
+    fails(server, capsys, GSM8K, f"is there, with blob id {git_id(b'mine')}: delete it, or choose another --dir")
     assert mine.read_bytes() == b"mine" and GSM8K not in dict(server.requests)
     assert len(files_in("LLM-Adapters")) == 8
 
@@ -178,12 +185,10 @@ def test_a_file_with_other_content_is_left_alone_and_reported(server, capsys):
 def test_a_corrupted_file_never_takes_its_name(server, capsys):
     right = server.content[GSM8K]
     server.content[GSM8K] = forged = right[:-1] + b"!"
-    result = run(server, capsys, "arithmetic")
-    assert_failed(result, GSM8K, f"expected blob id {git_id(right)}, found {git_id(forged)}")
+    fails(server, capsys, GSM8K, f"expected blob id {git_id(right)}, found {git_id(forged)}")
     assert files_in("LLM-Adapters") == set(download.files_of("arithmetic")) - {GSM8K}
     server.content[GSM8K] = right
-    assert run(server, capsys, "arithmetic")[0] == 0
-    assert_complete(server, "arithmetic")
+    succeeds(server, capsys)
 
 
 def test_a_file_has_its_name_only_after_it_was_checked(server, capsys, monkeypatch):
@@ -201,51 +206,37 @@ def test_a_file_has_its_name_only_after_it_was_checked(server, capsys, monkeypat
 
 def test_a_file_that_the_server_lacks_does_not_stop_the_others(server, capsys):
     del server.content[GSM8K]
-    assert_failed(run(server, capsys, "arithmetic"), GSM8K, "404")
+    fails(server, capsys, GSM8K, "404")
     assert files_in("LLM-Adapters") == set(download.files_of("arithmetic")) - {GSM8K}
 
 
-@pytest.mark.parametrize("count", [1, 70000])
-def test_a_cut_connection_leaves_a_part_that_the_next_run_completes(server, capsys, count):
-    server.cut[MATH] = count
+@pytest.mark.parametrize("cuts", [[1], [70000], [100, 200, 150000]])
+def test_a_cut_connection_leaves_a_part_that_the_next_runs_complete(server, capsys, cuts):
     size = len(server.content[MATH])
-    assert_failed(run(server, capsys, "arithmetic"), MATH, f"cut after {count:,} of {size:,} bytes")
-    assert Path("LLM-Adapters", f"{MATH}.partial").read_bytes() == server.content[MATH][:count]
-    assert MATH not in files_in("LLM-Adapters")
-
+    for server.cut[MATH] in cuts:
+        fails(server, capsys, MATH, f"cut after {server.cut[MATH]:,} of {size:,} bytes")
+        assert_part(server, server.cut[MATH])
     server.cut.clear()
-    server.requests.clear()
-    assert run(server, capsys, "arithmetic")[0] == 0
-    assert server.requests == [(MATH, f"bytes={count}-")]
-    assert_complete(server, "arithmetic")
-
-
-def test_a_part_may_grow_over_several_cuts(server, capsys):
-    for server.cut[MATH] in (100, 200, 150000):
-        run(server, capsys, "arithmetic")
-    server.cut.clear()
-    assert run(server, capsys, "arithmetic")[0] == 0
-    wanted = [wanted for file, wanted in server.requests if file == MATH]
-    assert wanted == [None, "bytes=100-", "bytes=200-", "bytes=150000-"]
-    assert_complete(server, "arithmetic")
+    succeeds(server, capsys)
+    assert [wanted for file, wanted in server.requests if file == MATH] == [None, *(f"bytes={n}-" for n in cuts)]
+    assert len(server.requests) == 8 + len(cuts)  # what is there is not asked for again
 
 
 def test_a_cut_is_noticed_where_the_length_was_never_told(server, capsys):
     server.chunked |= {MATH, GSM8K}
     server.cut[MATH] = 1000
-    assert_failed(run(server, capsys, "arithmetic"), MATH, "IncompleteRead")
-    assert Path("LLM-Adapters", f"{MATH}.partial").read_bytes() == server.content[MATH][:1000]
+    fails(server, capsys, MATH, "IncompleteRead")
+    assert_part(server, 1000)
     server.cut.clear()
-    assert run(server, capsys, "arithmetic")[0] == 0
-    assert_complete(server, "arithmetic")
+    succeeds(server, capsys)
 
 
 def test_silence_is_a_failure_that_keeps_what_has_come(server, capsys, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", 0.3)
     server.cut[MATH] = 1000
     server.silent.add(MATH)
-    assert_failed(run(server, capsys, "arithmetic"), MATH, "timed out")
-    assert Path("LLM-Adapters", f"{MATH}.partial").read_bytes() == server.content[MATH][:1000]
+    fails(server, capsys, MATH, "timed out")
+    assert_part(server, 1000)
 
 
 def leave_part(content):
@@ -257,24 +248,21 @@ def leave_part(content):
 def test_a_server_without_ranges_starts_over(server, capsys):
     server.ranges = False
     leave_part(server.content[MATH][:1000])
-    assert run(server, capsys, "arithmetic")[0] == 0
+    succeeds(server, capsys)
     assert server.requests[0] == (MATH, "bytes=1000-")
-    assert_complete(server, "arithmetic")
 
 
 @pytest.mark.parametrize("excess", [0, 10])
 def test_a_part_with_nothing_left_to_add_starts_over(server, capsys, excess):
     leave_part(b"x" * (len(server.content[MATH]) + excess))
-    assert run(server, capsys, "arithmetic")[0] == 0
+    succeeds(server, capsys)
     assert server.requests[:2] == [(MATH, f"bytes={len(server.content[MATH]) + excess}-"), (MATH, None)]
-    assert_complete(server, "arithmetic")
 
 
 def test_a_part_of_something_else_is_thrown_away(server, capsys):
     leave_part(b"x" * 1000)
-    assert_failed(run(server, capsys, "arithmetic"), MATH, "expected blob id")
-    assert run(server, capsys, "arithmetic")[0] == 0
-    assert_complete(server, "arithmetic")
+    fails(server, capsys, MATH, "expected blob id")
+    succeeds(server, capsys)
 
 
 def test_no_server_and_no_room_are_one_line_a_file(server, capsys):
@@ -292,20 +280,21 @@ def test_no_server_and_no_room_are_one_line_a_file(server, capsys):
 def test_a_full_disk_is_one_line(server, capsys):
     Path("LLM-Adapters/ft-training_set").mkdir(parents=True)
     Path("LLM-Adapters", f"{MATH}.partial").symlink_to("/dev/full")
-    assert_failed(run(server, capsys, "arithmetic"), MATH, "No space left")
+    fails(server, capsys, MATH, "No space left")
 
 
 # --- a user's mistakes ---
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["algebra"], "invalid choice: 'algebra' (choose from "), ([], "required: task"),
-    (["all", "--url", "ftp://x"], "--url must begin with https:// or http://, not 'ftp://x'"),
-])
+MISTAKES = {"algebra": "invalid choice: 'algebra' (choose from ", "": "required: task"}
+MISTAKES |= {"all --url ftp://x": "--url must begin with https:// or http://, not 'ftp://x'"}
+
+
+@pytest.mark.parametrize("arguments, message", MISTAKES.items())
 def test_a_mistake_is_one_line_and_nothing_is_left_behind(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        download.run(arguments)
+        download.run(arguments.split())
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and error.startswith("download.py: ") and message in error
     assert not list(Path().iterdir())

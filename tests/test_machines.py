@@ -1,5 +1,6 @@
-"""Statements about machines: what PyTorch does not document may be absent, refuse or be wrong, and bfloat16 may be software."""
+"""Statements about machines: operators may be absent or wrong, bfloat16 may be software, and there may be a GPU."""
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,75 +10,126 @@ import pytest
 import torch
 from conftest import random_model, random_tokens, randomise_adapters, without_operators
 from rounding import assert_close, of_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import eval as eval_script
-import model as model_file
 import train as train_script
 from data.tokenizer import HERE as DATA
-from model import Operators
+from extras import checkpoints, operators
+from extras.inference import BatchedCache
+from extras.kernels import accelerate
+from extras.operators import Operators
+from model import KVCache, Llama
 from rosa import attach
 
 pytestmark = pytest.mark.numeric
+NAMES = {"reshaped", "silu_backward", "softmax_backward"}
 
 
-def refuse(*given):
+def refuse(*arguments):
     raise RuntimeError("this processor has no such instruction")
 
 
-def absent(*given):
-    return torch.ops.mkldnn.no_such_operator(*given)
+REPLACED = {
+    "refuses": refuse,
+    "absent": lambda *arguments: torch.ops.mkldnn.no_such_operator(*arguments),
+    "called otherwise": lambda: torch.ones(()),
+    "wrong": lambda x, *arguments: 2 * torch.ones_like(x),
+}
 
 
-def wrong(x, weight, bias):
-    return 2 * torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-@pytest.mark.parametrize("operator", [refuse, absent, wrong])
-def test_an_operator_that_cannot_be_used_leaves_its_formula(monkeypatch, operator):
+@pytest.mark.parametrize("how", REPLACED)
+@pytest.mark.parametrize("name", ["call_onednn", "reordered"])
+def test_without_a_product_of_onednn_linear_layers_stay_as_they_are_and_a_line_says_so(monkeypatch, capsys, how, name):
     without_operators(monkeypatch)
     monkeypatch.setattr(Operators, "formulas", {})  # not asked yet
-    monkeypatch.setattr(model_file, "call_onednn", operator)
-    model = random_model()  # asks
-    assert Operators.onednn == frozenset() and set(Operators.formulas) == {"reshaped", "silu_backward", "softmax_backward"}
+    monkeypatch.setattr(operators, name, REPLACED[how])
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    model = random_model()
     weights = [p.clone() for p in model.parameters()]
-    assert all(torch.equal(p, w) and not p.is_mkldnn for p, w in zip(model.pack().parameters(), weights))
+    exchanged, left = accelerate(model, inference=True)  # asks
+    reason = "this PyTorch or processor has no oneDNN product"
+    assert Operators.onednn == frozenset() and set(Operators.formulas) == NAMES and left == {"Linear.forward": reason}
+    assert capsys.readouterr().out == f"kernels    {reason}: running Linear.forward as written\n"
+    assert "Linear.forward" not in exchanged and "forward" not in vars(model.lm_head)
+    assert all(torch.equal(p, w) and not p.is_mkldnn for p, w in zip(model.parameters(), weights, strict=True))
 
 
-def test_it_is_asked_for_once(monkeypatch):
-    random_model()
-    monkeypatch.setattr(model_file, "does_the_same", lambda *given: pytest.fail("asked again"))
-    random_model()
+@pytest.mark.parametrize("how", REPLACED)
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_an_operator_that_cannot_be_used_leaves_its_formula_and_is_asked_for_once(monkeypatch, how, name):
+    places = {"reshaped": (torch.ops.aten, "_unsafe_view"), "silu_backward": (torch.ops.aten, "silu_backward")}
+    without_operators(monkeypatch)
+    formulas = dict(Operators.formulas)
+    monkeypatch.setattr(Operators, "formulas", {})
+    monkeypatch.setattr(*places.get(name, (torch, "_softmax_backward_data")), REPLACED[how])
+    Operators.look_up()
+    assert getattr(Operators, name) is formulas[name]
+    monkeypatch.setattr(operators, "does_the_same", lambda *arguments: pytest.fail("asked again"))
+    Operators.look_up()
 
 
-@pytest.mark.parametrize("missing", ["all", "reshaped", "silu_backward", "softmax_backward"])
-def test_a_model_without_those_operators_is_the_same_model(monkeypatch, missing):
-    model, tokens = randomise_adapters(attach(random_model(), 4, 8)), random_tokens(2, 30)
-    trained, results = [p for p in model.parameters() if p.requires_grad], []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("missing", ["all", *sorted(NAMES)])
+def test_a_model_without_those_operators_is_the_same_model(monkeypatch, missing, dtype):
+    base, tokens, results = randomise_adapters(attach(random_model(dtype=dtype), 4, 8)), random_tokens(2, 30), []
     for _ in range(2):
-        model.loss(tokens, tokens).backward()
-        results.append(torch.cat([model(tokens).detach().flatten(), *(p.grad.flatten() for p in trained)]))
-        model.zero_grad()
+        accelerate(model := copy.deepcopy(base))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        parts = model(tokens), *torch.autograd.grad(model.loss(tokens, tokens), trained)
+        results.append(torch.cat([part.detach().flatten() for part in parts]))
         if missing == "all":
             without_operators(monkeypatch)
         else:
             monkeypatch.setattr(Operators, missing, staticmethod(Operators.formulas[missing]))
-    assert_close(*results, **of_model(model.config, 2))
+    assert_close(*results, **of_model(model.config, 2), dtype=dtype)
+
+
+TRAIN = train_script.run, ["--max-steps", "1", "--max-len", "200", "--val-size", "90"]
+EVAL = eval_script.run, ["--limit", "1", "--max-new-tokens", "3"]
 
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
 def test_bfloat16_in_software_is_a_line_that_says_what_to_type(tmp_path, monkeypatch, capsys, native, dtype):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Operators, "computes_bfloat16", lambda device: native)
+    monkeypatch.setattr(checkpoints, "computes_bfloat16", lambda device: native)
     random_model(vocab_size=1024, num_hidden_layers=1, max_position_embeddings=256).save_pretrained("ckpt")
     Path("ckpt/tokenizer.model").write_bytes((DATA / "tiny" / "tokenizer.model").read_bytes())
     line = "this processor computes bfloat16 in software, slowly: --dtype float32 is faster here\n"
-    for run, arguments in ((train_script.run, ["--max-steps", "1", "--max-len", "200", "--val-size", "90"]),
-                           (eval_script.run, ["--limit", "1", "--max-new-tokens", "3"])):
+    expected = {"auto": "bfloat16" if native else "float32"}.get(dtype, dtype)
+    for run, arguments in (TRAIN, EVAL):
         run(["--ckpt", "ckpt", "--device", "cpu", "--dtype", dtype, *arguments])
         printed = capsys.readouterr()
-        assert printed.err.count(line) == (dtype == "bfloat16" and not native)
-        assert f"{'bfloat16' if dtype == 'bfloat16' or dtype == 'auto' and native else 'float32'} on cpu" in printed.out
+        assert printed.err.count(line) == (dtype == "bfloat16" and not native) and f"{expected} on cpu" in printed.out
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA")
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", ["plain", "accelerated"])
+def test_with_cuda_every_tensor_is_made_on_the_device(monkeypatch, kernels, dtype, adapted):
+    """Without a GPU: fake tensors have a shape, a dtype and a device, and no operation takes them from two devices."""
+    Operators.look_up()
+    config = random_model().config
+    with FakeTensorMode(), torch.no_grad():
+        torch.set_default_dtype(dtype)
+        with torch.device("cuda"):
+            model, tokens = Llama(config), torch.zeros(3, 5, dtype=torch.long)
+        torch.set_default_dtype(torch.float32)
+        if adapted:
+            attach(model, 4, 8, 0.5, "q,k,v,up")
+        if kernels == "accelerated":
+            accelerate(model, inference=True)
+        batched = BatchedCache(model, 4, 20).use(slice(1, 4))
+        logits = [model(tokens)]
+        for cache in (KVCache(config), batched):
+            for last in (4, 9):  # where the last token is: a cache asks a tensor for it, and a fake one has no number
+                monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor, last=last: last)
+                logits.append(model.logits(model.hidden_states(tokens, cache)))
+        for tensor in (*logits, *batched.keys, *batched.values):
+            assert (tensor.device.type, tensor.dtype) == ("cuda", dtype)
+    assert {tuple(each.shape) for each in logits} == {(3, 5, 97)}
 
 
 ASK = """if True:
@@ -93,12 +145,13 @@ ASK = """if True:
 
 
 def test_a_lesser_machine_is_imitated_in_every_python_that_the_command_starts():
-    random_model()
+    Operators.look_up()
     if not Operators.onednn:
         pytest.skip("no operators to take away")
-    kinds = {"avx2": [ASK], "no-onednn": []}
-    started = [subprocess.Popen([sys.executable, as_machine.__file__, kind, "--", sys.executable, "-c", ASK, *more], stdout=subprocess.PIPE,
-                                text=True) for kind, more in kinds.items()]
+    command, started = [sys.executable, "-c", ASK], []
+    for kind, more in {"avx2": [ASK], "no-onednn": []}.items():
+        imitated = [sys.executable, as_machine.__file__, kind, "--", *command, *more]
+        started.append(subprocess.Popen(imitated, stdout=subprocess.PIPE, text=True))
     avx2, no_onednn = (process.communicate()[0].splitlines() for process in started)
     assert avx2 == ["True False False"] * 2
     assert [line.split()[:2] for line in no_onednn] == [["False", "False"]]

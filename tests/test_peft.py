@@ -1,36 +1,35 @@
-"""Statements about the methods that the optional package peft brings: they train in our model, in our loop, and are saved
-as PEFT saves them. And about our LoRA, which is PEFT's to rounding."""
-
-import json
+"""Statements about the methods of the optional package peft, in our model, loop and files; our LoRA is PEFT's, too."""
 
 import pytest
 import torch
-from conftest import random_model, random_tokens, seed_torch, smooth_adamw
+from conftest import generator_of, random_model, random_tokens, seed_torch, smooth_adamw
 from rounding import assert_close, near, of_model
+from torch import nn
 
 import rosa
 from extras import peft_methods
+from extras.kernels import accelerate
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.numeric
-METHODS = {"LORA": {}, "IA3": {}, "OFT": {"oft_block_size": 4}, "LN_TUNING": {}, "ADALORA": {"total_step": 100}, "HRA": {}, "MISS": {"r": 4},
-           "FOURIERFT": {"n_frequency": 10}, "SHIRA": {"r": 2}, "LORA with DoRA": {"use_dora": True}}
+METHODS = {"LORA": {}, "IA3": {}, "LN_TUNING": {}, "HRA": {}, "OFT": {"oft_block_size": 4}, "MISS": {"r": 4}}
+METHODS |= {"SHIRA": {"r": 2}, "ADALORA": {"total_step": 100}, "FOURIERFT": {"n_frequency": 10}}
+METHODS |= {"LORA with DoRA": {"use_dora": True}}
 
 
-def train(model, parameters, selector=None, steps=5, lr=1e-2, adamw=torch.optim.AdamW):
-    optimizer = adamw(parameters, lr=lr, weight_decay=0.0)
+def train(model, parameters, k_ratio=1.0, steps=5, adamw=torch.optim.AdamW):
+    """Losses, and the layers that have trained last."""
+    optimizer, selector = adamw(parameters, lr=1e-2, weight_decay=0.0), rosa.LayerSelector(model, k_ratio, 2)
     losses = []
     for number in range(steps):
-        if selector:
-            selector.before_forward(number)
+        selector.before_forward(number)
         loss = model.loss(random_tokens(4, 16), random_tokens(4, 16, seed=1)) / 64
         loss.backward()
         losses.append(loss.item())
-        if selector:
-            selector.after_backward()
+        selector.after_backward()
         optimizer.step()
         optimizer.zero_grad()
-    return losses
+    return losses, selector.active
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -40,25 +39,43 @@ def test_a_method_of_peft_trains_layer_by_layer_and_comes_back_from_its_files(tm
     model, tokens = random_model(dtype=dtype), random_tokens(2, 20)
     frozen = {name: p.clone() for name, p in model.named_parameters()}
     peft_methods.attach_peft(model, name.split()[0], METHODS[name])
-    selector = rosa.LayerSelector(model, 0.4, select_every=2)  # 1 of 3 layers
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trainable and all(p.dtype == torch.float32 for p in trainable.values())
     start = {name: p.detach().clone() for name, p in trainable.items()}
-    losses = train(model, trainable.values(), selector, steps=2)
-    moved = {int(name.split(".")[2]) for name, p in trainable.items()
-             if name.startswith("model.layers.") and not torch.equal(p, start[name])}
-    assert moved == set(selector.active) and len(moved) == 1
-    losses += train(model, trainable.values(), rosa.LayerSelector(model, 1.0), steps=6)
+    losses, active = train(model, trainable.values(), k_ratio=0.4, steps=2)  # 1 of 3 layers
+    moved = {name for name, p in trainable.items() if not torch.equal(p, start[name])}
+    moved = {int(name.split(".")[2]) for name in moved if name.startswith("model.layers.")}
+    assert moved == set(active) and len(moved) == 1
+    losses += train(model, trainable.values(), steps=6)[0]
     assert losses[-1] < losses[0] - 0.01
     for name, p in model.named_parameters():
         if (name := name.replace("base_layer.", "")) in frozen:
             assert torch.equal(p, frozen[name])
 
     peft_methods.save_adapter(model, tmp_path)
-    again = peft_methods.load_adapter(random_model(dtype=dtype), tmp_path)
-    assert torch.equal(again(tokens), model(tokens)) and not torch.equal(again(tokens), random_model(dtype=dtype)(tokens))
-    with pytest.raises(ValueError, match="is an adapter for another model: missing"):
+    again, base = peft_methods.load_adapter(random_model(dtype=dtype), tmp_path), random_model(dtype=dtype)
+    assert torch.equal(again(tokens), model(tokens)) and not torch.equal(again(tokens), base(tokens))
+    with pytest.raises(ValueError, match="was trained on another model: model.layers.3.* is absent, this one needs"):
         peft_methods.load_adapter(random_model(num_hidden_layers=4), tmp_path)
+
+
+@pytest.mark.parametrize("name, options", [*METHODS.items(), ("LORA on lm_head", {"target_modules": ["lm_head"]})])
+def test_kernels_leave_its_layers_as_they_are_and_compute_the_same(name, options):
+    """A linear layer inside one of PEFT's it may read or call; where it adapts lm_head, the loss sees it."""
+    model, tokens, results = random_model(), random_tokens(2, 20), []
+    peft_methods.attach_peft(model, name.split()[0], options)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
+        p.data += 0.05 * torch.randn(p.shape, generator=generator_of(p.numel()))
+    for kernels in (False, True):
+        exchanged = accelerate(model)[0] if kernels else []
+        loss = model.loss(tokens, tokens)
+        results.append(torch.cat([g.flatten() for g in (model(tokens), *torch.autograd.grad(loss, trainable))]))
+    assert "Attention.attend" in exchanged and ("Llama.loss" in exchanged) == (name != "LORA on lm_head")
+    assert_close(*results, **of_model(model.config, 2))
+    for wrapper in (module for module in model.modules() if module.__module__.startswith("peft")):
+        inside = [module for module in wrapper.modules() if isinstance(module, nn.Linear)]
+        assert not any("forward" in vars(module) for module in inside)
 
 
 @pytest.mark.parametrize("name", ["IA3", "OFT", "LN_TUNING"])
@@ -77,25 +94,28 @@ def test_its_files_load_into_a_transformers_model(tmp_path, name):
 @pytest.mark.parametrize("targets", ["q,k", "q,k,v,o,gate,up,down"])
 def test_our_lora_is_pefts(targets):
     ours, theirs = random_model(), random_model()
-    rosa.attach(ours, rank=4, alpha=8, targets=targets, pairs="all")
-    peft_methods.attach_peft(theirs, "LORA", {"r": 4, "lora_alpha": 8,
-                                      "target_modules": [rosa.TARGETS[target].split(".")[1] for target in targets.split(",")]})
+    rosa.attach(ours, rank=4, alpha=8, low_freq_ratio=1.0, targets=targets)
+    modules = [rosa.TARGETS[target].split(".")[1] for target in targets.split(",")]
+    peft_methods.attach_peft(theirs, "LORA", {"r": 4, "lora_alpha": 8, "target_modules": modules})
     with torch.no_grad():
         for name, adapter in rosa.adapters(ours).items():
             theirs.get_submodule(name).lora_A["default"].weight.copy_(adapter.A)
-    losses = [train(model, [p for p in model.parameters() if p.requires_grad], adamw=smooth_adamw()) for model in (ours, theirs)]
+    trainable = [[p for p in model.parameters() if p.requires_grad] for model in (ours, theirs)]
+    losses = [train(model, each, adamw=smooth_adamw())[0] for model, each in zip((ours, theirs), trainable)]
     assert losses[0] == near(losses[1], **of_model(ours.config, 2 * 5)) and losses[0][-1] < losses[0][0] - 0.1
 
 
-@pytest.mark.parametrize("method, options, message", [
+REFUSED = [
     ("LORE", {}, "has no method 'LORE': choose from ADALORA, "),
     ("LORA", {"rank": 4}, "unexpected keyword argument 'rank'"),
     ("LORA", {"target_modules": ["query"]}, "Target modules"),
-    ("LORA", {"target_modules": ["lm_head"]}, "lm_head cannot be adapted"),
     ("PREFIX_TUNING", {}, "does not support prompt learning"),
     ("ADALORA", {}, "total_step"),
     ("POLY", {}, "task_ids"),  # which only a forward pass shows
-])
+]
+
+
+@pytest.mark.parametrize("method, options, message", REFUSED)
 def test_what_cannot_run_is_refused_in_a_line(model, method, options, message):
     with pytest.raises(ValueError, match=message) as error:
         peft_methods.attach_peft(model, method, options)
@@ -105,11 +125,7 @@ def test_what_cannot_run_is_refused_in_a_line(model, method, options, message):
 def test_adapters_from_elsewhere_that_we_do_not_implement_run_by_peft(tmp_path):
     model, tokens = random_model(), random_tokens(2, 20)
     theirs = peft.get_peft_model(random_model(), peft.IA3Config())
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(1.5)
+    for parameter in (parameter for parameter in theirs.parameters() if parameter.requires_grad):
+        parameter.data *= 1.5
     theirs.save_pretrained(tmp_path)
     assert_close(peft_methods.load_adapter(model, tmp_path)(tokens), theirs.model(tokens), **of_model(model.config))
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["peft_type"] == "IA3"

@@ -1,6 +1,7 @@
 """Statements about scoring: what each response answers, which options a question has, how sure an accuracy is.
 
-LLM-Adapters' rule is kept, odd outcomes included, so that published numbers compare; where a row departs from it, it says so.
+LLM-Adapters' rule is kept, odd outcomes included, so that published numbers compare; where a row departs from it, it
+says so.
 """
 
 import random
@@ -180,7 +181,10 @@ ANSWERS = numbered("answer", 5) + [("the correct answer is answer4", "answer4", 
 TABLE = {
     **dict.fromkeys(("MultiArith", "gsm8k", "AddSub", "SingleEq", "SVAMP", "mawps"), NUMBERS),
     **dict.fromkeys(("social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookqa"), ANSWERS),
-    "AQuA": LETTERS, "boolq": BOOLEANS, "piqa": numbered("solution", 2), "hellaswag": numbered("ending", 4),
+    "AQuA": LETTERS,
+    "boolq": BOOLEANS,
+    "piqa": numbered("solution", 2),
+    "hellaswag": numbered("ending", 4),
     "winogrande": numbered("option", 2),
 }
 
@@ -192,7 +196,10 @@ def test_every_benchmark_set_has_its_table():
 @pytest.mark.parametrize("name", TABLE)
 def test_what_a_response_answers_and_whether_it_is_right(name):
     for response, answer, extracted, right in TABLE[name]:
-        assert (extract_answer(name, response), is_correct(name, response, answer)) == (extracted, right), (response, answer)
+        assert (extract_answer(name, response), is_correct(name, response, answer)) == (extracted, right), (
+            response,
+            answer,
+        )
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -207,29 +214,38 @@ def test_no_response_whatever_is_an_error(name):
 
 INSTRUCTIONS = {
     "boolq": "Please answer the following question with true or false, question: is it untrue that ice floats?\n\n"
-             "Answer format: true/false",
+    "Answer format: true/false",
     "piqa": "Please choose the correct solution to the question: Dry a cup.\n\nSolution1: Use a cloth.\n\n"
-            "Solution2: Use a hose.\n\nAnswer format: solution1/solution2",
-    "hellaswag": "Please choose the correct ending to complete the given sentence: Swimming: She dives and\n\nEnding1: flies. "
-                 "Ending2: swims. Ending3: reads. Ending4: bakes.\n\nAnswer format: ending1/ending2/ending3/ending4",
-    "winogrande": "Please choose the correct answer to fill in the blank to complete the given sentence: The cup fits in the "
-                  "box as the _ is small.\n\nOption1: cup Option2: box Answer format: option1/option2",
+    "Solution2: Use a hose.\n\nAnswer format: solution1/solution2",
+    "hellaswag": "Please choose the correct ending to complete the given sentence: Swimming: She dives "
+    "and\n\nEnding1: flies. "
+    "Ending2: swims. Ending3: reads. Ending4: bakes.\n\nAnswer format: ending1/ending2/ending3/ending4",
+    "winogrande": "Please choose the correct answer to fill in the blank to complete the given sentence: The "
+    "cup fits in the "
+    "box as the _ is small.\n\nOption1: cup Option2: box Answer format: option1/option2",
     "social_i_qa": "Please choose the correct answer to the question: Ann found a coat. What next?\n\nAnswer1: eat it "
-                   "Answer2: return it Answer3: plant it\n\nAnswer format: answer1/answer2/answer3",
-    "ARC-Easy": "Please choose the correct answer to the question: What is hot?\n\nAnswer1: ice Answer2: the sun Answer3: snow "
-                "Answer4: fog Answer5: dew\n\nAnswer format: answer1/answer2/answer3/answer4/answer5",
+    "Answer2: return it Answer3: plant it\n\nAnswer format: answer1/answer2/answer3",
+    "ARC-Easy": "Please choose the correct answer to the question: What is hot?\n\nAnswer1: ice Answer2: "
+    "the sun Answer3: snow "
+    "Answer4: fog Answer5: dew\n\nAnswer format: answer1/answer2/answer3/answer4/answer5",
     "ARC-Challenge": "Please choose the correct answer to the question: What melts?\n\nAnswer1: ice Answer2: sand "
-                     "Answer3: air\n\nAnswer format: answer1/answer2/answer3",
-    "openbookqa": "Please choose the correct answer to the question: Is the Answer format: answer5/answer4 odd?\n\nAnswer1: no "
-                  "Answer2: yes Answer3: answer5 Answer4: both\n\nAnswer format: answer1/answer2/answer3/answer4\n",
+    "Answer3: air\n\nAnswer format: answer1/answer2/answer3",
+    "openbookqa": "Please choose the correct answer to the question: Is the Answer format: answer5/answer4 "
+    "odd?\n\nAnswer1: no "
+    "Answer2: yes Answer3: answer5 Answer4: both\n\nAnswer format: answer1/answer2/answer3/answer4\n",
     "AQuA": "Pipe (A) fills a tub in 2 h and pipe (F) in 2 h. How long do both take? "
-            "Answer Choices: (A) 1 h (B) 2 h (C) 3 h (D) (A) or (B)",
+    "Answer Choices: (A) 1 h (B) 2 h (C) 3 h (D) (A) or (B)",
 }
 LISTED = {
-    "boolq": ["true", "false"], "piqa": ["solution1", "solution2"], "hellaswag": ["ending1", "ending2", "ending3", "ending4"],
-    "winogrande": ["option1", "option2"], "social_i_qa": ["answer1", "answer2", "answer3"],
-    "ARC-Easy": ["answer1", "answer2", "answer3", "answer4", "answer5"], "ARC-Challenge": ["answer1", "answer2", "answer3"],
-    "openbookqa": ["answer1", "answer2", "answer3", "answer4"], "AQuA": ["A", "B", "C", "D"],
+    "boolq": ["true", "false"],
+    "piqa": ["solution1", "solution2"],
+    "hellaswag": ["ending1", "ending2", "ending3", "ending4"],
+    "winogrande": ["option1", "option2"],
+    "social_i_qa": ["answer1", "answer2", "answer3"],
+    "ARC-Easy": ["answer1", "answer2", "answer3", "answer4", "answer5"],
+    "ARC-Challenge": ["answer1", "answer2", "answer3"],
+    "openbookqa": ["answer1", "answer2", "answer3", "answer4"],
+    "AQuA": ["A", "B", "C", "D"],
 }
 
 
@@ -261,10 +277,19 @@ def test_an_instruction_with_fewer_than_two_options_is_named(name):
 # --- the interval of an accuracy ---
 
 
-@pytest.mark.parametrize("right, count, low, high", [
-    (0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1), (0, 1, 0, 0.7935), (1, 1, 0.2065, 1),
-    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718),  # Newcombe (1998), table I
-])
+@pytest.mark.parametrize(
+    "right, count, low, high",
+    [
+        (0, 10, 0, 0.2775),
+        (5, 10, 0.2366, 0.7634),
+        (10, 10, 0.7225, 1),
+        (0, 1, 0, 0.7935),
+        (1, 1, 0.2065, 1),
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (1, 29, 0.0061, 0.1718),  # Newcombe (1998), table I
+    ],
+)
 def test_the_interval_is_that_of_published_tables(right, count, low, high):
     assert wilson_interval(right, count) == pytest.approx((low, high), abs=5.1e-5)
 

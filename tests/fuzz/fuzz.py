@@ -1,8 +1,9 @@
 """A fuzzer of everything that is read: config.json, an index, a safetensors header, an adapter, data files.
 
-A case flips, cuts and inserts bytes in one good file, or puts another value into its JSON, and has it read. Whatever follows is either a refusal, ValueError,
-OSError or ImportError with a message for one line, or a result that an independent reading of the same bytes, by json and
-NumPy, gives too; within 5 seconds and 200 MB. A case is decided by the seed and its number alone: `python bench_fuzz.py`.
+A case flips, cuts and inserts bytes in one good file, or puts another value into its JSON, and has it read as the
+scripts read it. What follows is either a refusal, a ValueError, OSError or ImportError with a message for one line, or
+a result that an independent reading of the same bytes, by json and NumPy, gives too; within 5 seconds and 200 MB. The
+seed and its number alone decide a case: `python tests/fuzz/bench_fuzz.py`.
 """
 
 import contextlib
@@ -25,20 +26,26 @@ from safetensors.torch import load_file, save_file
 
 import rosa
 from data import tasks
-from extras.runs import one_line
-from model import Llama, LlamaConfig
+from extras import peft_methods
+from extras.checkpoints import load_model
+from extras.commands import one_line
+from model import LlamaConfig
 
 TOKENS = [3, 1, 4, 1, 5]
 SECONDS, BYTES = 5, 200 * 2**20  # of one case, at most
-PIECES = [b"-", b"0", b"9" * 30, b"9" * 5000, b"1e999", b"NaN", b"-Infinity", b"null", b"true", b"{}", b"[]", b'""', b'"', b"\\", b"[" * 2000, b"{",
-          b"}", b",", b":", b"\xff", b"\0", b"\n", b"\\ud800", b"\xe2\x80\xa8", b"../", b"/", b".5", b"e9", b"F16", b"BF16", b"F64", b"llama"]
-
-VALUES = [None, True, False, 0, -1, 1, 2, 3, 10**9, 10**30, 0.5, 1e300, 1e-300, math.nan, math.inf, "", "1", "a", "x" * 10**5, "\0", "\ud800", "../a",
-          "/etc/passwd", "inf", "linear", "mistral", "qwen2", [], [[]], {}, [1, 2], {"a": 1}, {"rope_type": "linear", "factor": 2.0}]
+MODEL = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8}
+PIECES = [b"9" * 30, b"9" * 5000, b"[" * 2000, b"\xff", b"\0", b"\n", b"\\ud800", b"\xe2\x80\xa8"]
+PIECES += b'- 0 1e999 NaN -Infinity null true {} [] "" " \\ { } , : ../ / .5 e9 F16 BF16 F64 llama'.split()
+VALUES = [None, True, False, 0, -1, 1, 2, 3, 10**9, 10**30, 0.5, 1e300, 1e-300, math.nan, math.inf]
+VALUES += ["", "1", "a", "x" * 10**5, "\0", "\ud800", "../a", "/etc/passwd", "inf", "linear", "mistral", "qwen2"]
+VALUES += [[], [[]], {}, [1, 2], {"a": 1}, {"rope_type": "linear", "factor": 2.0}]
 
 
 class Bad(AssertionError):
     """An outcome that is neither a clean refusal nor right."""
+
+
+# --- how a file is changed ---
 
 
 def mutated(rng, content, part):
@@ -46,7 +53,7 @@ def mutated(rng, content, part):
     change = rng.choice((changed_bytes, changed_values))
     if part == "all":
         return change(rng, content)
-    size, = struct.unpack("<Q", content[:8])
+    (size,) = struct.unpack("<Q", content[:8])
     text = content[8 : 8 + size]
     if part == "header" and rng.random() < 0.3:  # the length too, or a length that is no longer right
         return changed_bytes(rng, content[: 8 + size]) + content[8 + size :]
@@ -73,9 +80,11 @@ def changed_values(rng, content):
         if rng.random() < 0.5:
             holder[rng.choice(("", key + "s", key.upper(), "x" * 10**5, "\ud800\x1b", *holder))] = moved
     else:
-        old = holder[key]
-        near = [old + rng.choice((-1, 1, 0.5, 2**31, 2**63)), -old, old / 2, old * 10**9] if type(old) in (int, float) else [[old], {"a": old}]
-        holder[key] = rng.choice([*near, *near, *VALUES, rng.choice([other for other in holder.values()] if isinstance(holder, dict) else holder)])
+        old, others = holder[key], list(holder.values()) if isinstance(holder, dict) else holder
+        near = [[old], {"a": old}]
+        if type(old) in (int, float):
+            near = [old + rng.choice((-1, 1, 0.5, 2**31, 2**63)), -old, old / 2, old * 10**9]
+        holder[key] = rng.choice([*near, *near, *VALUES, rng.choice(others)])
     lines[at] = json.dumps(value.get("")).encode()
     return b"\n".join(lines)
 
@@ -91,8 +100,7 @@ def changed_bytes(rng, content):
         elif kind == "set" and content:
             content[at] = rng.randrange(256)
         elif kind == "digit":  # what stays JSON is what may be read wrongly
-            digits = [i for i, byte in enumerate(content) if chr(byte).isdigit()]
-            if digits:
+            if digits := [i for i, byte in enumerate(content) if chr(byte).isdigit()]:
                 content[rng.choice(digits)] = rng.choice(b"0123456789")
         elif kind == "insert":
             content[at:at] = rng.randbytes(few)
@@ -107,129 +115,139 @@ def changed_bytes(rng, content):
     return bytes(content)
 
 
+# --- what must hold of a file that is accepted ---
+
+
+def good(directory):
+    """The good files, made once."""
+    ckpt, sharded, test_set = directory / "ckpt", directory / "sharded", directory / "dataset" / "gsm8k"
+    for folder in (sharded, test_set):
+        folder.mkdir(parents=True)
+    model = random_model(**MODEL)
+    model.save_pretrained(ckpt)
+    tensors = load_file(ckpt / "model.safetensors")
+    (sharded / "config.json").write_bytes((ckpt / "config.json").read_bytes())
+    files = {name: f"model-0000{1 + i % 3}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(files.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, sharded / file)
+    index = {"metadata": {"total_size": 9}, "weight_map": files}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    rosa.save_adapter(randomise_adapters(rosa.attach(model, 2, 4, 0.5, "q,v")), directory / "adapter")
+    names = "instruction", "input", "output", "answer"
+    rows = [(f"Add {i} and 1.", "é\u2028" * (i % 2), f"It is {i + 1}.", str(i + 1)) for i in range(4)]
+    records = [dict(zip(names, row)) for row in rows]
+    (test_set / "test.json").write_text(json.dumps(records, ensure_ascii=False, indent=1))
+    (directory / "data.json").write_text(json.dumps(records))
+    lines = [dict(zip(("prompt", "input", "completion"), row)) for row in rows]
+    (directory / "data.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
 def tensors_of(content):
-    """(name -> float64 array of every tensor, the metadata) of a safetensors file's bytes, read by json and NumPy."""
-    size, = struct.unpack("<Q", content[:8])
+    """name -> float64 array of every tensor in a safetensors file's bytes, read by json and NumPy."""
+    (size,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
-    metadata, found = header.pop("__metadata__", None) or {}, {}
+    header.pop("__metadata__", None)
+    tensors = {}
     for name, entry in header.items():
         raw = data[entry["data_offsets"][0] : entry["data_offsets"][1]]
         if entry["dtype"] == "BF16":  # the upper half of a float32
             values = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
         else:
             values = np.frombuffer(raw, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[entry["dtype"]])
-        found[name] = values.astype(np.float64).reshape(entry["shape"])
-    return found, metadata
+        tensors[name] = values.astype(np.float64).reshape(entry["shape"])
+    return tensors
 
 
-def equal(found, expected, what):
-    if set(found) != set(expected):
-        raise Bad(f"{what}: {sorted(set(found) ^ set(expected))[:3]}")
+def check_equal(model, expected, what):
+    tensors = model.state_dict()
+    if set(tensors) != set(expected):
+        raise Bad(f"{what}: {sorted(set(tensors) ^ set(expected))[:3]}")
     for name, value in expected.items():
-        if not np.array_equal(found[name].detach().double().numpy(), value, equal_nan=True):
+        if not np.array_equal(tensors[name].double().numpy(), value, equal_nan=True):
             raise Bad(f"{what}: {name} differs")
 
 
-# --- what is fuzzed: a good directory, the file in it, and what must hold of an accepted one ---
-
-
-def good(directory):
-    """The good files, made once."""
-    model = random_model(num_hidden_layers=2, hidden_size=16, intermediate_size=24, head_dim=8)
-    model.save_pretrained(directory / "ckpt")
-    tensors = load_file(directory / "ckpt" / "model.safetensors")
-    (directory / "sharded").mkdir()
-    (directory / "sharded" / "config.json").write_bytes((directory / "ckpt" / "config.json").read_bytes())
-    files = {name: f"model-0000{1 + i % 3}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(files.values()):
-        save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, directory / "sharded" / file)
-    (directory / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 9}, "weight_map": files}, indent=1))
-    rosa.save_adapter(randomise_adapters(rosa.attach(model, 2, 4, 0.5, "q,v")), directory / "adapter")
-    records = [{"instruction": f"Add {i} and 1.", "input": "é\u2028" * (i % 2), "output": f"It is {i + 1}.", "answer": str(i + 1)} for i in range(4)]
-    (directory / "dataset" / "gsm8k").mkdir(parents=True)
-    (directory / "dataset" / "gsm8k" / "test.json").write_text(json.dumps(records, ensure_ascii=False, indent=1))
-    (directory / "data.json").write_text(json.dumps(records))
-    lines = [{"prompt": record["instruction"], "input": record["input"], "completion": record["output"]} for record in records]
-    (directory / "data.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
 def read_config(directory, content):
-    """Accepted: the fields are those that json reads, and the model computes what the NumPy reference computes with them."""
-    model = Llama.from_pretrained(directory / "ckpt")
-    raw, config = json.loads(content.decode("utf-8")), LlamaConfig.from_file(directory / "ckpt")
-    for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-                 "max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "eos_token_id", "model_type"):
-        default = {"num_key_value_heads": config.num_attention_heads, "head_dim": config.hidden_size // config.num_attention_heads}
+    """The fields are those that json reads, and the model computes what the NumPy reference computes with them."""
+    model = load_model(directory / "ckpt")
+    raw, config = json.loads(content.decode("utf-8")), model.config
+    heads = config.num_attention_heads
+    defaults = {name: field.default for name, field in LlamaConfig.__dataclass_fields__.items()}
+    defaults |= {"num_key_value_heads": heads, "head_dim": config.hidden_size // heads}
+    for name in {*defaults} - {"rope_scaling", "sliding_window", "attention_bias", "mlp_bias", "bos_token_id"}:
         value = raw.get(name)
         if value is None and not (name in raw and name == "tie_word_embeddings"):  # null: as good as false
-            value = default.get(name, LlamaConfig.__dataclass_fields__[name].default)
+            value = defaults[name]
         if getattr(config, name) != (float(value) if name in ("rms_norm_eps", "rope_theta") else value):
             raise Bad(f"{name} is {getattr(config, name)!r}, config.json says {raw.get(name)!r}")
     if config.context >= len(TOKENS):
         with np.errstate(all="ignore"), torch.inference_mode():
             expected = reference.logits(directory / "ckpt", TOKENS)
-            if not np.allclose(model(torch.tensor([TOKENS]))[0].double().numpy(), expected, atol=1e-3, rtol=1e-3, equal_nan=True):
+            logits = model(torch.tensor([TOKENS]))[0].double().numpy()
+            if not np.allclose(logits, expected, atol=1e-3, rtol=1e-3, equal_nan=True):
                 raise Bad("the logits are not those of the reference")
 
 
 def read_weights(directory, content):
-    """Accepted: every tensor holds what NumPy reads at its offsets."""
-    equal(Llama.from_pretrained(directory / "ckpt").state_dict(), tensors_of(content)[0], "model.safetensors")
+    """Every tensor holds what NumPy reads at its offsets, copied or mapped."""
+    for mapped in (False, True):
+        check_equal(load_model(directory / "ckpt", mapped=mapped), tensors_of(content), "model.safetensors")
 
 
 def read_index(directory, content):
-    """Accepted: every tensor holds what its shard holds, by the index where that names one."""
-    found = Llama.from_pretrained(directory / "sharded").state_dict()
-    expected = {}
+    """Every tensor holds what its shard holds, by the index where that names one."""
+    sharded, expected = directory / "sharded", {}
+    model = load_model(sharded)
     for file in set(json.loads(content)["weight_map"].values()):
-        path = directory / "sharded" / file
-        if path.resolve().parent != (directory / "sharded").resolve():
+        if (sharded / file).resolve().parent != sharded.resolve():
             raise Bad(f"{file} lies outside")
-        expected |= tensors_of(path.read_bytes())[0]
-    equal(found, expected, "the shards")
+        expected |= tensors_of((sharded / file).read_bytes())
+    check_equal(model, expected, "the shards")
 
 
 def read_adapter(directory, content):
-    """Accepted: the model's updates are alpha / rank * B A, of the tensors that NumPy reads, in memory and merged."""
-    model = rosa.load_adapter(random_model(num_hidden_layers=2, hidden_size=16, intermediate_size=24, head_dim=8), directory / "adapter")
+    """The model's updates are alpha / rank * B A, of the tensors that NumPy reads, whatever the metadata says."""
+    model = peft_methods.load_adapter(random_model(**MODEL), directory / "adapter")
     config = json.loads((directory / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors, metadata = tensors_of((directory / "adapter" / "adapter_model.safetensors").read_bytes())
+    tensors = tensors_of((directory / "adapter" / "adapter_model.safetensors").read_bytes())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
-    own = json.loads(metadata.get("rosa", "{}"))
-    if (own.get("rank", config["r"]), own.get("alpha", scale * config["r"])) != (config["r"], scale * config["r"]):
-        raise Bad("config and metadata disagree")
-    updates, names = {}, rosa.adapters(model)
-    if {f"base_model.model.{name}.lora_{factor}.weight" for name in names for factor in "AB"} != set(tensors):
+    adapters = rosa.adapters(model)
+    if {f"base_model.model.{name}.lora_{factor}.weight" for name in adapters for factor in "AB"} != set(tensors):
         raise Bad("other tensors are adapted")
-    for name, adapter in names.items():
-        B = np.zeros((adapter.out_features, adapter.rank))
-        B[adapter.rows.numpy()] = adapter.B.detach().double().numpy()
+    for name, adapter in adapters.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+        rows = np.zeros_like(B)
+        rows[adapter.rows.numpy()] = adapter.B.detach().double().numpy()
         with np.errstate(all="ignore"):
-            updates[name] = scale * tensors[f"base_model.model.{name}.lora_B.weight"] @ tensors[f"base_model.model.{name}.lora_A.weight"]
-            if not np.allclose(adapter.alpha / adapter.rank * B @ adapter.A.detach().double().numpy(), updates[name], equal_nan=True):
+            update = adapter.alpha / adapter.rank * rows @ adapter.A.detach().double().numpy()
+            if not np.allclose(update, scale * B @ A, equal_nan=True):
                 raise Bad(f"{name} has another update")
 
 
 def read_data(file, needed):
     def read(directory, content):
-        """Accepted: the examples are the records that json reads."""
-        examples = tasks.load_examples(directory / file, needed=needed) if "gsm8k" not in file else tasks.test_examples("gsm8k", directory)
-        text = content.decode("utf-8").removeprefix("\ufeff")
-        records = json.loads(text) if text.lstrip()[0] == "[" else [json.loads(line) for line in text.split("\n") if line.strip()]
+        """The examples are the records that json reads."""
+        if "gsm8k" in file:
+            examples = tasks.test_examples("gsm8k", directory)
+        else:
+            examples = tasks.load_examples(directory / file, needed=needed)
+        text = content.decode("utf-8").removeprefix("\ufeff").lstrip()
+        lines = [line for line in text.split("\n") if line.strip()]
+        records = json.loads(text if text[0] == "[" else f"[{','.join(lines)}]")
         if len(examples) != len(records):
             raise Bad(f"{len(examples)} examples of {len(records)} records")
         for example, record in zip(examples, records):
-            pairs = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
-            question, response = next(pair for pair in pairs if pair[0] in record)
-            expected = {"instruction": record[question], "output": record.get(response), "input": record.get("input"),
-                        "answer": record.get("answer")}
-            for field, value in expected.items():
+            pairs = ("instruction", "output"), ("prompt", "completion"), ("question", "answer")
+            names = dict(zip(("instruction", "output"), next(pair for pair in pairs if pair[0] in record)))
+            for field in ("instruction", "output", "input", "answer"):
+                value = record.get(names.get(field, field))
                 if example.get(field) != value or (field in needed and not isinstance(value, str)):
                     raise Bad(f"{field} is {example.get(field)!r}, the record says {value!r}")
             tasks.prompt_text(example).encode()
             if "gsm8k" in file and not math.isfinite(float(record["answer"].replace(",", ""))):
                 raise Bad(f"the answer {record['answer']!r} is no number")
-    return read
+
+    return file, read, "all"
 
 
 KINDS = {  # kind -> the file, what reads and verifies it, the part of it that is fuzzed
@@ -239,14 +257,16 @@ KINDS = {  # kind -> the file, what reads and verifies it, the part of it that i
     "adapter config": ("adapter/adapter_config.json", read_adapter, "all"),
     "adapter header": ("adapter/adapter_model.safetensors", read_adapter, "header"),
     "adapter metadata": ("adapter/adapter_model.safetensors", read_adapter, "metadata"),
-    "data, array": ("data.json", read_data("data.json", ("instruction", "output")), "all"),
-    "data, lines": ("data.jsonl", read_data("data.jsonl", ("instruction", "output")), "all"),
-    "test set": ("dataset/gsm8k/test.json", read_data("dataset/gsm8k/test.json", ("instruction", "answer")), "all"),
+    "data, array": read_data("data.json", ("instruction", "output")),
+    "data, lines": read_data("data.jsonl", ("instruction", "output")),
+    "test set": read_data("dataset/gsm8k/test.json", ("instruction", "answer")),
 }
+
+# --- cases ---
 
 
 def run(cases, seed, directory):
-    """Read the cases, numbers, in a directory that is empty at first. Returns kind -> counts; raises Bad, naming the case."""
+    """Read the cases, numbers, in a directory that is empty at first. Returns kind -> counts. Raises Bad."""
     good(directory)
     contents = {kind: (directory / file).read_bytes() for kind, (file, _, _) in KINDS.items()}
     for kind, (file, read, _) in KINDS.items():
@@ -257,17 +277,15 @@ def run(cases, seed, directory):
     for case in cases:
         kind = list(KINDS)[case % len(KINDS)]
         file, read, part = KINDS[kind]
-        rng = random.Random(f"{seed} {case}")
-        content = mutated(rng, contents[kind], part)
+        content = mutated(random.Random(f"{seed} {case}"), contents[kind], part)
         (directory / file).write_bytes(content)
-        start, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start, peak = time.perf_counter(), peak_bytes()
         try:
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
             counts[kind][outcome(read, directory, content, file)] += 1
             if time.perf_counter() - start > SECONDS:
                 too_long()
-            grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * (1 if sys.platform == "darwin" else 1024)
-            if grown > BYTES:
+            if (grown := peak_bytes() - peak) > BYTES:
                 raise Bad(f"it took {grown / 2**20:.0f} MB")
         except BaseException as error:
             raise Bad(f"{kind}, seed {seed}, case {case}: {type(error).__name__}: {error!s:.500}") from error
@@ -278,12 +296,16 @@ def run(cases, seed, directory):
     return counts
 
 
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def too_long(*_):
     raise Bad(f"it took more than {SECONDS} seconds")
 
 
 def outcome(read, directory, content, file):
-    """"refused" or "accepted"; raises Bad or whatever else came of it."""
+    """Of a file: "refused" or "accepted"; raises Bad or whatever else came of it."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("error")  # a warning is a line on stderr that nobody meant

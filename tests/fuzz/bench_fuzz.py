@@ -1,7 +1,7 @@
 """Mutated files by the thousand: each is refused in a line or read rightly.
 
-    python tests/bench_fuzz.py [--cases 5000] [--seed 0]
-    python tests/bench_fuzz.py --seed 0 --case 1234          # one of them again
+python tests/fuzz/bench_fuzz.py [--cases 5000] [--seed 0]
+python tests/fuzz/bench_fuzz.py --seed 0 --case 1234          # one of them again
 """
 
 import argparse
@@ -10,8 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-import fuzz  # noqa: E402
+TESTS = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+import fuzz  # noqa: E402 - beside this file
 
 
 def main():

@@ -1,0 +1,193 @@
+"""Owns how scripts and commands are called: their help, their options' values, one-line errors, exit statuses.
+It makes a mistake end in one line that says what to type instead, and `--help` fit on a screen.
+Without it: argparse alone, and a traceback for a mistake.
+"""
+
+import argparse
+import math
+import os
+import shlex
+import signal
+import sys
+import textwrap
+
+from tqdm import tqdm
+
+from extras.checkpoints import NAMES
+from extras.distributed import died, gather, join_processes, processes
+
+
+class Stop(Exception):
+    """A run has to end before its time: Stop(what happened), with an exit status. What it has saved is whole."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+def run_script(name, parse_args, main, arguments, go_on):
+    """main(parse_args(arguments)), and every way in which it can end. arguments None: those of the process.
+
+    go_on(arguments): a sentence on what is kept, or what to type, where it ends before its time."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        join_processes()
+        main(parse_args(arguments))
+        gather()  # nobody leaves before all are done
+    except (ValueError, OSError, ImportError) as error:
+        fail(name, error)
+    except Stop as stop:
+        end(name, f"{stop}. {go_on(arguments)}", stop.status)
+    except KeyboardInterrupt:
+        end(name, f"interrupted. {go_on(arguments)}", 130)
+    except RuntimeError as error:
+        if not died(error):
+            raise
+        end(name, f"another process has ended, and this one with it. {go_on(arguments)}", 1)
+    finally:
+        for number, handler in handlers.items():  # as they were, where another program has called
+            signal.signal(number, handler)
+
+
+def fail(name, message):
+    """A user's mistake: one line on stderr, exit status 2, in all processes."""
+    gather(problem=(name, one_line(message)))
+
+
+def end(name, message, status):
+    """One line, by the first process, and the end."""
+    for bar in list(tqdm._instances):  # the line shall be one of its own
+        bar.close()
+    if processes()[0] == 0:
+        print(f"{name}: {one_line(message)}", file=sys.stderr)
+    sys.exit(status)
+
+
+def one_line(message):
+    """A message, an exception say, as one line for a terminal, whatever the names and values that it quotes hold."""
+    if isinstance(message, OSError) and message.filename is not None:
+        message = f"{message.filename}: {message.strerror}"
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
+    return text if len(text) <= 600 else f"{text[:400]} ... {text[-180:]}"  # the end says what to do
+
+
+def resume_command(script, arguments):
+    """What goes on with the run of these arguments."""
+    arguments = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
+    launcher = "python" if processes()[1] == 1 else "torchrun ..."
+    return f"{launcher} {shlex.join([os.path.relpath(script), *arguments, '--resume'])}"
+
+
+# --- help ---
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """A line an option, with "(default: x)" where there is one."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=100)
+
+    def _get_default_metavar_for_optional(self, action):
+        return action.dest.split("_")[-1].upper()
+
+    def _get_help_string(self, action):
+        if action.default in (None, argparse.SUPPRESS, False) or "default" in action.help:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+class ShortHelp(argparse.Action):
+    """--help: the options that people use. --help-all: the others too."""
+
+    def __init__(self, option_strings, dest, help):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for group in parser._action_groups if option_string != "--help-all" else ():
+            for action in group._group_actions if group.title == "more" else ():
+                action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
+
+
+def script_parser(name, documentation):
+    """A parser for train.py or eval.py. The options of its group "more" are those that --help-all alone shows."""
+    parser = argparse.ArgumentParser(
+        usage=f"python {name} [options]",
+        description=documentation,
+        epilog=textwrap.fill(f"names of checkpoints: tiny, {', '.join(NAMES)}", 100, break_on_hyphens=False),
+        formatter_class=Help,
+        add_help=False,
+    )
+    parser.error = refuse(name)
+    parser.add_argument("-h", "--help", "--help-all", action=ShortHelp, help="this; --help-all: every option")
+    return parser
+
+
+def refuse(name):
+    """What a parser does with a mistake: argparse's "argument --rank: must be ..." as "--rank must be ..."."""
+    return lambda message: fail(
+        name, message.removeprefix("argument ").replace(": ", " ", message.startswith("argument "))
+    )
+
+
+def command_parser(name, documentation):
+    """A parser for `python -m extras.<name>`. documentation: the command's own docstring, an example in it."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m extras.{name}", description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = refuse(name)
+    return parser
+
+
+def add_model_arguments(parser):
+    """The options by which a command chooses a model: --ckpt, --adapter, --device, --dtype."""
+    parser.add_argument("--ckpt", default="tiny", help="checkpoint, as train.py takes it (default: tiny)")
+    parser.add_argument("--adapter", help="adapter directory, as train.py writes it (default: the model alone)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ... (default: auto)")
+    dtypes = ("auto", "float32", "bfloat16")
+    parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the base model (default: auto)")
+
+
+def run_command(name, main, args):
+    """main(args), in which ValueError, OSError and ImportError are a user's mistakes."""
+    try:
+        main(args)
+    except (ValueError, OSError, ImportError) as error:
+        fail(name, error)
+    except KeyboardInterrupt:
+        end(name, "interrupted", 130)
+
+
+# --- values of options ---
+
+
+def count(text):
+    """A whole number of at least 1."""
+    return checked(int, text, lambda value: value >= 1, "must be a whole number of at least 1")
+
+
+def share(text):
+    """A number in (0, 1]."""
+    return checked(float, text, lambda value: 0 < value <= 1, "must be in (0, 1]")
+
+
+def positive(text):
+    """A positive number."""
+    return checked(float, text, lambda value: 0 < value < math.inf, "must be a positive number")
+
+
+def seed(text):
+    """A whole number of 32 bits."""
+    return checked(int, text, lambda value: 0 <= value < 2**32, "must be a whole number from 0 to 2^32 - 1")
+
+
+def checked(kind, text, valid, requirement):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not valid(value):
+        raise argparse.ArgumentTypeError(f"{requirement}, not {text}")
+    return value

@@ -1,0 +1,85 @@
+"""Owns predictions.jsonl and results.json: a line per answered question, and the scores.
+It makes possible that an evaluation that was stopped goes on where it was, and asks nothing twice.
+Without it: print(response) in the loop of eval.py.
+"""
+
+import hashlib
+import json
+
+from extras.distributed import gather, processes
+from extras.runs import write_whole
+
+
+class Predictions:
+    """The answers so far: number of the question -> its line. questions: (test set, index, example, prompt ids) tuples.
+
+    settings: what the answers depend on beside the question, `settings_hash`; lines with other settings don't count."""
+
+    def __init__(self, out, settings, questions):
+        self.out, self.settings, self.questions = out, settings, questions
+        self.path = out / "predictions.jsonl"
+        lines = gather(read_lines(self.path) if processes()[0] == 0 else None)[0]  # one file, whoever reads it
+        answered = {(line["set"], line["index"]): line for line in lines if line.get("settings") == settings}
+        if lines and not answered:
+            print(f"answers    those in {self.path} are of another adapter or other settings: starting anew")
+        self.lines = {}
+        for number, (name, i, example, _) in enumerate(questions):
+            line = answered.get((name, i))
+            if line and (line["instruction"], line["answer"]) == (example["instruction"], example["answer"]):
+                self.lines[number] = answered.pop((name, i))
+        self.other_lines = list(answered.values())  # of questions that are not asked now: they are kept
+        if self.lines:
+            print(f"answers    {len(self.lines):,} of {len(questions):,} are in {self.path} already")
+        self.write()
+
+    def write(self):
+        """The file anew, in the order of the questions; by the first process."""
+        if processes()[0] == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            lines = [self.lines[number] for number in sorted(self.lines)] + self.other_lines
+            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def unanswered(self):
+        """Long prompts first, so that what does not fit in memory fails at once."""
+        numbers = set(range(len(self.questions))) - set(self.lines)
+        return sorted(numbers, key=lambda number: (-len(self.questions[number][3]), number))
+
+    def add(self, number, response, extracted, correct):
+        """An answer, on disk at once."""
+        name, i, example, _ = self.questions[number]
+        line = {"set": name, "index": i, "instruction": example["instruction"], "answer": example["answer"]}
+        line |= {"response": response, "extracted": extracted, "correct": correct, "settings": self.settings}
+        self.lines[number] = line
+        if processes()[0] == 0:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def finish(self, results):
+        """Write results.json, and the answers in order."""
+        self.write()
+        if processes()[0] == 0:
+            write_whole(self.out / "results.json", json.dumps(results, indent=2) + "\n")
+        print(f"every answer is in {self.path}")
+
+
+def settings_hash(args, ckpt, dtype):
+    """What an answer depends on beside its question, in twelve characters."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(ckpt.glob("*.safetensors"))]
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    adapter = args.adapter and [(args.adapter / name).read_bytes() for name in names]
+    limit = args.max_new_tokens if args.score == "generate" else None
+    content = [(ckpt / "config.json").read_bytes(), files, adapter, args.score, limit, dtype]
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
+def read_lines(path):
+    """The lines of a predictions.jsonl, but a last one that was cut short, and whatever else is no answer."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+        if isinstance(line, dict) and {"set", "index", "instruction", "answer", "correct"} <= line.keys():
+            lines.append(line)
+    return lines

@@ -1,0 +1,119 @@
+"""Statements about `extras/checkpoints.py`: where a checkpoint is found, and what is said of one that does not fit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import random_model, random_tokens
+from safetensors.torch import load_file, save_file
+
+from extras.checkpoints import find_checkpoint, hub_cache, load_model
+from model import Llama
+
+
+def test_checkpoints_are_found_by_name(tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("checkpoints/mine")
+    assert find_checkpoint("mine").samefile("checkpoints/mine") and find_checkpoint("tiny").name == "tiny"
+    with pytest.raises(FileNotFoundError, match="no checkpoint 'other'.* names known are tiny, llama2-7b, "):
+        find_checkpoint("other")
+    with pytest.raises(FileNotFoundError, match="no config.json"):
+        find_checkpoint("checkpoints")
+
+
+@pytest.mark.parametrize("name", ["llama2-7b", "some.org/A-model_1"])
+def test_a_name_is_looked_for_here_then_in_the_cache_of_hugging_face(tmp_path, monkeypatch, model, name):
+    repository = {"llama2-7b": "meta-llama/Llama-2-7b-hf"}.get(name, name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", "$PWD/cache")
+    monkeypatch.setenv("PWD", str(tmp_path))
+    patterns = r"--include '\*.json' --include 'tokenizer\*' --include 'model\*.safetensors'"
+
+    def is_absent():
+        with pytest.raises(FileNotFoundError, match=f"To download it .*: hf download {repository} {patterns}"):
+            find_checkpoint(name)
+
+    is_absent()
+    cached = tmp_path / "cache" / ("models--" + repository.replace("/", "--"))
+    model.save_pretrained(cached / "snapshots" / "0123abc")
+    is_absent()  # no revision is the main one yet
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123abc")
+    assert find_checkpoint(name) == cached / "snapshots" / "0123abc"
+    assert load_model(find_checkpoint(name)).name_or_path == repository  # which an adapter's config will name
+    (cached / "snapshots" / "0123abc" / "model.safetensors").rename(tmp_path / "weights")
+    is_absent()  # config.json alone is no checkpoint
+    for nearer in (f"checkpoints/{name}", name):
+        model.save_pretrained(nearer)
+        assert find_checkpoint(name).samefile(nearer)
+    assert load_model(find_checkpoint(name)).name_or_path == name
+
+
+HOMES = ({}, {"HF_HOME": "~/h"}, {"XDG_CACHE_HOME": "/x"}, {"HF_HOME": "$HOME/h", "HF_HUB_CACHE": "/c"})
+
+
+@pytest.mark.parametrize("environment", [*HOMES, {"HF_HUB_CACHE": "~/c", "XDG_CACHE_HOME": "/x"}])
+def test_the_cache_is_where_hugging_face_has_it(monkeypatch, environment):
+    pytest.importorskip("huggingface_hub")
+    for name in ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    script = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    theirs = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    assert str(hub_cache()) == theirs
+
+
+def shard(directory):
+    """Split model.safetensors in two, with an index."""
+    tensors = load_file(directory / "model.safetensors")
+    where = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(where.values()):
+        save_file({name: tensors[name] for name in tensors if where[name] == file}, directory / file)
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_that_fits_is_loaded_as_from_pretrained_loads_it(tmp_path, tied, sharded):
+    """In one file or in shards; what old checkpoints hold beyond the parameters is passed over by both."""
+    model, tokens = random_model(tie_word_embeddings=tied), random_tokens(1, 9)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"].clone())
+    save_file(tensors, tmp_path / "model.safetensors")
+    if sharded:
+        shard(tmp_path)
+    for loaded in (Llama.from_pretrained(tmp_path), load_model(tmp_path), load_model(tmp_path, mapped=True)):
+        assert torch.equal(loaded(tokens), model(tokens)) and not loaded.training
+        assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+UP, HEAD, NORM = "model.layers.0.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"
+MISFITS = [  # a tensor (None: taken away), what from_pretrained says of it, what load_model does
+    (UP, torch.zeros(48, 32).char(), f"{UP} is torch.int8", f"{UP} is stored as I8"),
+    (HEAD, torch.zeros(3, 5), "[3, 5], not floats [97, 32]", f"{HEAD} has shape [3, 5], config.json says [97, 32]"),
+    ("extra", torch.zeros(3), "the tensor extra belongs to no parameter", "unexpected extra"),
+    (NORM, None, f"the tensor {NORM} is missing", f"missing {NORM}"),
+]
+
+
+def test_a_tensor_that_does_not_fit_is_named_and_by_load_model_all_of_them(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    stored, file = load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
+
+    def refused(load, changes):
+        tensors = {name: tensor for name, tensor in (stored | changes).items() if tensor is not None}
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=str(tmp_path)) as error:
+            load(tmp_path)
+        return str(error.value)
+
+    for name, tensor, plain, _ in MISFITS:
+        assert plain in refused(Llama.from_pretrained, {name: tensor})
+    message = refused(load_model, {name: tensor for name, tensor, *_ in MISFITS})
+    assert all(diagnosis in message for *_, diagnosis in MISFITS)

@@ -1,0 +1,456 @@
+"""Statements about several processes: they compute what one computes, and end together."""
+
+import hashlib
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import decisive_model, forkserver, random_model, smooth_adamw
+from rounding import assert_close, near, of_model
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+import eval as eval_script
+import rosa
+import train
+from data import tasks, toy
+from data.tokenizer import load_tokenizer
+from extras import predictions, runs
+from extras.kernels import accelerate
+from model import Llama
+
+pytestmark = pytest.mark.numeric
+ROOT = Path(train.__file__).parent
+RUN = "--ckpt ckpt --max-steps 8 --batch-size 6 --micro-batch-size 3 --val-size 9 --eval-every 4 --save-every 3"
+RUN += " --max-len 200 --select-every 3 --device cpu --dtype float32"
+
+
+@pytest.fixture
+def ckpt(tmp_path, monkeypatch):
+    """A checkpoint directory `ckpt` in an empty working directory: 4 layers, a context of 256."""
+    monkeypatch.chdir(tmp_path)
+    random_model(vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256).save_pretrained("ckpt")
+    shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", "ckpt")
+    monkeypatch.setitem(tasks.TOY_SIZES, "train", 40)  # 31 to train on: the last batch of an epoch is one example
+    monkeypatch.setitem(tasks.TOY_SIZES, "test", 13)
+    monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())  # here, and in `member`
+
+
+def member(rank, world, port, script, arguments, before):
+    """What torchrun starts."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
+    torch.optim.AdamW = smooth_adamw()
+    tasks.TOY_SIZES.update(train=40, test=13)
+    for number, name in ((1, "out"), (2, "err")):
+        with open(f"{name}{rank}.txt", "w") as file:
+            os.dup2(file.fileno(), number)
+    if before:
+        before(rank)
+    importlib.import_module(script).run(arguments)
+
+
+def start(world, script, command, before=None):
+    """So many processes that run the script with this command line. before(rank) is called in each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    what, processes = (world, port, script.__name__, command.split(), before), forkserver()
+    started = [processes.Process(target=member, args=(rank, *what)) for rank in range(world)]
+    for process in started:
+        process.start()
+    return started
+
+
+def end(started, seconds=60):
+    """Their exit statuses, what they printed, and their lines of errors, bars left out."""
+    deadline = time.monotonic() + seconds
+    for process in started:
+        process.join(max(0.1, deadline - time.monotonic()))
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    out, errors = ([Path(f"{name}{rank}.txt").read_text() for rank in range(len(started))] for name in ("out", "err"))
+    return codes, out, [line for text in errors for line in text.splitlines() if ".py: " in line or "Error" in line]
+
+
+def together(world, script, command, before=None):
+    codes, out, errors = end(start(world, script, command, before))
+    assert codes == [0] * world and not errors, errors
+    return out
+
+
+RUNS = {}  # options -> what a run of one process with them has left
+
+
+def run_alone(options=""):
+    """The directory `one`, as a single process leaves it."""
+    if options not in RUNS:
+        train.run(f"{RUN} {options} --out one".split())
+        RUNS[options] = {file.name: file.read_bytes() for file in Path("one").iterdir()}
+    Path("one").mkdir(exist_ok=True)
+    for name, content in RUNS[options].items():
+        Path("one", name).write_bytes(content)
+
+
+def read_lines(file):
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def add_line(file, value):
+    with open(file, "a") as opened:
+        opened.write(json.dumps(value) + "\n")
+
+
+def assert_same_run(out, other, dtype=torch.float32):
+    """The same losses, layers, scores and adapter, to the rounding of so many steps, each a pass forward and back."""
+    steps = len(read_lines(f"{out}/log.jsonl")) - 1
+    rounding = of_model(Llama.from_pretrained("ckpt").config, 2 * steps)
+    for name in ("log.jsonl", "layers.jsonl"):
+        ours, theirs = read_lines(f"{out}/{name}"), read_lines(f"{other}/{name}")
+        assert len(ours) == len(theirs) > 1
+        for one, two in zip(ours, theirs):
+            assert one.keys() == two.keys()
+            for key in one.keys() - {"seconds"}:
+                exact = key in ("step", "lr", "tokens", "active_layers")
+                assert one[key] == (two[key] if exact else near(two[key], dtype=dtype, **rounding)), (key, one, two)
+    one, two = (load_file(next(Path(directory).glob("*model.safetensors"))) for directory in (out, other))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert_close(one[name], two[name], dtype=dtype, **rounding)
+
+
+UNEVEN, FULL = "--batch-size 5 --micro-batch-size 1 --targets q,k,v,down", "--method full --lr 1e-5"
+
+
+@pytest.mark.parametrize("world, options", [(2, ""), (4, ""), (3, UNEVEN), (2, "--select random"), (2, FULL)])
+def test_several_processes_compute_what_one_computes(ckpt, world, options):
+    run_alone(options)
+    printed = together(world, train, f"{RUN} {options} --out many")
+    assert_same_run("many", "one")
+    assert "best validation loss" in printed[0] and printed[1:] == [""] * (world - 1)  # the first alone prints
+
+
+def record(rank):
+    """Write down, a step: the type, length and content of the one message that this process adds up with the others;
+    then which layers it selects, and what a dropout in it would draw from."""
+    collate, all_reduce, after = train.collate, torch.distributed.all_reduce, rosa.LayerSelector.after_backward
+    drop = []
+
+    def collated(*arguments):
+        drop[:] = torch.get_rng_state()[:64].tolist()
+        return collate(*arguments)
+
+    def added_up(tensor, **options):
+        all_reduce(tensor, **options)
+        total = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        add_line(f"steps{rank}.jsonl", [str(tensor.dtype), tensor.numel(), total])
+
+    def after_backward(self):
+        after(self)
+        add_line(f"steps{rank}.jsonl", [self.active, drop])
+
+    train.collate, torch.distributed.all_reduce, rosa.LayerSelector.after_backward = collated, added_up, after_backward
+
+
+def test_several_processes_select_the_same_layers_at_random_and_drop_different_things(ckpt):
+    together(2, train, f"{RUN} --select random --select-every 1 --out many", record)
+    drawn = [read_lines(f"steps{rank}.jsonl")[1::2] for rank in range(2)]
+    assert len(drawn[0]) == 8 and len({str(active) for active, _ in drawn[0]}) > 2
+    for (active, drop), (other_active, other_drop) in zip(*drawn):
+        assert active == other_active and drop != other_drop
+
+
+SHARES = [(1, 16, 4), (1, 13, 4), (2, 16, 4), (4, 5, 2), (3, 16, 4), (8, 16, 4), (8, 3, 4), (64, 16, 4)]
+
+
+@pytest.mark.parametrize("world, count, size", SHARES)
+def test_the_shares_of_the_processes_are_the_batch_and_all_take_part_in_every_round(monkeypatch, world, count, size):
+    parts = []
+    for rank in range(world):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        monkeypatch.setenv("RANK", str(rank))
+        parts.append(train.own_micro_batches(list(range(count)), size))
+    assert sorted(i for part in parts for micro_batch in part for i in micro_batch) == list(range(count))
+    assert len({len(part) for part in parts}) == 1 and max(len(m) for part in parts for m in part) <= size
+    assert max(sum(map(len, part)) for part in parts) <= math.ceil(count / world) + size - 1
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_no_examples_have_gradients_of_zero_for_all_that_trains(model, plain):
+    rosa.attach(model, 2)
+    rosa.LayerSelector(model).before_forward(0)  # a probe: norms too
+    if not plain:
+        accelerate(model)
+    model.loss(*train.collate([], model.device)).backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert len(gradients) == 3 * (2 * 2 + 2) and not any(grad.any() for grad in gradients)
+
+
+# --- what is sent ---
+
+
+def test_a_step_is_one_message_of_the_gradients_of_what_trains_and_of_the_norms_before_they_are_scored(ckpt):
+    together(2, train, f"{RUN} --out many", record)
+    sent = [read_lines(f"steps{rank}.jsonl")[::2] for rank in range(2)]
+    assert sent[0] == sent[1] and len(sent[0]) == 8  # one a step, and all get the same bits
+    adapter = 64 * (32 + 16) + 64 * (32 + 8)  # rank (D + H n) of q, rank (D + K n) of k: half of 32 and of 16 rows
+    for step, (dtype, count, _) in enumerate(sent[0]):
+        gradients = 4 * (adapter + 2 * 32) if step % 3 == 0 else 2 * adapter  # at a probe of all layers, norms too
+        assert dtype == "torch.float32" and count == gradients + 2  # the loss, and how many signals came
+
+
+# --- FSDP2 ---
+
+
+def report_rows(rank):
+    """Write down how many bytes of the base this process holds at rest, and which loss FSDP wraps."""
+    from torch.distributed import fsdp
+    from torch.distributed.tensor import DTensor
+
+    shard, register = train.shard, fsdp.register_fsdp_forward_method
+
+    def reported(model, *arguments):
+        shard(model, *arguments)
+        at_rest = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+        sizes = {name.replace(".linear.", "."): p.nbytes for name, p in at_rest.items()}
+        Path(f"held{rank}.json").write_text(json.dumps(sizes))
+
+    def registered(module, name):
+        Path(f"wrapped{rank}.txt").write_text(f"{getattr(module, name).__func__.__module__}.{name}")
+        register(module, name)
+
+    train.shard, fsdp.register_fsdp_forward_method = reported, registered
+
+
+ALL, TIED = "--targets q,k,v,o,gate,up,down --dtype bfloat16", {"model_type": "qwen2", "tie_word_embeddings": True}
+
+
+@pytest.mark.parametrize("options, changes", [("", {}), ("--plain", {}), (ALL, TIED)])
+def test_sharded_processes_compute_the_same_hold_a_half_each_and_resume_unsharded(ckpt, options, changes):
+    model = random_model(vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256, **changes)
+    model.save_pretrained("ckpt")
+    command = f"{RUN} --max-steps 4 {options}"
+    train.run(f"{command} --out one".split())
+    together(2, train, f"{command} --shard --out many", report_rows)
+    assert_same_run("many", "one", torch.bfloat16 if changes else torch.float32)
+    size = 2 if changes else 4  # bytes
+    for rank in range(2):
+        held = json.loads(Path(f"held{rank}.json").read_text())
+        for name, p in model.named_parameters():
+            assert held[name] == p.numel() * size // (1 if "norm" in name else 2), name
+        assert Path(f"wrapped{rank}.txt").read_text() == f"{'model' if options == '--plain' else 'extras.kernels'}.loss"
+    if options != "--plain":
+        together(2, train, f"{command} --out many --resume")
+
+
+# --- stopping, dying, resuming ---
+
+
+def during(step, act, rank):
+    """Let a process act while it computes that step: `act` is its rank and what it does."""
+    if rank == act[0]:
+        before = rosa.LayerSelector.before_forward
+
+        def before_forward(self, now):
+            if now == step:
+                act[1]()
+            before(self, now)
+
+        rosa.LayerSelector.before_forward = before_forward
+
+
+def sent(number):
+    os.kill(os.getpid(), number)
+
+
+killed, terminated, halted = (partial(sent, number) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP))
+
+
+def broken():
+    raise RuntimeError("the cat sat on the keyboard")
+
+
+def spoilt():
+    """From here on this process meets what is not a number."""
+    real = Llama.hidden_states
+    Llama.hidden_states = lambda self, *inputs: real(self, *inputs) * (torch.nan if torch.is_grad_enabled() else 1)
+
+
+def without_room():
+    def write(path, content):
+        with runs.saving(path):
+            raise OSError(28, "No space left on device")
+
+    runs.write = write
+
+
+def test_a_signal_to_one_ends_all_after_their_step_and_other_numbers_of_processes_resume(ckpt):
+    command = f"{RUN} --max-steps 12 --out"
+    train.run(f"{command} one".split())
+    codes, _, errors = end(start(2, train, f"{command} many", partial(during, 4, (1, terminated))))
+    assert codes == [143, 143] and len(errors) == 1
+    assert errors[0].startswith("train.py: stopped after step 5. To go on: torchrun ... ")
+    codes, *_ = end(start(3, train, f"{command} many --resume", partial(during, 7, (0, terminated))))
+    assert codes == [143] * 3 and len(read_lines("many/log.jsonl")) == 1 + 8
+    train.run(f"{command} many --resume".split())
+    assert_same_run("many", "one")
+
+
+DEATHS = [(1, killed, ""), (0, killed, ""), (2, killed, "--shard"), (1, broken, ""), (0, without_room, "")]
+
+
+@pytest.mark.parametrize("rank, act, shard", DEATHS)
+def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, rank, act, shard):
+    begin = time.monotonic()
+    codes, _, errors = end(start(3, train, f"{RUN} {shard} --out many", partial(during, 4, (rank, act))))
+    assert time.monotonic() - begin < 30
+    assert codes.pop(rank) in (-signal.SIGKILL, 1) and codes == [1, 1]
+    text = "\n".join(errors)
+    assert text.count("train.py: another process has ended") == (rank > 0)
+    assert ("the cat sat" in text) == (act is broken) and ("No space left" in text) == (act is without_room)
+    run_alone()
+    train.run(f"{RUN} --out many --resume".split())
+    assert_same_run("many", "one")
+
+
+SILENCE = 2  # seconds, in the place of 50
+
+
+def impatient(rank):
+    """The group that adds up gradients waits no longer than SILENCE. The first process takes longer than that to save
+    its first adapter; in step 4 the second is stopped, and says nothing more."""
+    save = runs.peft_methods.save_adapter
+
+    def noting(function, seconds):
+        def call(*arguments, timeout, **options):
+            add_line(f"timeouts{rank}.jsonl", timeout.total_seconds())
+            return function(*arguments, timeout=timedelta(seconds=seconds), **options)
+
+        return call
+
+    def slow(*arguments):
+        runs.peft_methods.save_adapter = save
+        time.sleep(1.2 * SILENCE)
+        save(*arguments)
+
+    for name, seconds in {"init_process_group": 3600, "new_group": SILENCE}.items():
+        setattr(torch.distributed, name, noting(getattr(torch.distributed, name), seconds))
+    runs.peft_methods.save_adapter = slow
+    during(4, (1, halted), rank)
+
+
+def test_one_that_is_silent_in_a_step_is_taken_for_dead_and_the_first_may_take_its_time_to_save(ckpt):
+    started = start(2, train, f"{RUN} --out many", impatient)
+    started[0].join(30)
+    started[1].kill()
+    codes, _, errors = end(started)
+    assert codes == [1, -signal.SIGKILL] and errors[0].startswith("train.py: another process has ended"), errors
+    assert len(read_lines("many/log.jsonl")) == 1 + 4
+    assert [read_lines(f"timeouts{rank}.jsonl") for rank in range(2)] == [[3600, 50]] * 2
+
+
+def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
+    codes, _, errors = end(start(2, train, f"{RUN} --save-every 1 --out many", partial(during, 5, (1, spoilt))))
+    (line,) = errors
+    assert codes == [1, 1] and line.startswith("train.py: step 8 was the third in a row") and "of step 5" in line
+    assert [record.get("skipped", False) for record in read_lines("many/log.jsonl")[1:]] == [False] * 5 + [True] * 3
+
+
+# --- mistakes ---
+
+
+def misplaced(rank):
+    def load_tokenizer(ckpt):
+        raise ValueError("no tokenizer on this machine")
+
+    if rank == 1:
+        train.load_tokenizer = eval_script.load_tokenizer = load_tokenizer
+
+
+ABSENT, EVAL = "--ckpt absent", "--ckpt ckpt --max-new-tokens 9"
+MISTAKES = [  # (script, arguments, what one process lacks, words of the line)
+    (train, f"{RUN} --rnak 3", None, "unrecognized"),
+    (train, f"{RUN} {ABSENT}", None, "no checkpoint 'absent'"),
+    (train, f"{RUN} --rank 0", None, "rank must be"),
+    (eval_script, ABSENT, None, "no checkpoint"),
+    (train, RUN, misplaced, "rank 1: no tokenizer"),
+    (eval_script, EVAL, misplaced, "rank 1: no tokenizer"),
+    (train, f"{RUN} --shard --method full", None, "--shard shards frozen weights"),
+    (train, f"{RUN} --shard --compile", None, "--shard goes with"),
+]
+
+
+@pytest.mark.parametrize("script, command, before, message", MISTAKES, ids=[mistake[-1] for mistake in MISTAKES])
+def test_a_mistake_ends_all_in_one_line_whatever_the_number_of_processes(ckpt, script, command, before, message):
+    codes, _, errors = end(start(2, script, f"{command} --out many", before))
+    assert codes == [2, 2] and len(errors) == 1 and message in errors[0], (codes, errors)
+    assert not Path("many").exists()
+
+
+# --- eval.py ---
+
+
+def test_several_processes_answer_what_one_answers(ckpt):
+    prompts = [tasks.encode_prompt(example, load_tokenizer("ckpt")) for example in tasks.test_examples("toy", "")]
+    model = decisive_model(prompts, 12, vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256)
+    model.save_pretrained("ckpt")
+    command = "--ckpt ckpt --max-new-tokens 12 --batch-size 2 --dtype float32 --out"
+    eval_script.run(f"{command} one".split())
+    together(3, eval_script, f"{command} many")
+    lines = Path("many/predictions.jsonl").read_text().splitlines(keepends=True)
+    Path("many/predictions.jsonl").write_text("".join(lines[3:9]))  # as if it had been stopped
+    printed = together(2, eval_script, f"{command} many")
+    assert "answers    6 of 13 are in many/predictions.jsonl already" in printed[0] and printed[1] == ""
+    for name in ("predictions.jsonl", "results.json"):
+        assert Path("one", name).read_bytes() == Path("many", name).read_bytes()
+
+
+def unwritable(rank):
+    write, writes = predictions.write_whole, []
+
+    def full(path, text):
+        writes.append(path)
+        if len(writes) > 1:
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    predictions.write_whole = full
+
+
+def test_what_the_first_cannot_write_ends_the_others_too(ckpt):
+    codes, _, errors = end(start(3, eval_script, f"{EVAL} --out many", unwritable))
+    assert codes == [2] * 3 and errors == ["eval.py: [Errno 28] No space left on device"]
+
+
+# --- torchrun itself ---
+
+
+def test_torchrun(ckpt):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = f"{RUN} --train-file data.json --max-steps 100000 --epochs 100000 --out many".split()
+    Path("data.json").write_text(json.dumps(toy.examples("train", 40)))
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen([*torchrun, str(ROOT / "train.py"), *command], **pipes, text=True)
+    while not Path("many/log.jsonl").exists() or len(read_lines("many/log.jsonl")) < 4:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    steps = len(runs.read_log(Path("many/log.jsonl"))) - 1
+    assert process.returncode and f"train.py: stopped after step {steps}. To go on: torchrun ... " in error

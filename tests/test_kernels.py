@@ -1,0 +1,278 @@
+"""Statements about `extras/kernels.py` and `extras/operators.py`: the same as model.py and rosa.py, or not at all."""
+
+import copy
+import functools
+import itertools
+import runpy
+from functools import partial
+
+import pytest
+import torch
+from conftest import generator_of, random_model, random_tokens, randomise_adapters, without_operators
+from rounding import assert_close, assert_greedy, assert_no_worse, bound, of_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rosa
+from extras import inference, kernels
+from extras.kernels import KERNELS, SummedCrossEntropy, accelerate, fingerprint
+from extras.operators import Operators
+from model import MLP, Attention, Llama, RMSNorm
+from rosa import RoAE, attach
+
+pytestmark = pytest.mark.numeric
+TOKENS, LABELS = random_tokens(2, 20), random_tokens(2, 20, seed=3).index_fill(1, torch.arange(0, 20, 3), -100)
+PROMPTS = [row[: 5 + 7 * i].tolist() for i, row in enumerate(TOKENS)]
+
+
+def adapted(ratio=0.5, pairs="low", **changes):
+    """A model with adapters, of which no weight, bias or B is 0 or 1."""
+    return randomise_adapters(attach(random_model(**changes), 4, 8, ratio, "q,k,v,up", pairs))
+
+
+def results(model):
+    """Logits, the loss and its gradients."""
+    loss = model.loss(TOKENS, LABELS)
+    gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    return model(TOKENS).detach(), loss.detach(), *gradients
+
+
+def assert_same_results(model, expected, before=None):
+    """And that they are others than before."""
+    for result, wanted in zip(results(model), expected, strict=True):
+        assert_close(result, wanted, **of_model(model.config, 2))
+    assert not before or any((old - new).norm() > 0.1 * old.norm() for old, new in zip(before, expected))
+
+
+def test_the_fingerprints_are_those_of_the_files():
+    expected = functools.reduce(dict.__or__, (kernel.fingerprints for kernel in KERNELS), inference.PLAIN)
+    assert {(cls, name): fingerprint(getattr(cls, name)) for cls, name in expected} == expected
+
+
+METHOD = '''
+def method(self, x):
+    """What it says."""
+    y = self.scale * x  # why
+    if x.ndim > 2:
+        y = y + 1
+    return F.silu(y)
+'''
+SAME = [("  # why", ""), ("    if", "\n    # because\n\n    if"), ("silu(y)", "silu(\n        y\n    )"), (" > ", ">")]
+SAME += [('    """What it says."""\n', ""), ("What it says.", "Other words.\n\n    And more.")]
+OTHER = [("*", "+"), ("1", "2"), ("2", "2.0"), (">", ">="), ("silu", "gelu"), ("self.scale", "self.shift"), ("F.", "")]
+OTHER += [("    return", "        return"), ("(self, x)", "(self, x, z=None)")]
+
+
+def method(directory, text):
+    (directory / "file.py").write_text(text)
+    return runpy.run_path(str(directory / "file.py"))["method"]
+
+
+@pytest.mark.parametrize("old, new", SAME + OTHER)
+def test_a_fingerprint_is_of_what_a_function_says(tmp_path, old, new):
+    before = fingerprint(method(tmp_path, METHOD))
+    assert (fingerprint(method(tmp_path, METHOD.replace(old, new))) == before) == ((old, new) in SAME)
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "builtin", "partial", "unreadable"])
+def test_what_is_no_plain_function_counts_as_edited(tmp_path, monkeypatch, kind):
+    wrapped = functools.wraps(RMSNorm.forward)(lambda self, x: x)
+    others = {"wrapped": wrapped, "builtin": torch.rsqrt, "partial": partial(RMSNorm.forward)}
+    monkeypatch.setattr(RMSNorm, "forward", others.get(kind) or method(tmp_path, METHOD))
+    (tmp_path / "file.py").write_text("\n\ndef method(self, x):\n    return (x\n")  # somebody is typing in it
+    exchanged, left = accelerate(random_model())
+    assert "RMSNorm.forward" in left and "RMSNorm.forward" not in exchanged and "MLP.forward" in exchanged
+
+
+EDITED = [*((cls, "forward") for cls in (RMSNorm, MLP, RoAE, nn.Linear)), (Attention, "attend"), (Llama, "loss")]
+
+
+@pytest.mark.parametrize("cls, name", [*EDITED, (Llama, "logits")])
+def test_an_edited_method_runs_as_written_and_a_line_names_it(monkeypatch, capsys, cls, name):
+    Operators.look_up()
+    monkeypatch.setattr("platform.machine", lambda: "one of which no line is printed")
+    model, plain = adapted(), getattr(cls, name)
+    before = results(model)
+    monkeypatch.setattr(cls, name, lambda self, *args: -1.5 * plain(self, *args))
+    expected = results(model)
+    accelerate(model)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(f"{cls.__name__}.{name} has been edited" in line for line in lines)
+    assert_same_results(model, expected, before)
+    assert_greedy(model, PROMPTS, inference.generate(model, PROMPTS, 5, None), 5)
+
+
+def test_methods_are_exchanged_in_modules_of_this_very_class_alone_and_nothing_else_changes():
+    model, outputs = adapted(), []
+    first, second, third = model.model.layers
+    first.input_layernorm = type("Norm", (RMSNorm,), {})(32, 1e-5)  # a subclass may compute anything
+    second.self_attn.o_proj = nn.Sequential(second.self_attn.o_proj)  # as in the package peft: its affair
+    third.mlp.register_forward_hook(lambda *args: None)
+    third.self_attn.q_proj.linear.register_forward_hook(lambda module, args, y: outputs.append(y))
+    left = [first.input_layernorm, second.self_attn.o_proj[0], third.mlp, third.self_attn.q_proj]
+    left.append(third.self_attn.q_proj.linear)
+    expected = results(model)
+    model.loss(TOKENS, LABELS).backward()
+    parameters, state = dict(model.named_parameters()), torch.get_rng_state()
+    grads = {name: (p.grad, p.grad.clone()) for name, p in parameters.items() if p.requires_grad}
+    exchanged = accelerate(model)[0]
+    assert torch.equal(torch.get_rng_state(), state) and isinstance(model.lm_head, nn.Linear)
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters.pop(name) and parameter.requires_grad == (name in grads)
+        assert name not in grads or parameter.grad is grads[name][0] and torch.equal(*grads[name])
+    assert not parameters
+    for kernel, module in itertools.product(KERNELS, model.modules()):
+        if type(module) is kernel.cls and f"{kernel.cls.__name__}.{kernel.name}" in exchanged:
+            assert (kernel.name in vars(module)) == all(module is not other for other in left)
+    assert not any(set(vars(module)) & {"forward", "attend"} for module in (*left, *random_model().modules()))
+    assert_same_results(model, expected)
+    assert_close(outputs[-1], outputs[0], **of_model(model.config))  # nothing was added to what the hook has seen
+    forward = model.model.norm.forward
+    assert accelerate(model)[0] == [] and model.model.norm.forward is forward  # twice is once
+
+
+CHANGES = {
+    "hook": lambda model: model.lm_head.register_forward_hook(lambda module, args, y: -2 * y),
+    "bias": lambda model: setattr(model.lm_head, "bias", nn.Parameter(torch.linspace(-9, 9, 97), False)),
+    "forward": lambda model: setattr(model.lm_head, "forward", lambda x: -2 * x @ model.lm_head.weight.T),
+    "logits": lambda model: setattr(model, "logits", lambda x: -2 * model.lm_head(x)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_decides_the_logits_of_this_very_model_decides_its_loss(change):
+    model = adapted()
+    before = results(model)
+    CHANGES[change](model)
+    expected = results(model)
+    accelerate(model)
+    assert_same_results(model, expected, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("make", [adapted, random_model])
+def test_packed_weights_compute_the_same_and_are_neither_trained_nor_merged_nor_saved(tmp_path, make, tied, dtype):
+    """Packed where oneDNN takes that dtype on this processor; elsewhere they stay as they are."""
+    model = make(tie_word_embeddings=tied, dtype=dtype)
+    logits, exact, embedding = model(TOKENS), copy.deepcopy(model).double()(TOKENS), model.model.embed_tokens.weight
+    before = embedding.clone()
+    for _ in range(2):  # twice is once
+        accelerate(model, inference=True)
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    assert len(weights) == 7 * 3 + 1 and {weight.is_mkldnn for weight in weights} == {dtype in Operators.onednn}
+    assert_no_worse(model(TOKENS), logits, exact)
+    assert_greedy(model, PROMPTS, inference.generate(model, PROMPTS, 8, None), 8)
+    assert model.model.embed_tokens.weight is embedding and torch.equal(embedding, before)
+    if dtype in Operators.onednn:
+        with pytest.raises(RuntimeError):
+            model.loss(TOKENS, LABELS).backward()
+        with pytest.raises((RuntimeError, ValueError)):
+            rosa.merge(model) if make is adapted else model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def of(name, model, x):
+    return model.get_submodule(name)(x)
+
+
+def loss(rows, model, x):
+    SummedCrossEntropy.SLICE, model.hidden_states = rows * 97, lambda tokens: x
+    return model.loss(TOKENS, LABELS)
+
+
+def attend(kind, model, q, k, v):
+    T, S = q.shape[2], k.shape[2]
+    hidden = torch.ones(2, 1, T, S, dtype=torch.bool).triu(S - T + 1)
+    hidden[1, ..., : S - T] = kind == "float"  # rows see other positions
+    masks = {"bool": ~hidden[:1], "float": torch.zeros(hidden.shape, dtype=q.dtype).masked_fill(hidden, -torch.inf)}
+    return model.model.layers[0].self_attn.attend(q, k, v, masks.get(kind))
+
+
+ATTENTION, MLPS, X = "model.layers.0.self_attn", partial(of, "model.layers.0.mlp"), (2, 20, 32)
+CASES = {  # what the model is like, what is called, the shapes of its inputs
+    "Linear": ({}, partial(of, "lm_head"), X),
+    "Linear, bias": ({"attention_bias": True}, partial(of, f"{ATTENTION}.o_proj"), (5, 32)),
+    "RMSNorm": ({}, partial(of, "model.norm"), X),
+    "MLP": ({}, MLPS, X),
+    "MLP, biases": ({"mlp_bias": True}, MLPS, (2, 1, 20, 32)),
+    "RoAE, all": ({"ratio": 1.0, "attention_bias": True}, partial(of, f"{ATTENTION}.q_proj"), X),
+    **{f"loss, {rows} rows": ({}, partial(loss, rows), X) for rows in (5, 1000)},
+}
+for pairs in ("low", "high", "random"):
+    CASES[f"RoAE, {pairs}"] = ({"pairs": pairs}, partial(of, f"{ATTENTION}.k_proj"), X)
+for case in ("Linear", "RMSNorm", "MLP", "RoAE, all", "RoAE, low", "RoAE, random"):
+    CASES[f"{case}, a vector"] = (*CASES[case][:2], (32,))
+for kind, T in itertools.product(("no", "bool", "float"), (20, 50)):  # below and above SHORT
+    keys = (2, 2, T if kind == "no" else T + 9, 8)
+    CASES[f"attend, {kind} mask, {T}"] = ({}, partial(attend, kind), (2, 4, T, 8), keys, keys)
+for heads, T in ((1, 20), (4, 1), (2, 20)):
+    CASES[f"attend, {heads} heads of keys, {T}"] = ({}, partial(attend, "no"), (2, 4, T, 8), *[(2, heads, T, 8)] * 2)
+
+
+def outcome(model, call, inputs, inputs_ask, weights_ask):
+    """The value of a call, and the gradients of what asks for one."""
+    model.requires_grad_(weights_ask)
+    inputs = [x.to(model.dtype, copy=True).requires_grad_(inputs_ask) for x in inputs]
+    with torch.inference_mode(not inputs_ask and not weights_ask):
+        y = call(model, *inputs)
+    wanted = [tensor for tensor in (*inputs, *model.parameters()) if tensor.requires_grad and y.requires_grad]
+    grad = torch.randn(y.shape, generator=generator_of(9)).to(y.dtype)
+    grads = torch.autograd.grad(y, wanted, grad, allow_unused=True) if wanted else ()
+    return [y.detach(), *(each for each in grads if each is not None)]
+
+
+@pytest.mark.parametrize("operators", ["as found", "absent"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_a_kernel_is_its_plain_method(monkeypatch, case, dtype, operators):
+    """As near to the float64 result as it, and as its own gradients are, whatever asks for one."""
+    if operators == "absent":
+        without_operators(monkeypatch)
+    monkeypatch.setattr(kernels, "SHORT", 40)
+    monkeypatch.setattr(SummedCrossEntropy, "SLICE", None)
+    changes, call, *shapes = CASES[case]
+    plain = adapted(dtype=dtype, num_hidden_layers=1, **changes)
+    fast, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
+    assert set(accelerate(fast)[1]) <= {"Linear.forward"}  # of nothing else may a machine lack what it needs
+    for scale, *asking in itertools.product((0.02, 1, 10), (False, True), (False, True)):
+        inputs = [(scale * torch.randn(shape, generator=generator_of(i))).to(dtype) for i, shape in enumerate(shapes)]
+        if "2 heads of keys" in case:
+            inputs[1] += 10 * torch.randn(8, generator=generator_of(9))  # a large bias, as Qwen2.5 has
+        outcomes = [outcome(model, call, inputs, *asking) for model in (fast, plain, exact)]
+        for result, usual, expected in zip(*outcomes, strict=True):
+            off, usual = ((tensor.double() - expected.double()).norm() for tensor in (result, usual))
+            # Of one number, the loss, the usual error may be none, by luck.
+            share = bound(dtype if result.numel() == 1 else torch.float32, 97, 3)
+            assert off <= 4 * usual + share * expected.double().norm(), (scale, asking, off, usual)
+
+
+def test_the_statistic_of_a_norm_is_float32():
+    norm, x = RMSNorm(64, 1e-5).bfloat16(), torch.randn(50, 64, generator=generator_of(0)).bfloat16()
+    nn.init.uniform_(norm.weight, generator=generator_of(1))
+    expected = (x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)).bfloat16() * norm.weight
+    # One product in 10,000 or so, the ratio of the two eps, lies so near the middle of two bfloat16 numbers that
+    # float32 falls to the other side; of a statistic in bfloat16 every second would.
+    for forward in (RMSNorm.forward, kernels.rms_norm_forward):
+        assert (forward(norm, x) != expected).float().mean() < 0.01
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, out.numel() if isinstance(out, torch.Tensor) else 0)
+        return out
+
+
+@pytest.mark.parametrize("slice_size", [8 * 5000, 10])  # 8 rows, and one
+def test_no_tensor_holds_the_logits_of_all_positions(monkeypatch, slice_size):
+    monkeypatch.setattr(SummedCrossEntropy, "SLICE", slice_size)
+    model, tokens = attach(random_model(vocab_size=5000), rank=2), random_tokens(4, 50, vocab_size=5000)
+    expected = model.loss(tokens, tokens)
+    accelerate(model)
+    with LargestTensor() as largest:
+        (loss := model.loss(tokens, tokens)).backward()
+    assert largest.numel == 5000 * 32  # the vocabulary projection's weight, transposed
+    assert_close(loss, expected, **of_model(model.config, 2))
