@@ -115,10 +115,8 @@ def adapters(model):
 
 @torch.no_grad()
 def merge(model):
-    """Fold every adapter into its base weight, in place, and remove it. Returns the model.
-
-    The sum is made in float32 and rounded once: in float32 the outputs stay the same to rounding. A bfloat16 weight
-    keeps 8 bits: of an update much smaller than the weight the low bits are lost, which the adapter still applied."""
+    """Fold every adapter into its base weight, in place, and remove it. Returns the model. The sum is made in float32
+    and rounded once: to the 8 bits of a bfloat16 weight, where an update much smaller than the weight loses some."""
     for name, adapter in adapters(model).items():
         weight, rows = adapter.linear.weight, adapter.rows
         update = (adapter.alpha / adapter.rank) * adapter.B @ adapter.A  # [rows, in]
@@ -130,6 +128,8 @@ def merge(model):
 def settings(model):
     """What must agree for one model's adapter to fit another: the arguments of `attach`."""
     layer = {name.split(".", 3)[3]: adapter for name, adapter in adapters(model).items()}  # the last: all are alike
+    if not layer:
+        raise ValueError("the model has no adapters of RoSA's: attach(model) first")
     targets = [target for target, module in TARGETS.items() if module in layer]
     first = layer[TARGETS[targets[0]]]  # q or k where there is one: the others have every row
     ratio, pairs = first.low_freq_ratio, first.pairs

@@ -29,7 +29,9 @@ from extras.commands import count, positive, resume_command, run_script, script_
 from extras.distributed import all_reduce_gradients, gather, gradient_group, own_micro_batches, processes, shard
 
 ADAPTER = {"targets": "q,k", "rank": 64, "alpha": None, "lr": 1e-3}  # alpha: twice the rank
-METHODS = {  # method -> its own options and their defaults; another method refuses them
+# method -> its own options and their defaults; another method refuses them. A new method goes here, into `attach`
+# below, and into save_adapter and load_adapter of extras/peft_methods.py, which choose by the kind of adapter.
+METHODS = {
     "rosa": ADAPTER | {"low_freq_ratio": 0.5, "pairs": "low", "k_ratio": 0.5},
     "lora": ADAPTER | {"k_ratio": 1.0},
     "full": {"lr": 2e-5, "k_ratio": 1.0},

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data import toy
 
+# Test sets by task: what data/download.py fetches, but toy. How a set's answers are read: `extract_answer`.
 TASKS = {
     "toy": ["toy"],
     "arithmetic": ["MultiArith", "gsm8k", "AddSub", "AQuA", "SingleEq", "SVAMP", "mawps"],

@@ -55,7 +55,8 @@ def accelerate(model, inference=False):
     for name, reason in left.items():
         print(f"kernels    {reason}: running {name} as written")
     exchanged = []
-    parents = (Llama, Attention, MLP, RoAE)  # a linear layer inside one of the package peft may be read by it
+    # A linear layer inside a wrapper of another kind, such as one of peft, stays: its weight may be read there.
+    parents = (Llama, Attention, MLP, RoAE)
     linears = {child for parent in model.modules() if type(parent) in parents for child in parent.children()}
     exchanged = set()
     for kernel in KERNELS:
