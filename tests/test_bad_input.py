@@ -99,6 +99,7 @@ def later(function):
 each = later(lambda *breaks: [one() for one in breaks])
 gone = later(lambda path: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink())
 holds = later(lambda path, content: Path(path).write_bytes(content.encode() if isinstance(content, str) else content))
+smaller = later(lambda: random_model(vocab_size=500).save_pretrained(CKPT))
 loop = later(lambda path: (path.unlink(), path.symlink_to(path.name)))
 
 
@@ -167,7 +168,7 @@ def another_models(**changes):
     rosa.save_adapter(rosa.attach(model, 4, 8), "adapter")
 
 
-def own():
+def bare():
     """The adapter is as PEFT writes it: it has none of our metadata."""
     save_file(load_file(ADAPTER), ADAPTER)
 
@@ -178,6 +179,7 @@ NO_OBJECTS = {"no JSON": "{", "an array": "[1]", "no UTF-8": b'{"\xff": 1}', "to
 NOT_WHOLE, NOT_JSON = ("ckpt/model.safetensors", "download"), ("not a JSON", "download")
 MISFIT, NORM = ("ckpt: the tensors do not fit", "Download"), "model.norm.weight"
 HUNDREDS = {f"x{i}\x1b": torch.ones(1) for i in range(500)}
+PICKLED = ("pickled weights (pytorch_model.bin), which can run code", "convert to model.safetensors")
 OUTSIDE = (f"{INDEX} names a file outside", "download")
 CHECKPOINTS = {  # name -> (what breaks the checkpoint, words of the line)
     "directory missing": (gone(CKPT), "no checkpoint 'ckpt'", "tiny, llama2-7b"),
@@ -187,18 +189,12 @@ CHECKPOINTS = {  # name -> (what breaks the checkpoint, words of the line)
     "without weights": (gone(WEIGHTS), "ckpt has no model.safetensors", "download"),
     "without tokenizer": (gone(TOKENIZER), "ckpt has no tokenizer.model", "download"),
     "tokenizer empty": (holds(TOKENIZER, ""), "ckpt/tokenizer.model is not a", "download"),
-    "tokenizer larger than the embedding": (
-        lambda: random_model(vocab_size=500).save_pretrained(CKPT),
-        *("ckpt: the tokenizer has 1024 tokens, the model only 500", "download"),
-    ),
+    "tokenizer too large": (smaller(), "ckpt: the tokenizer has 1024 tokens, the model only 500", "download"),
     **{f"config {how}": (holds(CONFIG, text), "ckpt/config.json", *NOT_JSON) for how, text in NO_OBJECTS.items()},
     "config a link to itself": (loop(CONFIG), "'ckpt' has no config.json"),
     "index a link to itself": (each(shards(), loop(INDEX)), "ckpt has no model.safetensors"),
     "weights a link to themselves": (loop(WEIGHTS), "ckpt has no model.safetensors"),
-    "pickled weights": (
-        each(gone(WEIGHTS), lambda: torch.save({}, CKPT / "pytorch_model.bin")),
-        *("pickled weights (pytorch_model.bin), which can run code", "convert to model.safetensors"),
-    ),
+    "pickled weights": (lambda: WEIGHTS.rename(CKPT / "pytorch_model.bin"), *PICKLED),
     "header no JSON": (header(WEIGHTS, lambda h: b"{" * 200), *NOT_WHOLE),
     "header too deep": (header(WEIGHTS, lambda h: b'{"a":' * 5000), *NOT_WHOLE),
     "header length absurd": (holds(WEIGHTS, b"\xff" * 7 + b"\x7f" + bytes(10**4)), *NOT_WHOLE),
@@ -206,10 +202,7 @@ CHECKPOINTS = {  # name -> (what breaks the checkpoint, words of the line)
     "offsets beyond the end": (norm(data_offsets=[10**9, 10**9 + 128]), *NOT_WHOLE),
     "dtype unknown": (norm(dtype="F31"), *NOT_WHOLE),
     "wrong dtype": (tensors(WEIGHTS, {NORM: torch.ones(32, dtype=torch.int8)}), f"{NORM} is stored as I8", *MISFIT),
-    "wrong shape": (
-        tensors(WEIGHTS, {NORM: torch.ones(4, 8)}),
-        *(f"{NORM} has shape [4, 8], config.json says [32]", *MISFIT),
-    ),
+    "shape": (tensors(WEIGHTS, {NORM: torch.ones(4, 8)}), f"{NORM} has shape [4, 8], config.json says [32]", *MISFIT),
     "tensor missing": (tensors(WEIGHTS, {NORM: ...}), f"missing {NORM}", *MISFIT),
     "tensor extra": (tensors(WEIGHTS, {"more": torch.ones(2)}), "unexpected more", *MISFIT),
     "hundreds of tensors": (tensors(WEIGHTS, HUNDREDS), "unexpected x101\\x1b; and 495 more", *MISFIT),
@@ -223,9 +216,9 @@ CHECKPOINTS = {  # name -> (what breaks the checkpoint, words of the line)
     "shard absolute": (shards("/etc/passwd"), *OUTSIDE, "/etc/passwd"),
     "shard the directory itself": (shards(".."), *OUTSIDE),
     "shard a link to itself": (each(shards(), loop(SHARD)), "b.safetensors, which is absent", "download"),
-    "one tensor in two shards": (
+    "in two shards": (
         each(shards(), tensors(SHARD, {NORM: torch.ones(32)})),
-        *(f"{NORM} is in ckpt/a.safetensors and in b.safetensors", "download"),
+        f"{NORM} is in ckpt/a.safetensors and in b.",
     ),
 }
 
@@ -358,7 +351,7 @@ ADAPTERS = {  # name -> (what breaks the adapter, words of the line)
     "ratio no number": (metadata(low_freq_ratio="0.5"), "low_freq_ratio must be in (0, 1], not '0.5'"),
     "pairs unknown": (metadata(pairs=["low"]), "pairs must be low, high or random, not ['low']"),
     "rows beyond the ratio": (tensors(ADAPTER, {Q_B: torch.ones(32, 4)}), f"{Q_B} is not zero outside"),
-    **{f"PEFT's own, {x}"[:60]: (each(own, says(ADAPTER_CONFIG, **x)), "adapter", word) for x, word in LORAS},
+    **{f"PEFT's own, {x}"[:60]: (each(bare, says(ADAPTER_CONFIG, **x)), "adapter", word) for x, word in LORAS},
 }
 
 
@@ -406,10 +399,11 @@ FILES = {  # name -> (what the file holds, words of the line)
     "an input a number": (ONE[:-1] + ', "input": 3}', "data.json, line 1: the field 'input' is not text but 3"),
     "half a character": (
         ONE[:-1] + ', "input": "\\ud800"}',
-        "data.json, line 1: the field 'input' holds half a character",
+        "line 1: the field 'input' holds half a character",
+        "encoded: ",
     ),
     "an output missing of a prompt": ('{"prompt": "a", "output": "b"}', "data.json, line 1: the field"),
-    "a prompt a list": ('[{"prompt": [{}], "completion": "b", "answer": "1"}]', "0: the field 'prompt' is not text"),
+    "a prompt a list": ('[{"prompt": [{}], "completion": "b", "answer": "1"}]', "record 0: the field 'prompt' is not"),
     "a megabyte": (array(json.dumps("a b " * 250000)), "tokens"),
     "a megabyte of no text": (array([1] * 300000), "record 0: the field 'instruction' is not"),
     "a megabyte of no JSON": ("[" + "a" * 10**6, "data.json: not JSON"),
@@ -582,9 +576,6 @@ BAD += ["np.load(file, allow_pickle=True)", "AutoModel.from_pretrained(name, tru
 def test_what_could_run_code_is_recognised(line):
     harmless = "torch.load(file, weights_only=True)\nimport eval\nre.compile('a')\nmodel.eval()"
     assert violations(line) and not violations(harmless)
-
-
-# --- the fuzzer ---
 
 
 def test_two_hundred_mutated_files_are_refused_cleanly_or_read_rightly(tmp_path):

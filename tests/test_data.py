@@ -43,9 +43,6 @@ def test_toy_problems_depend_on_the_seed_alone():
     assert toy.examples("train", 20) == toy.examples("train", 20) != toy.examples("train", 20, seed=1)
 
 
-# --- prompts ---
-
-
 def test_the_prompt_is_that_of_llm_adapters():
     assert tasks.prompt_text({"instruction": "Add {1} and 2.", "output": "3", "input": ""}) == (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -59,7 +56,6 @@ def test_the_prompt_is_that_of_llm_adapters():
 
 
 # --- files ---
-
 
 PLAIN = [{"instruction": "Add 1 and 2.", "output": "3"}]
 PLAIN += [{"instruction": "Name it.", "input": "\u2028 a\nb", "output": "é"}]

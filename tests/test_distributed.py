@@ -317,9 +317,7 @@ DEATHS = [(1, killed, ""), (0, killed, ""), (2, killed, "--shard"), (1, broken, 
 
 @pytest.mark.parametrize("rank, act, shard", DEATHS)
 def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, rank, act, shard):
-    begin = time.monotonic()
-    codes, _, errors = end(start(3, train, f"{RUN} {shard} --out many", partial(during, 4, (rank, act))))
-    assert time.monotonic() - begin < 30
+    codes, _, errors = end(start(3, train, f"{RUN} {shard} --out many", partial(during, 4, (rank, act))), seconds=30)
     assert codes.pop(rank) in (-signal.SIGKILL, 1) and codes == [1, 1]
     text = "\n".join(errors)
     assert text.count("train.py: another process has ended") == (rank > 0)
@@ -422,11 +420,10 @@ def test_several_processes_answer_what_one_answers(ckpt):
 
 
 def unwritable(rank):
-    write, writes = predictions.write_whole, []
+    write = predictions.write_whole
 
     def full(path, text):
-        writes.append(path)
-        if len(writes) > 1:
+        if path.name == "results.json":
             raise OSError(28, "No space left on device")
         write(path, text)
 
@@ -436,9 +433,6 @@ def unwritable(rank):
 def test_what_the_first_cannot_write_ends_the_others_too(ckpt):
     codes, _, errors = end(start(3, eval_script, f"{EVAL} --out many", unwritable))
     assert codes == [2] * 3 and errors == ["eval.py: [Errno 28] No space left on device"]
-
-
-# --- torchrun itself ---
 
 
 def test_torchrun(ckpt):

@@ -162,11 +162,10 @@ def test_another_directory_is_named_in_what_to_type_next(server, capsys):
 
 
 def test_a_second_run_downloads_nothing(server, capsys):
-    run(server, capsys, "arithmetic")
+    succeeds(server, capsys)
     server.requests.clear()
     status, out, err = run(server, capsys, "arithmetic")
-    assert (status, err, server.requests) == (0, [], [])
-    assert sum("already there" in line for line in out) == 8
+    assert (status, err, server.requests) == (0, [], []) and sum("already there" in line for line in out) == 8
     assert_complete(server, "arithmetic")
 
 
@@ -284,7 +283,6 @@ def test_a_full_disk_is_one_line(server, capsys):
 
 
 # --- a user's mistakes ---
-
 
 MISTAKES = {"algebra": "invalid choice: 'algebra' (choose from ", "": "required: task"}
 MISTAKES |= {"all --url ftp://x": "--url must begin with https:// or http://, not 'ftp://x'"}

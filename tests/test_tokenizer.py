@@ -44,9 +44,6 @@ def write_json_tokenizer(directory, bos=False):
     return load_tokenizer(directory)
 
 
-# --- prompt and response ---
-
-
 def test_an_example_is_bos_prompt_response_eos(tiny):
     example = {"instruction": "Anna has 7 shells.", "output": "7 + 5 = 12. The answer is 12."}
     prompt, response = tasks.encode_example(example, tiny)
@@ -68,9 +65,6 @@ def test_a_token_across_the_boundary_never_changes_the_prompt():
 
     prompt, response = tasks.encode_example({"instruction": "a", "output": "\nb"}, Merging())
     assert prompt == Merging().encode(tasks.prompt_text({"instruction": "a"})) and response == [10, 98, 0]
-
-
-# --- the two kinds ---
 
 
 def test_sentencepiece_encodes_and_decodes_every_text(tiny):
@@ -98,9 +92,6 @@ def test_tokenizer_json(tmp_path):
     for text in TEXTS + ["<eos>", "<bos> <eos>"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text and not {0, 1} & set(tokenizer.encode(text))
     assert write_json_tokenizer(tmp_path, bos=True).bos_id == 0
-
-
-# --- what is refused ---
 
 
 def test_a_sentencepiece_tokenizer_without_an_end_of_sequence_is_refused(tmp_path):

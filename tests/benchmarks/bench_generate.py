@@ -7,7 +7,6 @@ the table shows medians over the rounds, for ratios the median of the ratios wit
 the end-of-sequence token over the wall time of all batches, prompts included; `eval.py`'s by its own clock, from the
 first question to the last answer written. Floor: 2 FLOPs per weight for each real token, the vocabulary for new ones
 alone, at the rate of a large matmul measured in the same process. Without transformers the peer's columns stay empty.
---rows "plain" measures model.py alone, one prompt after the other.
 """
 
 import contextlib
@@ -41,17 +40,13 @@ def prompts(args):
     return [tasks.encode_prompt(example, tokenizer) for example in examples]
 
 
-def ours(args, kind="packed"):
-    """Long prompts first and, if packed, weights laid out anew, as in `eval.py`; plain: without extras/."""
+def ours(args, pack=True):
+    """Long prompts first and, where `pack`, weights laid out anew, as in `eval.py`."""
     model = Llama.from_pretrained(args.ckpt, args.device, getattr(torch, args.dtype))
     ids, rate = sorted(prompts(args), key=len, reverse=True), matmul_rate(args.dtype, args.device)
-    eos, generate = model.config.eos_token_id, Llama.generate
-    if kind != "plain":
-        kernels.accelerate(model, inference=kind == "packed")
-        generate = inference.generate
+    kernels.accelerate(model, inference=pack)
     start = time.perf_counter()
-    options = {} if kind == "plain" else {"batch_size": args.batch_size}
-    answers = generate(model, ids, args.max_new_tokens, eos, **options)
+    answers = inference.generate(model, ids, args.max_new_tokens, model.config.eos_token_id, args.batch_size)
     seconds, count = time.perf_counter() - start, sum(map(len, answers))
     vocabulary = model.model.embed_tokens.weight.numel()
     weights = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
@@ -94,26 +89,20 @@ def theirs(args):
     return {"rate": count / (time.perf_counter() - start)}
 
 
-ROWS = {
-    "transformers": theirs,
-    "generate": ours,
-    "generate, not packed": lambda args: ours(args, "not packed"),
-    "eval.py": ours_eval,
-    "plain": lambda args: ours(args, "plain"),
-}
+ROWS = {"transformers": theirs, "generate": ours, "eval.py": ours_eval}
+ROWS |= {"generate, not packed": lambda args: ours(args, pack=False)}
 COLUMNS = {"tokens/s": ("rate", ",.0f"), "/ transformers": ("rate", ".2f", "transformers")}  # as in bench_train.py
 COLUMNS |= {"/ generate": ("rate", ".2f", "generate"), "share of floor": ("floor", ".2f"), "peak MiB": ("peak", ",.0f")}
 
 
 def main():
     sizes = {"rounds": 3, "limit": 64, "batch_size": 32, "max_new_tokens": 128, "device": "cpu"}
-    rows = "; ".join([*ROWS][:-1])
-    args = parser_of(__doc__, ckpt=..., test_file=..., **sizes, dtype="float32,bfloat16", rows=rows).parse_args()
+    args = parser_of(__doc__, ckpt=..., test_file=..., **sizes, dtype="float32,bfloat16").parse_args()
     if args.role:
         print(json.dumps(ROWS[args.role](args) | {"peak": peak_mib(args.device)}))
         return
-    rows = [row.strip() for row in args.rows.split(";")]
-    if "transformers" in rows and not importlib.util.find_spec("transformers"):
+    rows = list(ROWS)
+    if not importlib.util.find_spec("transformers"):
         print("without the peer: pip install transformers")
         rows.remove("transformers")
     print(f"| | dtype | {' | '.join(COLUMNS)} |\n{'|---' * 7}|", flush=True)

@@ -186,18 +186,15 @@ def drop_pages(files):
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def load(ckpt):
-    start = time.perf_counter()
-    load_model(ckpt)
-    return {"seconds": time.perf_counter() - start}
-
-
 def main():
     args = parser_of(__doc__, part="growth,7b", device="cpu", dir=tempfile.gettempdir(), dtype="bfloat16").parse_args()
+    if args.role.startswith("load "):
+        start = time.perf_counter()
+        load_model(args.role.removeprefix("load "))
+        return print(json.dumps({"seconds": time.perf_counter() - start}))
     if args.role:
-        first, *rest = args.role.split(" ", 2)
-        print(json.dumps(load(*rest) if first == "load" else point(args, first, *map(int, rest))))
-        return
+        size, *numbers = args.role.split()
+        return print(json.dumps(point(args, size, *map(int, numbers))))
     for part in args.part.split(","):
         {"growth": growth, "7b": seven_b}[part](args)
 

@@ -235,12 +235,12 @@ def theirs(args, _):
 
 def parser_of(documentation, **defaults):
     """A parser with an option for each default; ... for one that must be typed."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    p = argparse.ArgumentParser(description=documentation.split("\n")[0], formatter_class=formatter)
+    p = argparse.ArgumentParser(description=documentation.split("\n")[0])
     for name, default in defaults.items():
-        options = {"required": True} if default is ... else {"default": default, "type": type(default), "help": " "}
+        options = {"default": default, "type": type(default), "help": "default: %(default)s"}
+        options = {"required": True} if default is ... else options
         p.add_argument(f"--{name.replace('_', '-')}", **options)
-    p.add_argument("--role", help=argparse.SUPPRESS)
+    p.add_argument("--role", default="", help=argparse.SUPPRESS)
     return p
 
 
@@ -257,10 +257,7 @@ def main():
     peer = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
     if not peer:
         print("without the peer: pip install transformers peft")
-    columns = (
-        "tokens/s | / peer | / RoSA without DLS | share of floor | peak MiB | / peer | kept, KiB a token | last loss"
-    )
-    print(f"| | dtype | {columns} |\n{'|---' * 10}|", flush=True)
+    print(f"| | dtype | {' | '.join(COLUMNS)} |\n{'|---' * 10}|", flush=True)
     for dtype in args.dtype.split(","):
         roles = ["theirs"] * peer + rows
         rounds = [{role: measure(__file__, role, dtype) for role in roles} for _ in range(args.rounds)]
