@@ -132,9 +132,9 @@ def implemented_fields(raw):
         "layer_types": ["full_attention"] * len(raw.get("layer_types") or ()),
     }
     for name, value in implemented.items():
-        found = rope.get(name, raw.get(name))  # transformers 5 has partial_rotary_factor among rope_parameters
-        if found not in (value, None):
-            raise ValueError(f"{name} = {found!r} is not implemented (only {value!r} is)")
+        setting = rope.get(name, raw.get(name))  # transformers 5 has partial_rotary_factor among rope_parameters
+        if setting not in (value, None):
+            raise ValueError(f"{name} = {setting!r} is not implemented (only {value!r} is)")
     raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     raw["rope_scaling"] = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
     return {name: raw[name] for name in LlamaConfig.__dataclass_fields__ if name in raw}

@@ -240,10 +240,10 @@ def check_lora(directory, tensors, model, arguments):
 def check_tensors(directory, tensors, shapes):
     """Raise ValueError unless the tensors are those of `shapes`, name -> shape, and no others."""
     for name in shapes | tensors:
-        found = list(tensors[name].shape) if name in tensors else "absent"
+        shape = list(tensors[name].shape) if name in tensors else "absent"
         needed = list(shapes[name]) if name in shapes else "absent"
-        if found != needed:
-            raise ValueError(f"{directory} was trained on another model: {name} is {found}, this one needs {needed}")
+        if shape != needed:
+            raise ValueError(f"{directory} was trained on another model: {name} is {shape}, this one needs {needed}")
 
 
 class LayerSelector:

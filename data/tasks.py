@@ -117,7 +117,7 @@ def test_examples(name, data_dir):
             possible = False
         if not possible:
             kind = "choice" if choice else "number"
-            raise ValueError(f"{file}, record {i}: the answer {answer!r:.50} is not a {kind} of {name}: mend it")
+            raise ValueError(f"{file}, record {i}: the answer {answer!r:.50} is not a {kind} of {name}: fix it")
     return examples
 
 
@@ -132,8 +132,8 @@ def load_examples(file, needed=("instruction", "output")):
     for place, record in read_records(file):
         if not isinstance(record, dict):
             raise ValueError(f"{place}: not an object but {type(record).__name__}")
-        asked, told = next((pair for pair in PAIRS if pair[0] in record), PAIRS[0])
-        names = {"instruction": asked, "input": "input", "output": told, "answer": "answer"}
+        prompt, response = next((pair for pair in PAIRS if pair[0] in record), PAIRS[0])
+        names = {"instruction": prompt, "input": "input", "output": response, "answer": "answer"}
         for field, name in names.items():
             if field in needed and name not in record:
                 raise ValueError(f"{place}: the field {name!r} is missing")
@@ -142,9 +142,7 @@ def load_examples(file, needed=("instruction", "output")):
             if not isinstance(record.get(name, ""), str):
                 raise ValueError(f"{place}: the field {name!r} is not text but {record[name]!r:.50}")
             if not is_unicode(record.get(name, "")):
-                raise ValueError(
-                    f"{place}: the field {name!r} holds half a character, which cannot be encoded: mend it"
-                )
+                raise ValueError(f"{place}: the field {name!r} holds half a character, which cannot be encoded: fix it")
         examples.append(record | {field: record[name] for field, name in names.items() if name in record})
     if not examples:
         raise ValueError(f"{file} must hold at least one example: a JSON array of them, or one a line")
@@ -207,10 +205,10 @@ def extract_answer(name, response):
 
 def is_correct(name, response, answer):
     """Whether a response gives the right answer; numbers may be off by 1e-3."""
-    found = extract_answer(name, response)
+    answered = extract_answer(name, response)
     if name in CHOICES or name == "AQuA":
-        return found == answer
-    return found != "" and abs(float(found) - float(answer.replace(",", ""))) <= 1e-3
+        return answered == answer
+    return answered != "" and abs(float(answered) - float(answer.replace(",", ""))) <= 1e-3
 
 
 def options(name, example):

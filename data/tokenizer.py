@@ -21,7 +21,7 @@ def load_tokenizer(ckpt):
             try:
                 settings |= {**json.loads(file.read_text(encoding="utf-8"))}
             except (ValueError, TypeError, RecursionError) as error:
-                raise ValueError(f"{file} is not a JSON object ({error}): mend or download it") from None
+                raise ValueError(f"{file} is not a JSON object ({error}): fix or download it") from None
     if (directory / "tokenizer.model").is_file():
         tokenizer = SentencePieceTokenizer(directory / "tokenizer.model", settings)
     elif (directory / "tokenizer.json").is_file():
@@ -35,7 +35,7 @@ def load_tokenizer(ckpt):
             "download the model's own"
         )
     if type(tokenizer.eos_id) is not int or not 0 <= tokenizer.eos_id < tokenizer.vocab_size:
-        raise ValueError(f"{directory}: {tokenizer.eos_id!r} is no end-of-sequence token: mend tokenizer_config.json")
+        raise ValueError(f"{directory}: {tokenizer.eos_id!r} is no end-of-sequence token: fix tokenizer_config.json")
     return tokenizer
 
 

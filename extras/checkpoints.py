@@ -223,8 +223,8 @@ def tensor_table(directory, model):
     problems += [f"unexpected {name}" for name in stored if name not in needed]
     for name in (name for name in needed if name in stored):
         if stored[name].shape != needed[name]:
-            found = f"{name} has shape {list(stored[name].shape)}"
-            problems.append(f"{found}, config.json says {list(needed[name])}")
+            shape = list(stored[name].shape)
+            problems.append(f"{name} has shape {shape}, config.json says {list(needed[name])}")
         if stored[name].dtype not in ("F16", "BF16", "F32", "F64"):
             problems.append(f"{name} is stored as {stored[name].dtype}, not as a float of 16, 32 or 64 bits")
     if problems:

@@ -39,10 +39,12 @@ def load_texts(file, tokenizer, limit):
 def mean_loss(model, pairs, name=""):
     """Mean cross-entropy of the predicted tokens, in nats per token."""
     total = 0.0
-    for given, predicted in tqdm(sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1])), desc=name, leave=False):
-        ids = torch.tensor([given + predicted], device=model.device)
+    for context, predicted in tqdm(
+        sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1])), desc=name, leave=False
+    ):
+        ids = torch.tensor([context + predicted], device=model.device)
         labels = ids[:, 1:].clone()
-        labels[:, : len(given) - 1] = -100
+        labels[:, : len(context) - 1] = -100
         total += model.loss(ids[:, :-1], labels).item()
     return total / sum(len(predicted) for _, predicted in pairs)
 
@@ -55,8 +57,8 @@ def main(args):
     texts = {file: load_texts(file, tokenizer, args.limit) for file in args.files}
     model = load_model(ckpt, device, dtype)
     for file, pairs in texts.items():
-        for i, (given, predicted) in enumerate(pairs):
-            if (count := len(given) + len(predicted) - 1) > model.config.context:
+        for i, (context, predicted) in enumerate(pairs):
+            if (count := len(context) + len(predicted) - 1) > model.config.context:
                 raise ValueError(
                     f"{file}, part {i}: {count} tokens exceed the model's {model.config.limit}: leave it out"
                 )

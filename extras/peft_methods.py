@@ -62,11 +62,13 @@ def attach_peft(model, peft_type, options):
         import peft
     except ImportError:
         raise ImportError(f"the method peft:{peft_type} needs the package peft: pip install peft") from None
-    known = {kind.value: cls for kind, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    if peft_type not in known:
-        raise ValueError(f"peft {peft.__version__} has no method {peft_type!r}: choose from {', '.join(sorted(known))}")
+    configs = {kind.value: cls for kind, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if peft_type not in configs:
+        raise ValueError(
+            f"peft {peft.__version__} has no method {peft_type!r}: choose from {', '.join(sorted(configs))}"
+        )
     try:
-        peft.inject_adapter_in_model(known[peft_type](**options), model)
+        peft.inject_adapter_in_model(configs[peft_type](**options), model)
         saved = {tensor.data_ptr() for tensor in peft.get_peft_model_state_dict(model).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and parameter.data_ptr() in saved)

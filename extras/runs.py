@@ -165,8 +165,8 @@ class Run:
         for i, (name, parameter) in enumerate(self.trainable.items()):
             parameter.copy_(tensors[f"trainable.{name}"])
             prefix = f"optimizer.{name}."
-            if found := {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}:
-                moments[i] = found
+            if own_moments := {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}:
+                moments[i] = own_moments
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.selector.scores = tensors.get("scores")
         self.selector.activate(progress["active"])
