@@ -1,8 +1,8 @@
 """Score a LLaMA, with or without an adapter, on the test sets of a task: greedy answers, exact match.
 
     python eval.py --ckpt tiny --task toy --adapter runs/tiny-toy-rosa
-    python eval.py --ckpt checkpoints/llama2-7b --task gsm8k,SVAMP --adapter runs/llama2-7b-arithmetic-rosa
-    python eval.py --ckpt tiny --prompt "Tom has 3 pens. He buys 4 more. How many pens does he have?"
+    python eval.py --ckpt llama2-7b --task gsm8k,SVAMP --adapter runs/llama2-7b-arithmetic-rosa
+    python eval.py --ckpt tiny --prompt "Tom has 3 pens. He buys 4 more. How many has he now?"
     torchrun --nproc_per_node=8 eval.py ...                          # eight processes, each of which scores its share
 
 Writes predictions.jsonl, a line per example as it is answered, and results.json beside the adapter, or under --out.
@@ -92,7 +92,8 @@ def main(args):
     mine = numbers[rank::world]  # so that each process has long and short ones
     responses = respond(args, model, tokenizer, [questions[number] for number in mine])
     answers = ((mine[i], response, num_tokens) for i, response, num_tokens in responses)  # by number, not place in mine
-    per_round = 1 if world == 1 else args.batch_size  # answers of each process; in each round they wait for each other
+    per_round = 1 if world == 1 else args.batch_size  # answers of each process
+    # A round hands every process the answers of all; the first alone writes them.
     for answered in gather_rounds(answers, per_round, math.ceil(len(numbers) / (per_round * world))):
         for number, response, num_tokens in answered:
             name, _, example, _ = questions[number]
@@ -117,12 +118,14 @@ def main(args):
 
 
 def respond(args, model, tokenizer, questions):
-    """Yield (number of the question, response, its new tokens) as questions, (test set, index, example, prompt ids),
+    """Yield (place in `questions`, response, its new tokens) as questions, (test set, index, example, prompt ids),
     are answered."""
     prompts = [prompt for *_, prompt in questions]
     if args.score == "likelihood":
+        instead = "asking Llama.loss, one option after the other"
+        plain = args.plain or inference.stands_aside(inference.LIKELIHOODS, instead)
         for first in range(0, len(questions), args.batch_size):
-            responses = most_likely(args, model, tokenizer, questions[first : first + args.batch_size])
+            responses = most_likely(plain, model, tokenizer, questions[first : first + args.batch_size])
             yield from ((i, response, 0) for i, response in enumerate(responses, first))
         return
     limit, eos = args.max_new_tokens, eos_tokens(model, tokenizer)
@@ -133,14 +136,14 @@ def respond(args, model, tokenizer, questions):
     yield from ((i, tokenizer.decode(ids), len(ids)) for i, ids in answers)
 
 
-def most_likely(args, model, tokenizer, questions):
+def most_likely(plain, model, tokenizer, questions):
     """The option of highest summed log-probability, as text, for each (test set, index, example, prompt ids)."""
     options = [tasks.options(name, example) for name, _, example, _ in questions]
     prompts, ids = [prompt for *_, prompt in questions], []
     for (_, _, example, _), texts in zip(questions, options):
         responses = [tasks.encode_example(example | {"output": text}, tokenizer)[1] for text in texts]
         ids.append([response[:-1] for response in responses])  # without the end-of-sequence token
-    if args.plain:
+    if plain:
         scores = [[log_likelihood(model, prompt, option) for option in each] for prompt, each in zip(prompts, ids)]
     else:
         scores = inference.log_likelihoods(model, prompts, ids)

@@ -85,7 +85,7 @@ class LlamaConfig:
 
     @property
     def context(self):
-        """The longest sequence, in tokens. Sliding windows are not implemented: so far they change nothing."""
+        """The longest sequence, in tokens. Sliding windows, not implemented, change nothing up to there."""
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     @property
@@ -250,8 +250,9 @@ class Llama(nn.Module):
     def from_pretrained(cls, directory, device="cpu", dtype=None):
         """Load a Hugging Face directory. dtype None: as stored.
 
-        One tensor at a time goes from its file to its place, the largest first, while little else is in memory: that
-        never exceeds the model by much. Raises ValueError or OSError for what is not exactly the config's model."""
+        One tensor at a time goes from its file to its place, file by file, the largest of each first; the file is
+        opened anew for each, so that what was read of it leaves memory. Raises ValueError or OSError for what is not
+        exactly the config's model."""
         directory = Path(directory)
         config = LlamaConfig.from_file(directory)
         with torch.device("meta"):  # shapes without memory

@@ -197,7 +197,7 @@ def read_adapter(directory):
     with safe_open(Path(directory) / "adapter_model.safetensors", framework="pt") as file:
         metadata = json.loads((file.metadata() or {}).get("rosa", "{}"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if config.get("peft_type") != "LORA" or "peft" in metadata:  # as extras/peft_methods.py writes it
+    if config.get("peft_type") != "LORA" or "peft" in metadata:  # "peft": made by --method peft:LORA, of any options
         return {"peft": config}, tensors
     for name, value in config.items():  # what is not known to be harmless must be off: DoRA, rank_pattern, future ones
         changes_base = name == "init_lora_weights" and str(value).startswith(CHANGE_BASE)
@@ -250,16 +250,16 @@ class LayerSelector:
     """DLS, Dynamic Layer Selection (paper, Algorithm 1): train only the layers whose LayerNorms have large gradients.
 
     Every `select_every` optimiser steps, the first included, a step is a probe. All that trains in any layer then asks
-    for gradients, and so do each layer's two norm weights, which RoSA only measures. A layer's score is the L2 norm of
-    its norm weights' gradients; the round(k_ratio * L) layers with the highest scores train until the next probe. The
-    others lose this step's gradient and ask for none; their adapters keep what they have learned and still act. Below
-    the lowest active layer the backward pass then needs nothing. Where all layers train, probes only record scores.
+    for gradients, and so do each layer's two norm weights, which RoSA only measures: a few numbers through which all of
+    a layer's input passes, alike in every layer. A layer's score is the L2 norm of their gradients; the
+    round(k_ratio * L) layers with the highest scores train until the next probe. The others lose this step's gradient
+    and ask for none; their adapters keep what they have learned and still act. Below the lowest active layer the
+    backward pass then needs nothing. Where all layers train, probes only record scores.
 
     score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
     select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps the first selection,
     "all" trains every layer whatever the k_ratio.
-    Make it once adapters, of any kind, are attached: it selects among what asks for a gradient then. Raises ValueError
-    for a k_ratio outside (0, 1], a select_every below 1, a score_ema outside [0, 1)."""
+    Make it after adapters of any kind are attached: it selects among what asks for a gradient. Raises ValueError."""
 
     def __init__(self, model, k_ratio=0.5, select_every=25, score_ema=0.0, select="grad"):
         if not 0 < k_ratio <= 1:
@@ -306,12 +306,12 @@ class LayerSelector:
         # PEFT's LN tuning computes with copies of the norms: the originals get no gradient.
         gradients = [[w.grad.float().norm() for w in norms if w.grad is not None] for norms in self.norms]
         scores = torch.stack([torch.stack(norms).norm() for norms in gradients]).cpu()  # [L]
-        if self.select == "random":
-            scores = self.drawn
         for weight in self.frozen_norms:
             weight.requires_grad_(False).grad = None
         if not scores.isfinite().all():
             return self.activate(self.previous)
+        if self.select == "random":
+            scores = self.drawn
         self.selected = True
         self.scores = scores if self.scores is None else self.score_ema * self.scores + (1 - self.score_ema) * scores
         self.activate(self.scores.argsort(descending=True, stable=True)[: self.count].tolist())

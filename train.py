@@ -152,7 +152,7 @@ def main(args):
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # what "auto" has come to is part of the run
     train_set, val_set, places_in_file, too_long = load_data(args, load_tokenizer(ckpt))
-    model = load_model(ckpt, device, dtype, mapped=args.shard)
+    model = load_model(ckpt, device, dtype, mapped=args.shard)  # mapped: on the CPU, in its files, until `shard`
     if args.max_len > model.config.context:
         raise ValueError(f"--max-len {args.max_len} exceeds the model's {model.config.limit}")
     description = runs.describe(args, ckpt, model, train_set, val_set)
@@ -195,11 +195,11 @@ def main(args):
     if args.checkpoint_activations:
         kernels.checkpoint_activations(model)
     run = runs.Run(args, ckpt, model, trainable, optimizer, selector)
-    step = run.resume()  # with --resume: loads the adapters, AdamW's moments, scores and active layers
+    step = run.resume()  # with --resume: loads adapters, AdamW's moments, scores, active layers; else None
     process_group = gradient_group(device)
     if args.shard:
         shard(model, process_group, device, dtype)
-        # `shard` has moved the adapters, the same parameters, to the device: have a resumed AdamW move their moments.
+        # `shard` has moved the adapters to the device; load_state_dict moves moments to where their parameters are.
         optimizer.load_state_dict(optimizer.state_dict())
     if step is None:
         step = 0
@@ -268,7 +268,7 @@ def main(args):
             record["val_loss"] = validate(model, val_set, args)
             run.keep_best(step, record["val_loss"])
         run.log(record)
-        run.save(step, step == total_steps, stop_requested=signals > 0)
+        run.save(step, last=step == total_steps, stop_requested=signals > 0)  # after a Ctrl-C it ends the run here
         layers = "".join("█" if i in selector.active else "·" for i in range(num_layers))
         status = f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {layers}"
         bar.set_postfix_str(status, refresh=False)
@@ -293,7 +293,7 @@ def attach(args, model):
 
 def load_data(args, tokenizer):
     """(training examples, validation examples, the training examples' places in their file, how many were longer than
-    --max-len). An example is (prompt ids, response ids)."""
+    --max-len). An example is (prompt ids, response ids), the end-of-sequence token included."""
     examples = tasks.train_examples(args.task, args.data_dir, args.train_file)
     encoded = [
         tasks.encode_example(example, tokenizer)

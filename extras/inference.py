@@ -12,8 +12,18 @@ import torch
 from extras.kernels import edited
 from model import KVCache, Llama, check_prompts
 
-# What `stream` stands for, as it was written: where it has been edited, model.generate answers.
+# What `stream` and `log_likelihoods` stand for, as it was written: where it has been edited, model.py's own answers.
 PLAIN = {(Llama, "generate"): "4562163c881f", (KVCache, "update"): "5b01abe26962"}
+
+LIKELIHOODS = {(Llama, "loss"): "84864ca6024f", (KVCache, "update"): "5b01abe26962"}
+
+
+def stands_aside(fingerprints, instead):
+    """Whether what a function here stands for has been edited; then a line says what runs instead."""
+    reason = edited(fingerprints)
+    if reason:
+        print(f"inference  {reason}: {instead}")
+    return reason is not None
 
 
 def generate(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=None):
@@ -28,8 +38,7 @@ def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=Non
     """What `generate` returns, each answer as it ends: yields (i, new ids of prompt i). The next prompts take the slots
     of those answered, so that a long answer does not keep the slots beside it empty."""
     check_prompts(prompts, max_new_tokens, model.config)
-    if reason := edited(PLAIN):
-        print(f"inference  {reason}: answering with Llama.generate, one prompt after the other")
+    if stands_aside(PLAIN, "answering with Llama.generate, one prompt after the other"):
         for i, prompt in enumerate(prompts):
             yield i, model.generate([prompt], max_new_tokens, eos_id)[0]
         return

@@ -155,26 +155,18 @@ BOOLEANS = [
 
 def numbered(word, last):
     """Rows for the options word1 ... word`last`."""
-    return [
-        (f"the correct answer is {word}2", f"{word}2", f"{word}2", True),
-        (f"the correct answer is {word}{last}", f"{word}{last}", f"{word}{last}", True),
-        (f"the correct answer is {word}1.", f"{word}2", f"{word}1", False),
-        (f"{word}1", f"{word}1", f"{word}1", True),
-        (f"**{word}1**", f"{word}1", f"{word}1", True),
-        (f"{word}1 or {word}2", f"{word}1", f"{word}1", True),
-        (f"{word}1 or {word}2", f"{word}2", f"{word}1", False),
-        (f"{word}2/{word}1", f"{word}2", f"{word}2", True),
-        (f"{word}{last + 1}", f"{word}1", "", False),
-        (f"{word}0", f"{word}1", "", False),
-        (f"{word}12", f"{word}1", f"{word}1", True),  # no question has so many options
-        (f"{word}2{word}2", f"{word}2", f"{word}2", True),
-        (f"{word.title()}2", f"{word}2", "", False),  # case counts
-        (f"{word.title()} 1", f"{word}1", "", False),
-        (f"{word} 1", f"{word}1", "", False),
-        (f"the {word} is 1", f"{word}1", "", False),
-        ("I do not know", f"{word}1", "", False),
-        ("", f"{word}1", "", False),
+    one, two, end, title = f"{word}1", f"{word}2", f"{word}{last}", word.title()
+    rows = [(f"the correct answer is {option}", option, option, True) for option in (two, end)]
+    rows += [(f"the correct answer is {one}.", two, one, False), (one, one, one, True), (f"**{one}**", one, one, True)]
+    rows += [
+        (f"{one} or {two}", one, one, True),
+        (f"{one} or {two}", two, one, False),
+        (f"{two}/{one}", two, two, True),
     ]
+    rows += [(f"{word}12", one, one, True), (f"{two}{two}", two, two, True)]  # no question has so many options
+    none = [f"{word}{last + 1}", f"{word}0", f"{word} 1", f"the {word} is 1", "I do not know", ""]
+    none += [f"{title}2", f"{title} 1"]  # case counts
+    return rows + [(response, two if response == f"{title}2" else one, "", False) for response in none]
 
 
 ANSWERS = numbered("answer", 5) + [("the correct answer is answer4", "answer4", "answer4", True)]
@@ -196,10 +188,8 @@ def test_every_benchmark_set_has_its_table():
 @pytest.mark.parametrize("name", TABLE)
 def test_what_a_response_answers_and_whether_it_is_right(name):
     for response, answer, extracted, right in TABLE[name]:
-        assert (extract_answer(name, response), is_correct(name, response, answer)) == (extracted, right), (
-            response,
-            answer,
-        )
+        judged = extract_answer(name, response), is_correct(name, response, answer)
+        assert judged == (extracted, right), (response, answer)
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -212,49 +202,41 @@ def test_no_response_whatever_is_an_error(name):
 
 # --- options ---
 
+LISTED = {"boolq": ["true", "false"], "piqa": ["solution1", "solution2"], "winogrande": ["option1", "option2"]}
+LISTED |= {"hellaswag": [f"ending{i}" for i in range(1, 5)], "AQuA": ["A", "B", "C", "D"]}
+ANSWER_COUNTS = {"social_i_qa": 3, "ARC-Easy": 5, "ARC-Challenge": 3, "openbookqa": 4}
+LISTED |= {name: [f"answer{i}" for i in range(1, count + 1)] for name, count in ANSWER_COUNTS.items()}
+CHOOSE = "Please choose the correct answer to"
 INSTRUCTIONS = {
-    "boolq": "Please answer the following question with true or false, question: is it untrue that ice floats?\n\n"
-    "Answer format: true/false",
+    "boolq": "Please answer the following question with true or false, question: is it untrue that ice floats?\n\n",
     "piqa": "Please choose the correct solution to the question: Dry a cup.\n\nSolution1: Use a cloth.\n\n"
-    "Solution2: Use a hose.\n\nAnswer format: solution1/solution2",
-    "hellaswag": "Please choose the correct ending to complete the given sentence: Swimming: She dives "
-    "and\n\nEnding1: flies. "
-    "Ending2: swims. Ending3: reads. Ending4: bakes.\n\nAnswer format: ending1/ending2/ending3/ending4",
-    "winogrande": "Please choose the correct answer to fill in the blank to complete the given sentence: The "
-    "cup fits in the "
-    "box as the _ is small.\n\nOption1: cup Option2: box Answer format: option1/option2",
-    "social_i_qa": "Please choose the correct answer to the question: Ann found a coat. What next?\n\nAnswer1: eat it "
-    "Answer2: return it Answer3: plant it\n\nAnswer format: answer1/answer2/answer3",
-    "ARC-Easy": "Please choose the correct answer to the question: What is hot?\n\nAnswer1: ice Answer2: "
-    "the sun Answer3: snow "
-    "Answer4: fog Answer5: dew\n\nAnswer format: answer1/answer2/answer3/answer4/answer5",
-    "ARC-Challenge": "Please choose the correct answer to the question: What melts?\n\nAnswer1: ice Answer2: sand "
-    "Answer3: air\n\nAnswer format: answer1/answer2/answer3",
-    "openbookqa": "Please choose the correct answer to the question: Is the Answer format: answer5/answer4 "
-    "odd?\n\nAnswer1: no "
-    "Answer2: yes Answer3: answer5 Answer4: both\n\nAnswer format: answer1/answer2/answer3/answer4\n",
-    "AQuA": "Pipe (A) fills a tub in 2 h and pipe (F) in 2 h. How long do both take? "
-    "Answer Choices: (A) 1 h (B) 2 h (C) 3 h (D) (A) or (B)",
+    "Solution2: Use a hose.\n\n",
+    "hellaswag": "Please choose the correct ending to complete the given sentence: Swimming: She dives and\n\n"
+    "Ending1: flies. Ending2: swims. Ending3: reads. Ending4: bakes.\n\n",
+    "winogrande": f"{CHOOSE} fill in the blank to complete the given sentence: The cup fits in the box as the _ is "
+    "small.\n\nOption1: cup Option2: box ",
+    "social_i_qa": f"{CHOOSE} the question: Ann found a coat. What next?\n\n"
+    "Answer1: eat it Answer2: return it Answer3: plant it\n\n",
+    "ARC-Easy": f"{CHOOSE} the question: What is hot?\n\n"
+    "Answer1: ice Answer2: the sun Answer3: snow Answer4: fog Answer5: dew\n\n",
+    "ARC-Challenge": f"{CHOOSE} the question: What melts?\n\nAnswer1: ice Answer2: sand Answer3: air\n\n",
+    "openbookqa": f"{CHOOSE} the question: Is the Answer format: answer5/answer4 odd?\n\n"
+    "Answer1: no Answer2: yes Answer3: answer5 Answer4: both\n\n",
 }
-LISTED = {
-    "boolq": ["true", "false"],
-    "piqa": ["solution1", "solution2"],
-    "hellaswag": ["ending1", "ending2", "ending3", "ending4"],
-    "winogrande": ["option1", "option2"],
-    "social_i_qa": ["answer1", "answer2", "answer3"],
-    "ARC-Easy": ["answer1", "answer2", "answer3", "answer4", "answer5"],
-    "ARC-Challenge": ["answer1", "answer2", "answer3"],
-    "openbookqa": ["answer1", "answer2", "answer3", "answer4"],
-    "AQuA": ["A", "B", "C", "D"],
-}
+INSTRUCTIONS = {name: f"{text}Answer format: {'/'.join(LISTED[name])}" for name, text in INSTRUCTIONS.items()}
+INSTRUCTIONS["openbookqa"] += "\n"
+INSTRUCTIONS["AQuA"] = (
+    "Pipe (A) fills a tub in 2 h and pipe (F) in 2 h. How long do both take? "
+    "Answer Choices: (A) 1 h (B) 2 h (C) 3 h (D) (A) or (B)"
+)
 
 
 @pytest.mark.parametrize("name", LISTED)
 def test_the_options_are_those_that_the_instruction_lists_in_the_wording_of_the_training_data(name):
-    found = options(name, {"instruction": INSTRUCTIONS[name]})
+    responses = options(name, {"instruction": INSTRUCTIONS[name]})
     wording = "The answer is ({})." if name == "AQuA" else "the correct answer is {}"
-    assert found == [wording.format(option) for option in LISTED[name]]
-    assert [extract_answer(name, response) for response in found] == LISTED[name]
+    assert responses == [wording.format(option) for option in LISTED[name]]
+    assert [extract_answer(name, response) for response in responses] == LISTED[name]
 
 
 @pytest.mark.parametrize("name", ["toy", *(name for name in TASKS["arithmetic"] if name != "AQuA")])
@@ -277,19 +259,11 @@ def test_an_instruction_with_fewer_than_two_options_is_named(name):
 # --- the interval of an accuracy ---
 
 
-@pytest.mark.parametrize(
-    "right, count, low, high",
-    [
-        (0, 10, 0, 0.2775),
-        (5, 10, 0.2366, 0.7634),
-        (10, 10, 0.7225, 1),
-        (0, 1, 0, 0.7935),
-        (1, 1, 0.2065, 1),
-        (81, 263, 0.2553, 0.3662),
-        (15, 148, 0.0624, 0.1605),
-        (1, 29, 0.0061, 0.1718),  # Newcombe (1998), table I
-    ],
-)
+NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718)]  # 1998, table I
+OF_FEW = [(0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1), (0, 1, 0, 0.7935), (1, 1, 0.2065, 1)]
+
+
+@pytest.mark.parametrize("right, count, low, high", OF_FEW + NEWCOMBE)
 def test_the_interval_is_that_of_published_tables(right, count, low, high):
     assert wilson_interval(right, count) == pytest.approx((low, high), abs=5.1e-5)
 
