@@ -167,7 +167,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.inv_freq = rope_inverse_frequencies(config)  # no buffer: `.to(bfloat16)` must not round it
-        embedding = torch.empty(config.vocab_size, config.hidden_size)  # as all weights it is filled below, once
+        embedding = torch.empty(config.vocab_size, config.hidden_size)  # filled below: nn.Embedding would fill it too
         self.model = nn.ModuleDict(
             {
                 "embed_tokens": nn.Embedding.from_pretrained(embedding, freeze=False),
@@ -386,8 +386,8 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """The keys (rotated) and values of the tokens so far, for every layer. Attention knows `update` and no more of it,
-    RoPE `length`: another cache may stand in its place."""
+    """The keys (rotated) and values of the tokens so far, for every layer. Attention uses only `update`, hidden_states
+    only `length`: any class with these two can stand in its place."""
 
     def __init__(self, config):
         self.length = 0  # how many tokens it holds: the position of the next one

@@ -250,11 +250,11 @@ class LayerSelector:
     """DLS, Dynamic Layer Selection (paper, Algorithm 1): train only the layers whose LayerNorms have large gradients.
 
     Every `select_every` optimiser steps, the first included, a step is a probe. All that trains in any layer then asks
-    for gradients, and so do each layer's two norm weights, which RoSA only measures: a few numbers through which all of
-    a layer's input passes, alike in every layer. A layer's score is the L2 norm of their gradients; the
-    round(k_ratio * L) layers with the highest scores train until the next probe. The others lose this step's gradient
-    and ask for none; their adapters keep what they have learned and still act. Below the lowest active layer the
-    backward pass then needs nothing. Where all layers train, probes only record scores.
+    for gradients, and so do each layer's two norm weights, which RoSA only measures: they are few, every layer has the
+    same ones, and all input of attention and MLP passes through them. A layer's score is the L2 norm of their
+    gradients; the round(k_ratio * L) layers with the highest scores train until the next probe. The others lose this
+    step's gradient and ask for none; their adapters keep what they have learned and still act. Below the lowest active
+    layer the backward pass then needs nothing. Where all layers train, probes only record scores.
 
     score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
     select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps the first selection,
@@ -293,7 +293,7 @@ class LayerSelector:
         self.selected = False
         if self.probing:
             self.previous = self.active[: self.count]  # what stays if the probe fails; at the first the lowest layers
-            self.drawn = torch.rand(len(self.parameters))  # for "random"; the caller seeds all processes alike
+            self.drawn = torch.rand(len(self.parameters))  # for "random": here the processes share a seed
             self.activate(range(len(self.parameters)))
             for weight in self.frozen_norms:
                 weight.requires_grad_(True)
@@ -303,7 +303,7 @@ class LayerSelector:
         gradients are not finite tells nothing: it counts as none, and the selection before it stays."""
         if not self.probing:
             return
-        # PEFT's LN tuning computes with copies of the norms: the originals get no gradient.
+        # PEFT's LN tuning computes with copies of the norms, which are here too: the originals get no gradient.
         gradients = [[w.grad.float().norm() for w in norms if w.grad is not None] for norms in self.norms]
         scores = torch.stack([torch.stack(norms).norm() for norms in gradients]).cpu()  # [L]
         for weight in self.frozen_norms:

@@ -130,7 +130,7 @@ def check_args(args):
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     if args.batch_size % args.micro_batch_size:
         sizes = f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size}"
-        raise ValueError(f"{sizes}: an optimiser step is whole micro-batches")
+        raise ValueError(f"{sizes}: choose sizes that waste no forward pass")
     for target in getattr(args, "targets", "q").split(","):
         if target not in rosa.TARGETS:
             raise ValueError(f"--targets has the unknown target {target!r}: choose from {','.join(rosa.TARGETS)}")
@@ -199,7 +199,7 @@ def main(args):
     process_group = gradient_group(device)
     if args.shard:
         shard(model, process_group, device, dtype)
-        # `shard` has moved the adapters to the device; load_state_dict moves moments to where their parameters are.
+        # Adapters and norms stay whole, the same parameters, now on the device: this moves the moments there.
         optimizer.load_state_dict(optimizer.state_dict())
     if step is None:
         step = 0
@@ -243,7 +243,7 @@ def main(args):
         # Gradients of the mean loss per response token, over the micro-batches of all processes together.
         response_tokens = sum(len(response) for _, response in batch)
         loss = 0.0
-        for micro_batch in own_micro_batches(batch, args.micro_batch_size):
+        for micro_batch in own_micro_batches(batch, args.micro_batch_size):  # as many in each process, one maybe empty
             tokens, labels = collate(micro_batch, device)
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()
