@@ -127,9 +127,13 @@ def script_parser(name, documentation):
 
 def refuse(name):
     """What a parser does with a mistake: argparse's "argument --rank: must be ..." as "--rank must be ..."."""
-    return lambda message: fail(
-        name, message.removeprefix("argument ").replace(": ", " ", message.startswith("argument "))
-    )
+
+    def error(message):
+        if message.startswith("argument "):
+            message = message.removeprefix("argument ").replace(": ", " ", 1)
+        fail(name, message)
+
+    return error
 
 
 def command_parser(name, documentation):

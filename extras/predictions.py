@@ -7,7 +7,7 @@ import hashlib
 import json
 
 from extras.distributed import gather, processes
-from extras.runs import write_whole
+from extras.runs import read_log, write_whole
 
 
 class Predictions:
@@ -74,12 +74,5 @@ def settings_hash(args, ckpt, dtype):
 
 def read_lines(path):
     """The lines of a predictions.jsonl, but a last one that was cut short, and whatever else is no answer."""
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            break
-        if isinstance(line, dict) and {"set", "index", "instruction", "answer", "correct"} <= line.keys():
-            lines.append(line)
-    return lines
+    needed = {"set", "index", "instruction", "answer", "correct"}
+    return [line for line in read_log(path) if isinstance(line, dict) and needed <= line.keys()]

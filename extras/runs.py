@@ -336,9 +336,9 @@ def write_log(path, record):
 def read_log(path):
     """The records of a log, as far as it is whole: a kill may have cut the last line."""
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     return records
