@@ -122,6 +122,7 @@ def respond(args, model, tokenizer, questions):
     are answered."""
     prompts = [prompt for *_, prompt in questions]
     if args.score == "likelihood":
+        # The faster way asks for all options at once; where a method that it replaces was edited, a line says so.
         instead = "asking Llama.loss, one option after the other"
         plain = args.plain or inference.stands_aside(inference.LIKELIHOODS, instead)
         for first in range(0, len(questions), args.batch_size):

@@ -205,7 +205,7 @@ def read_adapter(directory):
             raise ValueError(f"{path}: {name} = {value!r:.60} is not implemented: let PEFT convert it to a plain LoRA")
     targets = [name for name, module in TARGETS.items() if any(f".{module}.lora_A." in key for key in tensors)]
     arguments = {"rank": config.get("r"), "alpha": config.get("lora_alpha"), "targets": targets}
-    for name, default in (("low_freq_ratio", 1.0), ("pairs", "low")):  # which rows adapt: for PEFT the others are 0
+    for name, default in (("low_freq_ratio", 1.0), ("pairs", "low")):  # absent from what PEFT wrote: all rows adapt
         arguments[name] = metadata.get(name, default)
     try:
         check_settings(*(arguments[name] for name in ("rank", "alpha", "low_freq_ratio", "pairs")))

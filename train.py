@@ -5,8 +5,9 @@
     python train.py --ckpt tiny --task toy --method peft:IA3 --lr 1e-2
     torchrun --nproc_per_node=8 train.py --ckpt llama2-7b --task arithmetic      # the same run, by eight processes
 
-A run directory (--out) holds the best adapter, `args.json`, and `log.jsonl`: {"step": 0, "val_loss": x}, then a line
-per optimiser step with step, loss, lr, tokens, seconds, active_layers, and val_loss where it was measured.
+A run directory (--out) holds the best adapter (with --method full the whole model, which is a --ckpt), `args.json`,
+and `log.jsonl`: {"step": 0, "val_loss": x}, then a line per optimiser step with step, loss, lr, tokens, seconds,
+active_layers, and val_loss where it was measured.
 `layers.jsonl` has a line per selection of layers, with their scores; at its end the run adds their picture,
 `layers.png`, and `summary.json`, the run in six numbers. `state.safetensors` is what --resume goes on from.
 """
@@ -45,7 +46,7 @@ def parse_args(arguments=None):
 
     add = parser.add_argument_group("model and data").add_argument
     add("--ckpt", default="tiny", help="directory, or a name such as llama2-7b or org/name")
-    add("--task", default="toy", help="toy, arithmetic, commonsense, or test sets")
+    add("--task", default="toy", help="toy, arithmetic, commonsense, or any test set with --train-file")
     add("--data-dir", default=tasks.DATA_DIR, help="laid out as LLM-Adapters' repository")
     add("--train-file", help="JSON to train on, here or in --data-dir (default: the task's)")
     add("--out", type=Path, help="run directory (default: runs/<ckpt>-<task>-<method>)")
@@ -243,7 +244,8 @@ def main(args):
         # Gradients of the mean loss per response token, over the micro-batches of all processes together.
         response_tokens = sum(len(response) for _, response in batch)
         loss = 0.0
-        for micro_batch in own_micro_batches(batch, args.micro_batch_size):  # as many in each process, one maybe empty
+        # Each process computes an even share, in as many micro-batches as the others: the last may be empty.
+        for micro_batch in own_micro_batches(batch, args.micro_batch_size):
             tokens, labels = collate(micro_batch, device)
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()

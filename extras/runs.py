@@ -249,8 +249,8 @@ def check_same(args, description):
 
 
 def clear_partial(out):
-    """Delete what a save that was cut short has left."""
-    for leftover in out.glob("*.partial"):
+    """Delete what a save that was cut short has left, ours or, as .tmp and six letters, safetensors' own."""
+    for leftover in (*out.glob("*.partial"), *out.glob(".tmp??????")):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 

@@ -14,7 +14,7 @@ import torch
 from rounding import bound, of_model
 
 from data import toy
-from extras import inference
+from extras import inference, kernels
 from extras.operators import Operators
 from model import Llama, LlamaConfig
 
@@ -35,6 +35,10 @@ BASE = {
     "eos_token_id": 2,
     "bos_token_id": 1,
 }
+
+
+# The same few methods, hundreds of times.
+kernels.fingerprint = functools.cache(kernels.fingerprint)
 
 
 def seed_torch(seed):
@@ -119,6 +123,9 @@ def forkserver():
 
 
 def pytest_collection_finish(session):
+    for item in session.items:
+        for mark in item.iter_markers("ahead"):
+            mark.kwargs["start"]()
     gc.freeze()  # what was imported is not garbage, and there is much of it to look through
     if any(hasattr(item.module, "forkserver") for item in session.items):
         forkserver()  # what it imports it imports while other tests run

@@ -14,7 +14,7 @@ from pathlib import Path
 import fuzz
 import pytest
 import torch
-from conftest import random_model
+from conftest import ROOT, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -25,13 +25,12 @@ from data import tasks, toy
 from extras import checkpoints, compare, figure1, forgetting, peft_methods
 from extras import merge as merge_file
 from extras.commands import one_line
-from model import Llama, LlamaConfig
+from model import Llama
 
-ROOT = Path(rosa.__file__).parent
 CKPT, CONFIG, WEIGHTS = Path("ckpt"), Path("ckpt/config.json"), Path("ckpt/model.safetensors")
 INDEX, TOKENIZER, SHARD = CKPT / "model.safetensors.index.json", CKPT / "tokenizer.model", CKPT / "b.safetensors"
 ADAPTER, ADAPTER_CONFIG = Path("adapter/adapter_model.safetensors"), Path("adapter/adapter_config.json")
-DATA = Path("data.json")
+DATA = Path("dataset/gsm8k/test.json")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +41,7 @@ def good(tmp_path_factory):
     model.save_pretrained(directory / CKPT)
     shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", directory / TOKENIZER)
     rosa.save_adapter(rosa.attach(model, 4, 8), directory / "adapter")
+    (directory / DATA).parent.mkdir(parents=True)
     (directory / DATA).write_text(json.dumps(toy.examples("train", 12)))
     return directory
 
@@ -52,14 +52,15 @@ def here(good, tmp_path, monkeypatch):
     shutil.copytree(good, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "no cache"))
-    monkeypatch.setitem(tasks.TOY_SIZES, "train", 40)
+    monkeypatch.setattr(tasks, "TOY_SIZES", {"train": 40, "test": 2})
 
 
 TRAIN = "--ckpt ckpt --max-len 200 --val-size 2 --max-steps 1".split()
 SCRIPTS = {
     "train": (train_script, [*TRAIN, "--rank", "4"]),
     "train, any method": (train_script, TRAIN),
-    "eval": (eval_script, "--ckpt ckpt --max-new-tokens 2 --limit 2".split()),
+    "eval": (eval_script, "--ckpt ckpt --max-new-tokens 2".split()),
+    "eval, adapter": (eval_script, "--ckpt ckpt --max-new-tokens 2 --adapter adapter".split()),
     "compare": (compare, []),
     "figure1": (figure1, "fig1.png --ckpt ckpt".split()),
     "forgetting": (forgetting, "--ckpt ckpt".split()),
@@ -99,7 +100,7 @@ def later(function):
 each = later(lambda *breaks: [one() for one in breaks])
 gone = later(lambda path: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink())
 holds = later(lambda path, content: Path(path).write_bytes(content.encode() if isinstance(content, str) else content))
-smaller = later(lambda: random_model(vocab_size=500).save_pretrained(CKPT))
+bare = later(lambda: save_file(load_file(ADAPTER), ADAPTER))  # as PEFT writes it, with none of our metadata
 loop = later(lambda path: (path.unlink(), path.symlink_to(path.name)))
 
 
@@ -120,34 +121,11 @@ def tensors(path, changes):
 
 
 @later
-def header(path, change):
-    """A safetensors file with change(header) for its header, an object or bytes."""
-    whole = path.read_bytes()
-    size = struct.unpack("<Q", whole[:8])[0]
-    text = change(json.loads(whole[8 : 8 + size]))
-    text = text if isinstance(text, bytes) else json.dumps(text).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + size :])
-
-
-def norm(**changes):
-    """The header says this of the last norm."""
-    return header(WEIGHTS, lambda h: h | {NORM: h[NORM] | changes})
-
-
-def overlapping(header):
-    names = [name for name in header if name.endswith("layernorm.weight")]
-    header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
-    return header
-
-
 def metadata(text=None, **changes):
     """The adapter's safetensors metadata, under "rosa": another text, or with changes."""
-
-    def change(header):
-        changed = text or json.dumps(json.loads(header["__metadata__"]["rosa"]) | changes)
-        return header | {"__metadata__": {"rosa": changed}}
-
-    return header(ADAPTER, change)
+    with safe_open(ADAPTER, "pt") as file:
+        text = text or json.dumps(json.loads(file.metadata()["rosa"]) | changes)
+    save_file(load_file(ADAPTER), ADAPTER, {"rosa": text})
 
 
 @later
@@ -161,69 +139,44 @@ def shards(lm_head="b.safetensors", index=None):
     INDEX.write_text(index or json.dumps({"weight_map": files | {"lm_head.weight": lm_head}}))
 
 
-@later
-def another_models(**changes):
-    """The adapter is one for another model."""
-    model = random_model(**{"vocab_size": 1024, "num_hidden_layers": 2} | changes)
-    rosa.save_adapter(rosa.attach(model, 4, 8), "adapter")
-
-
-def bare():
-    """The adapter is as PEFT writes it: it has none of our metadata."""
-    save_file(load_file(ADAPTER), ADAPTER)
-
-
 # --- checkpoints ---
 
-NO_OBJECTS = {"no JSON": "{", "an array": "[1]", "no UTF-8": b'{"\xff": 1}', "too deep": "[" * 10**5}
-NOT_WHOLE, NOT_JSON = ("ckpt/model.safetensors", "download"), ("not a JSON", "download")
+NOT_WHOLE, NOT_JSON = ("ckpt/model.safetensors", "download"), ("ckpt/config.json", "not a JSON", "download")
 MISFIT, NORM = ("ckpt: the tensors do not fit", "Download"), "model.norm.weight"
 HUNDREDS = {f"x{i}\x1b": torch.ones(1) for i in range(500)}
 PICKLED = ("pickled weights (pytorch_model.bin), which can run code", "convert to model.safetensors")
 OUTSIDE = (f"{INDEX} names a file outside", "download")
 CHECKPOINTS = {  # name -> (what breaks the checkpoint, words of the line)
-    "directory missing": (gone(CKPT), "no checkpoint 'ckpt'", "tiny, llama2-7b"),
-    "a file": (each(gone(CKPT), holds(CKPT, "")), "no checkpoint 'ckpt'", "neither a directory"),
-    "directory empty": (each(gone(CKPT), CKPT.mkdir), "'ckpt' has no config.json", "give that of"),
-    "without config": (gone(CONFIG), "'ckpt' has no config.json", "give that of"),
-    "without weights": (gone(WEIGHTS), "ckpt has no model.safetensors", "download"),
+    "a file": (each(gone(CKPT), holds(CKPT, "")), "no checkpoint 'ckpt': neither a directory", "tiny, llama2-7b"),
+    "config a link to itself": (loop(CONFIG), "'ckpt' has no config.json", "give that of"),
+    "config no JSON": (holds(CONFIG, "{"), *NOT_JSON),
+    "config an array": (holds(CONFIG, "[1]"), *NOT_JSON),
+    "config too deep": (holds(CONFIG, "[" * 10**5), *NOT_JSON),
     "without tokenizer": (gone(TOKENIZER), "ckpt has no tokenizer.model", "download"),
     "tokenizer empty": (holds(TOKENIZER, ""), "ckpt/tokenizer.model is not a", "download"),
-    "tokenizer too large": (smaller(), "ckpt: the tokenizer has 1024 tokens, the model only 500", "download"),
-    **{f"config {how}": (holds(CONFIG, text), "ckpt/config.json", *NOT_JSON) for how, text in NO_OBJECTS.items()},
-    "config a link to itself": (loop(CONFIG), "'ckpt' has no config.json"),
-    "index a link to itself": (each(shards(), loop(INDEX)), "ckpt has no model.safetensors"),
-    "weights a link to themselves": (loop(WEIGHTS), "ckpt has no model.safetensors"),
+    "tokenizer too large": (says(CONFIG, vocab_size=500), "tokenizer has 1024 tokens, the model only 500", "download"),
+    "weights a link to themselves": (loop(WEIGHTS), "ckpt has no model.safetensors", "download"),
+    "index a link to itself": (each(shards(), loop(INDEX)), "ckpt has no model.safetensors", "download"),
     "pickled weights": (lambda: WEIGHTS.rename(CKPT / "pytorch_model.bin"), *PICKLED),
-    "header no JSON": (header(WEIGHTS, lambda h: b"{" * 200), *NOT_WHOLE),
-    "header too deep": (header(WEIGHTS, lambda h: b'{"a":' * 5000), *NOT_WHOLE),
-    "header length absurd": (holds(WEIGHTS, b"\xff" * 7 + b"\x7f" + bytes(10**4)), *NOT_WHOLE),
-    "overlapping offsets": (header(WEIGHTS, overlapping), *NOT_WHOLE),
-    "offsets beyond the end": (norm(data_offsets=[10**9, 10**9 + 128]), *NOT_WHOLE),
-    "dtype unknown": (norm(dtype="F31"), *NOT_WHOLE),
+    "header no JSON": (holds(WEIGHTS, struct.pack("<Q", 200) + b"{" * 200), *NOT_WHOLE),
     "wrong dtype": (tensors(WEIGHTS, {NORM: torch.ones(32, dtype=torch.int8)}), f"{NORM} is stored as I8", *MISFIT),
     "shape": (tensors(WEIGHTS, {NORM: torch.ones(4, 8)}), f"{NORM} has shape [4, 8], config.json says [32]", *MISFIT),
+    "more than memory holds": (says(CONFIG, hidden_size=2**24, vocab_size=2**24), "[16777216, 16777216]", *MISFIT),
     "tensor missing": (tensors(WEIGHTS, {NORM: ...}), f"missing {NORM}", *MISFIT),
-    "tensor extra": (tensors(WEIGHTS, {"more": torch.ones(2)}), "unexpected more", *MISFIT),
     "hundreds of tensors": (tensors(WEIGHTS, HUNDREDS), "unexpected x101\\x1b; and 495 more", *MISFIT),
-    "a tensor's name of a megabyte": (tensors(WEIGHTS, {"x" * 10**6: torch.ones(2)}), "unexpected xxx", "Download"),
     "index no JSON": (shards(index="{"), f"{INDEX} is not a JSON", "download"),
     "index too deep": (shards(index='{"weight_map":' * 10**5), f"{INDEX} is not a JSON", "download"),
     "index without a map": (shards(index='{"weight_map": [1]}'), f"{INDEX} has no weight_map", "download"),
-    "shard absent": (shards("c.safetensors"), f"{INDEX} names c.safetensors, which is absent", "download"),
-    "shard with a null byte": (shards("c\0"), f"{INDEX} names c\\x00, which is absent", "download"),
-    "shard outside": (each(shards("../b.safetensors"), lambda: shutil.copy(SHARD, ".")), *OUTSIDE, "ckpt/../b."),
+    "shard absent": (shards("c\0"), f"{INDEX} names c\\x00, which is absent", "download"),
+    "shard a link to itself": (each(shards(), loop(SHARD)), "b.safetensors, which is absent", "download"),
+    "shard outside": (shards("../adapter/adapter_model.safetensors"), *OUTSIDE, "ckpt/../adapter"),
     "shard absolute": (shards("/etc/passwd"), *OUTSIDE, "/etc/passwd"),
     "shard the directory itself": (shards(".."), *OUTSIDE),
-    "shard a link to itself": (each(shards(), loop(SHARD)), "b.safetensors, which is absent", "download"),
-    "in two shards": (
-        each(shards(), tensors(SHARD, {NORM: torch.ones(32)})),
-        f"{NORM} is in ckpt/a.safetensors and in b.",
-    ),
+    "in two shards": (each(shards(), tensors(SHARD, {NORM: torch.ones(32)})), f"{NORM} is in ckpt/a.safetensors and"),
 }
 
 
-@pytest.mark.parametrize("script", ["train", "eval", "merge"])
+@pytest.mark.parametrize("script", ["eval", "merge"])
 @pytest.mark.parametrize("what", CHECKPOINTS)
 def test_a_checkpoint_that_is_none_is_refused(here, capsys, what, script):
     breaking, *words = CHECKPOINTS[what]
@@ -231,19 +184,21 @@ def test_a_checkpoint_that_is_none_is_refused(here, capsys, what, script):
     refused(capsys, script, [], *words)
 
 
-@pytest.mark.parametrize("script, path", [("eval", WEIGHTS), ("eval", ADAPTER), ("merge", ADAPTER)])
-def test_a_file_cut_short_anywhere_or_too_long_is_refused(here, capsys, script, path):
-    advice = "download it again" if path == WEIGHTS else "copy it again"
+FILES_READ = [("train", WEIGHTS, "download"), ("eval, adapter", ADAPTER, "copy")]
+
+
+@pytest.mark.parametrize("script, path, verb", FILES_READ)
+def test_a_file_cut_short_anywhere_or_too_long_is_refused(here, capsys, script, path, verb):
     whole = path.read_bytes()
     end = 8 + struct.unpack("<Q", whole[:8])[0]  # of the header
-    lengths = 0, 1, 7, 8, 9, end // 2, end - 1, end, end + 1, len(whole) // 2, len(whole) - 1
+    lengths = 0, 7, 8, end - 1, end, len(whole) // 2, len(whole) - 1
     for content in [*(whole[:length] for length in lengths), whole + b"\0"]:
         path.write_bytes(content)
-        refused(capsys, script, ["--adapter", "adapter"], f"{path} is not a whole safetensors file", advice)
+        refused(capsys, script, [], f"{path} is not a whole safetensors file", f"{verb} it again")
 
 
-@pytest.mark.parametrize("script, path", [("eval", WEIGHTS), ("eval", ADAPTER), ("merge", ADAPTER)])
-def test_a_file_that_may_not_be_read_is_said_to_be_that(here, capsys, monkeypatch, script, path):
+@pytest.mark.parametrize("script, path, verb", FILES_READ)
+def test_a_file_that_may_not_be_read_is_said_to_be_that(here, capsys, monkeypatch, script, path, verb):
     def denied(file, *how):
         if Path(file) == path:
             raise PermissionError(13, "Permission denied", str(file))
@@ -251,15 +206,15 @@ def test_a_file_that_may_not_be_read_is_said_to_be_that(here, capsys, monkeypatc
 
     for module in (checkpoints, peft_methods):
         monkeypatch.setattr(module, "open", denied, raising=False)
-    refused(capsys, script, ["--adapter", "adapter"], f"{path}: Permission denied")
+    refused(capsys, script, [], f"{path}: Permission denied")
 
 
-@pytest.mark.parametrize("revision", ["../../../ckpt", "here", "a\0b", "", "..", "\ud800"])
+@pytest.mark.parametrize("revision", [b"../../../ckpt", b"a\0b", b"\xff"])
 def test_what_hugging_faces_cache_calls_main_lies_in_the_cache(here, capsys, revision):
     main = Path("no cache/models--some--model/refs/main")
     (main.parent.parent / "snapshots").mkdir(parents=True)
     main.parent.mkdir()
-    main.write_bytes(revision.replace("here", str(CKPT.absolute())).encode(errors="surrogatepass"))
+    main.write_bytes(revision)
     refused(capsys, "eval", ["--ckpt", "some/model"], "does not hold some/model", "hf download some/model")
 
 
@@ -274,29 +229,26 @@ def test_a_shard_may_be_a_link_as_in_hugging_faces_cache(here):
         assert torch.equal(value, expected[name])
 
 
-SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
-OTHER_SIZES = ["num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"]
+NEEDED = "model_type vocab_size hidden_size intermediate_size num_attention_heads num_hidden_layers".split()
+LIMITED = [*NEEDED[1:-1], "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"]
 LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 2, "high_freq_factor": 2}
-HUGE = dict.fromkeys(["vocab_size", "intermediate_size", "hidden_size"], 2**24)
-NAN, INFINITE = float("nan"), float("inf")
+NAN = float("nan")
 CONFIGS = [  # changes, of which the last one's key the line names
-    *({name: ...} for name in ("model_type", *SIZES)),
-    *({name: x} for name in SIZES + OTHER_SIZES for x in (-8, 0, 2.5, 10**9, 10**30, "8", True, NAN)),
-    {"num_hidden_layers": 1000},
+    *({name: ...} for name in NEEDED),
+    *({name: 2**24 + 1} for name in LIMITED),
+    {"num_hidden_layers": 2**10 + 1},
+    *({name: x} for name in ("vocab_size", "head_dim") for x in (0, 2.5, "8", True)),
     {"head_dim": 2**10, "num_key_value_heads": 2**20, "num_attention_heads": 2**20},
     {"num_attention_heads": 5},
-    {"head_dim": 8, "num_attention_heads": 3, "num_key_value_heads": 2},
     {"head_dim": 7},
-    *({"model_type": x} for x in ("gemma", ["llama"], None)),
-    *({"architectures": x} for x in (["GemmaForCausalLM"], "x" * 10**6, 3, 2.5)),
+    *({"model_type": x} for x in ("gemma", ["llama"])),
+    *({"architectures": x} for x in (["GemmaForCausalLM"], 3)),
     {"layer_types": 3},
-    *({"rms_norm_eps": x} for x in (NAN, 10**400)),
-    *({"rope_theta": x} for x in (-1, 10**400, INFINITE, 1e-300)),
+    {"rms_norm_eps": NAN},
+    *({"rope_theta": x} for x in (-1, 10**400, 1e-300)),
     *({"rope_scaling": x} for x in ({"rope_type": "linear", "factor": NAN}, {"rope_type": ["linear"]}, [1])),
     {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8}},
-    {"attention_bias": "no"},
-    {"tie_word_embeddings": "false"},
-    HUGE | {"num_attention_heads": 2, "head_dim": 2**23, "config": 1},
+    *({name: "no"} for name in ("attention_bias", "mlp_bias", "tie_word_embeddings")),
     *({"eos_token_id": x} for x in ("</s>\x1b[2J\ud800", [[[2]]])),
 ]
 
@@ -304,13 +256,10 @@ CONFIGS = [  # changes, of which the last one's key the line names
 @pytest.mark.parametrize("changes", CONFIGS, ids=lambda changes: f"{changes}"[:60])
 def test_a_config_that_asks_for_what_cannot_be_is_refused_by_its_key(here, capsys, changes):
     says(CONFIG, **changes)()
-    *_, key = changes
-    word = {"head_dim": "head", "max_position_embeddings": "max_position", "num_hidden_layers": "layers"}
-    refused(capsys, "eval", [], "ckpt", word.get(key, key.removeprefix("num_")))
+    refused(capsys, "eval", [], "ckpt", list(changes)[-1])
 
 
 def test_a_whole_number_beyond_64_bits_is_a_number(here):
-    assert LlamaConfig(rope_theta=10**30, rms_norm_eps=10**30).rope_theta == 1e30
     says(CONFIG, rope_theta=10**30, rms_norm_eps=10**30)()
     assert checkpoints.load_model(CKPT)(torch.zeros(1, 2, dtype=torch.long)).isfinite().all()
 
@@ -320,47 +269,40 @@ def test_a_whole_number_beyond_64_bits_is_a_number(here):
 OTHER, COPY = "adapter was trained on another model: ", "copy"
 Q_B = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
 NO_ADAPTER = "adapter is no adapter directory"
-SETTING = f"{ADAPTER_CONFIG}: "
-LORAS = [({"r": r}, "rank must be") for r in (0, -4, 4.0, True)] + [({"r": r}, "needs") for r in (5, 10**30)]
-LORAS += [({"lora_alpha": alpha}, "alpha must be") for alpha in (NAN, "8", 10**400)]
-LORAS += [({"r": -4, "use_rslora": True}, "rank must be"), ({"use_dora": True}, "use_dora")]
-LORAS += [({"rank_pattern": {"x" * 10**6: 3}}, "rank_pattern"), ({"init_lora_weights": "pissa"}, "init_lora_weights")]
+SETTING, RANK = f"{ADAPTER_CONFIG}: ", "rank must be a whole number of at least 1, not "
+PICKLE = "no adapter_model.safetensors, only adapter_model.bin, a pickle, which can run code"
 ADAPTERS = {  # name -> (what breaks the adapter, words of the line)
     "missing": (gone("adapter"), NO_ADAPTER, "no adapter_config.json"),
-    "a file": (each(gone("adapter"), holds("adapter", "")), NO_ADAPTER),
-    "without tensors": (gone(ADAPTER), NO_ADAPTER, "no adapter_model.safetensors"),
-    "pickled": (lambda: ADAPTER.rename("adapter/adapter_model.bin"), "adapter_model.bin, a pickle, which can run code"),
-    "a checkpoint": (each(gone("adapter"), lambda: shutil.copytree(CKPT, "adapter")), NO_ADAPTER),
-    "more layers": (another_models(num_hidden_layers=3), OTHER, "model.layers.2", "absent"),
-    "fewer layers": (another_models(num_hidden_layers=1), OTHER, "model.layers.1", "absent"),
-    "another size": (another_models(hidden_size=16), OTHER, "is [4, 16], this one needs [4, 32]"),
+    "pickled": (lambda: ADAPTER.rename("adapter/adapter_model.bin"), NO_ADAPTER, PICKLE),
     "another rank": (says(ADAPTER_CONFIG, r=3), OTHER, "is [4, 32], this one needs [3, 32]"),
-    "rank no number": (says(ADAPTER_CONFIG, r="4"), SETTING, "rank must be a whole number of at least 1, not '4'"),
     "tensor missing": (tensors(ADAPTER, {"lora_B.weight": ...}), OTHER, "is absent, this one needs"),
     "tensor extra": (tensors(ADAPTER, {"more": torch.ones(1)}), OTHER, "more is [1], this one needs absent"),
     "tensor of integers": (tensors(ADAPTER, {Q_B: torch.ones(32, 4, dtype=torch.int32)}), f"{Q_B} is"),
-    **{f"config {how}": (holds(ADAPTER_CONFIG, text), "config.json", "not a JSON") for how, text in NO_OBJECTS.items()},
-    "config without a rank": (says(ADAPTER_CONFIG, r=...), SETTING, "rank must be a whole number"),
-    "config without a method": (says(ADAPTER_CONFIG, peft_type=...), SETTING, "the key 'peft_type'", COPY),
+    "config an array": (holds(ADAPTER_CONFIG, "[1]"), f"{ADAPTER_CONFIG} holds list, not a JSON object"),
     "method no text": (says(ADAPTER_CONFIG, peft_type=["LORA"]), SETTING, "the key 'peft_type'", COPY),
     "method unknown": (says(ADAPTER_CONFIG, peft_type="LOAR"), "LOAR"),
+    "rank no number": (says(ADAPTER_CONFIG, r=True), SETTING, f"{RANK}True"),
+    "rank negative, its root too": (says(ADAPTER_CONFIG, r=-4, use_rslora=True), SETTING, f"{RANK}-4"),
+    "alpha NaN": (says(ADAPTER_CONFIG, lora_alpha=NAN), SETTING, "alpha must be a positive number, not nan"),
+    "alpha no number": (says(ADAPTER_CONFIG, lora_alpha="8"), SETTING, "alpha must be a positive number, not '8'"),
+    "DoRA": (says(ADAPTER_CONFIG, use_dora=True), SETTING, "use_dora = True is not implemented"),
+    "of other base weights": (says(ADAPTER_CONFIG, init_lora_weights="pissa"), SETTING, "init_lora_weights = 'pissa'"),
+    "PEFT's own": (each(bare(), says(ADAPTER_CONFIG, r=3)), OTHER, "is [4, 32], this one needs [3, 32]"),
     "metadata no JSON": (metadata("{"), f"metadata of {ADAPTER}", COPY),
     "metadata no object": (metadata("[4]"), f"of {ADAPTER}", COPY),
-    "ratio 0": (metadata(low_freq_ratio=0), "low_freq_ratio must be in (0, 1], not 0"),
     "ratio NaN": (metadata(low_freq_ratio=NAN), "low_freq_ratio must be in (0, 1], not nan"),
     "ratio no number": (metadata(low_freq_ratio="0.5"), "low_freq_ratio must be in (0, 1], not '0.5'"),
     "pairs unknown": (metadata(pairs=["low"]), "pairs must be low, high or random, not ['low']"),
     "rows beyond the ratio": (tensors(ADAPTER, {Q_B: torch.ones(32, 4)}), f"{Q_B} is not zero outside"),
-    **{f"PEFT's own, {x}"[:60]: (each(bare, says(ADAPTER_CONFIG, **x)), "adapter", word) for x, word in LORAS},
 }
 
 
-@pytest.mark.parametrize("script", ["eval", "merge"])
+@pytest.mark.parametrize("script", ["eval, adapter", "merge"])
 @pytest.mark.parametrize("what", ADAPTERS)
 def test_an_adapter_that_is_none_is_refused(here, capsys, what, script):
     breaking, *words = ADAPTERS[what]
     breaking()
-    refused(capsys, script, ["--adapter", "adapter"], *words)
+    refused(capsys, script, [], *words)
 
 
 def test_an_adapters_metadata_decides_which_rows_adapt_and_nothing_else(here):
@@ -377,104 +319,71 @@ def array(text):
     return f'[{{"instruction": {text}, "output": "b", "answer": "1"}}]'
 
 
-ONE, NONE, DEEP = array('"a"')[1:-1], "data.json must hold at least one example", '{"a":' * 10**5
+ONE, NONE = array('"a"')[1:-1], "test.json must hold at least one example"
 FILES = {  # name -> (what the file holds, words of the line)
-    "empty": ("", NONE),
     "an empty array": ("[]", NONE),
     "only spaces": (" \n ", NONE),
-    "no JSON": ("[", "data.json: not JSON"),
-    "no UTF-8": (b'["\xff"]', "data.json is not text in UTF-8: invalid start byte at byte 2"),
-    "too deep": ("[" * 10**5, "data.json: not JSON"),
-    "a line too deep": (f"{ONE}\n{DEEP}", "data.json, line 2: not JSON"),
-    "a number of 5,000 digits": (f"[{'9' * 5000}]", "data.json: not JSON"),
-    "an object": ("{}", "data.json, line 1: the field 'instruction' is missing"),
-    "an object on several lines": ('{\n"instruction": "a", "output": "b"\n}', "data.json, line 1: not JSON"),
-    "text": ('"a"\n', "data.json, line 1: not an object but str"),
-    "a record that is a number": ("[1]", "data.json, record 0: not an object but int"),
-    "a line cut short": (f'{ONE}\n\n{{"instruction": "a", "output"\n', "data.json, line 3: not JSON: Expecting"),
-    "a field missing": (f'[{ONE}, {{"instruction": "a"}}]', "data.json, record 1: the field"),
-    "a field null": (array("null"), "data.json, record 0: the field 'instruction' is empty"),
-    "a field empty": (array('""'), "data.json, record 0: the field 'instruction' is empty"),
-    "a field a number": (array("7"), "data.json, record 0: the field 'instruction' is not text but 7"),
-    "an input a number": (ONE[:-1] + ', "input": 3}', "data.json, line 1: the field 'input' is not text but 3"),
-    "half a character": (
-        ONE[:-1] + ', "input": "\\ud800"}',
-        "line 1: the field 'input' holds half a character",
-        "encoded: ",
-    ),
-    "an output missing of a prompt": ('{"prompt": "a", "output": "b"}', "data.json, line 1: the field"),
+    "no UTF-8": (b'["\xff"]', "test.json is not text in UTF-8: invalid start byte at byte 2"),
+    "too deep": ("[" * 10**5, "test.json: not JSON"),
+    "a number of 5,000 digits": (f"[{'9' * 5000}]", "test.json: not JSON"),
+    "a line cut short": (f'{ONE}\n\n{{"instruction": "a", "output"\n', "test.json, line 3: not JSON: Expecting"),
+    "a record that is a number": ("[1]", "test.json, record 0: not an object but int"),
+    "a field missing": (f'[{ONE}, {{"instruction": "a"}}]', "test.json, record 1: the field"),
+    "a field null": (array("null"), "test.json, record 0: the field 'instruction' is empty"),
+    "a field empty": (array('""'), "test.json, record 0: the field 'instruction' is empty"),
+    "an input a number": (ONE[:-1] + ', "input": 3}', "test.json, line 1: the field 'input' is not text but 3"),
     "a prompt a list": ('[{"prompt": [{}], "completion": "b", "answer": "1"}]', "record 0: the field 'prompt' is not"),
-    "a megabyte": (array(json.dumps("a b " * 250000)), "tokens"),
-    "a megabyte of no text": (array([1] * 300000), "record 0: the field 'instruction' is not"),
-    "a megabyte of no JSON": ("[" + "a" * 10**6, "data.json: not JSON"),
+    "half a character": (ONE[:-1] + ', "input": "\\ud800"}', "the field 'input' holds half a character, which"),
+    "too long": (array(json.dumps("a b " * 1000)), "tokens"),
 }
+READ_DATA = {"train": ["--train-file", DATA], "eval": ["--task", "gsm8k", "--data-dir", "."], "forgetting": [DATA]}
 
 
-@pytest.mark.parametrize("script", ["train", "eval", "forgetting"])
+@pytest.mark.parametrize("script", READ_DATA)
 @pytest.mark.parametrize("what", FILES)
 def test_a_data_file_that_is_none_is_refused_by_its_record(here, capsys, what, script):
     content, *words = FILES[what]
-    if script == "eval":
-        DATA.unlink()
-        Path("dataset/gsm8k").mkdir(parents=True)
-        holds("dataset/gsm8k/test.json", content)()
-        words = [word.replace("data.json", "dataset/gsm8k/test.json") for word in words]
-        return refused(capsys, "eval", ["--task", "gsm8k", "--data-dir", "."], *words)
     holds(DATA, content)()
-    refused(capsys, script, ["--train-file", DATA] if script == "train" else [DATA], *words)
+    refused(capsys, script, READ_DATA[script], *words)
 
 
-RIGHT = {"gsm8k": "-1,000.5", "AQuA": "A", "boolq": "true", "piqa": "solution1", "ARC-Easy": "answer1"}
-WRONG = [("gsm8k", answer) for answer in ("inf", "nan", "1e999", "one")] + [("AQuA", "F"), ("AQuA", "1")]
+ANSWERS = [("gsm8k", "-1,000.5", "inf"), ("gsm8k", "1", "one"), ("AQuA", "A", "F"), ("boolq", "true", "True")]
 
 
-@pytest.mark.parametrize("name, answer", [*WRONG, ("boolq", "True"), ("piqa", "solution3"), ("ARC-Easy", "2")])
-def test_an_answer_that_no_response_can_give_is_refused(here, capsys, name, answer):
+@pytest.mark.parametrize("name, right, wrong", ANSWERS)
+def test_an_answer_that_no_response_can_give_is_refused(here, capsys, name, right, wrong):
     file = Path("dataset") / name / "test.json"
-    file.parent.mkdir(parents=True)
-    file.write_text(json.dumps([{"instruction": "a", "answer": right} for right in (RIGHT[name], answer)]))
-    refused(capsys, "eval", ["--task", name, "--data-dir", "."], f"{file}, record 1: the answer {answer!r} is not a")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps([{"instruction": "a", "answer": answer} for answer in (right, wrong)]))
+    refused(capsys, "eval", ["--task", name, "--data-dir", "."], f"{file}, record 1: the answer {wrong!r} is not a")
 
 
-def test_a_megabyte_among_others_is_left_out(here, capsys):
-    DATA.write_text(json.dumps([*toy.examples("train", 12), {"instruction": "a b " * 250000, "output": "b"}]))
-    train_script.run([*SCRIPTS["train"][1], "--train-file", "data.json", "--out", "run"])
-    assert "10 examples of" in (printed := capsys.readouterr().out) and "1 longer than 200 tokens left out" in printed
-
-
-def test_a_text_that_does_not_fit_is_refused(here, capsys):
-    for content, *words in ((b"", "notes.txt holds no text"), (b"\xff", "notes.txt is not text in UTF-8")):
-        Path("notes.txt").write_bytes(content)
-        refused(capsys, "forgetting", ["notes.txt"], *words)
+@pytest.mark.parametrize("content, message", [(b"", "holds no text"), (b"\xff", "is not text in UTF-8")])
+def test_a_text_that_is_none_is_refused(here, capsys, content, message):
+    Path("notes.txt").write_bytes(content)
+    refused(capsys, "forgetting", ["notes.txt"], f"notes.txt {message}")
 
 
 # --- flags ---
 
 DOWNLOAD = "python data/download.py all"
-DEVICES = {"cuda:7": "train", "abacus": "eval", "meta": "train", "hpu": "eval"}  # meta has no numbers, hpu no module
-OLD = [
-    ("--compare", " a", "compare RUN"),
-    ("--activations", "=a.png", "figure1 PNG"),
-    ("--loss", " a", "forgetting FILE"),
-]
-MOVED = "is a command of its own now: python -m extras."
+DEVICES = "cuda:7", "abacus", "meta", "hpu"  # meta has no numbers, hpu no module
+COUNTS = "rank", "select-every", "max-steps"
+OLD = {"--compare a": "compare RUN", "--activations=a.png": "figure1 PNG", "--loss a": "forgetting FILE"}
 FLAGS = [  # (script, arguments, words of the line)
-    ("train", "--ckpt absent", "no checkpoint 'absent'"),
     ("eval", "--ckpt llama2-7b", "hf download meta-llama/Llama-2-7b-hf --include"),
     ("eval", ["--ckpt", "a\nb\x1b[2J" + "c" * 200], "no checkpoint", "a\\nb\\x1b[2J"),
     ("train", "--task algebra", "task 'algebra'", "choose from toy"),
-    ("eval", "--task algebra", "unknown task 'algebra'", "choose from toy"),
     ("eval", "--task gsm8k,algebra", "unknown task 'algebra'", "choose from toy"),
     ("train", "--rnak 3", "unrecognized arguments: --rnak"),
-    *(("train", f"--rank {x}", f"--rank must be a whole number of at least 1, not {x}") for x in ("x", 0)),
-    *(("train", f"--low-freq-ratio {x}", f"--low-freq-ratio must be in (0, 1], not {x}") for x in (0, 2, "nan")),
-    *(("train", f"--k-ratio {x}", f"--k-ratio must be in (0, 1], not {x}") for x in (0, 1.1)),
-    *(("train", f"--lr={x}", f"--lr must be a positive number, not {x}") for x in ("nan", "-1e-3")),
-    *(("train", f"--{x} 0", f"--{x} must be a whole number of at least 1") for x in ("select-every", "max-steps")),
-    ("train", "--score-ema nan", "score_ema must be in [0, 1)"),
+    ("train", "--rank x", "--rank must be a whole number of at least 1, not x"),
+    *(("train", f"--{x} 0", f"--{x} must be a whole number of at least 1") for x in COUNTS),
+    *(("train", f"--low-freq-ratio {x}", f"--low-freq-ratio must be in (0, 1], not {x}") for x in (0, 2)),
+    ("train", "--k-ratio nan", "--k-ratio must be in (0, 1], not nan"),
+    ("train", "--lr=nan", "--lr must be a positive number, not nan"),
     ("train", "--alpha -1", "--alpha must be a positive number, not -1"),
+    ("train", "--score-ema nan", "score_ema must be in [0, 1)"),
     ("train", "--targets q,z", "--targets has the unknown target 'z'", "choose from q,k,v"),
-    ("train", ["--targets", ""], "--targets has the unknown target ''", "choose from q,k,v"),
     ("train", f"--seed {2**70}", "--seed must be a whole number from 0 to 2^32 - 1"),
     ("train", "--batch-size 6", "--batch-size 6 is not a multiple of --micro-batch-size 4"),
     ("train", "--max-len 300", "--max-len 300 exceeds the model's context of 256"),
@@ -484,13 +393,12 @@ FLAGS = [  # (script, arguments, words of the line)
     ("train", "--method rose", "--method 'rose' is unknown"),
     ("train", "--method lora --pairs low", "--pairs is no option of --method lora"),
     ("train", "--method peft:IA3", "--rank is no option", "give its own options with --peft-config"),
-    ("train", "--method full --dtype bfloat16", "--rank is no option of --method full"),
     ("train, any method", "--method full --dtype bfloat16", "--method full needs --dtype float32"),
     ("train", "--pairs slow", "--pairs", "invalid choice: 'slow'"),
     ("train", "--shard", "--shard needs several processes: torchrun"),
     ("train", "--out ckpt", "--out ckpt is the checkpoint itself"),
-    ("train", "--out data.json", "--out data.json is a file: choose a directory"),
-    ("eval", "--out data.json", "data.json"),
+    ("train", f"--out {DATA}", f"--out {DATA} is a file: choose a directory"),
+    ("eval", f"--out {DATA}", str(DATA)),
     ("eval", "--score likelihood", "toy is not multiple choice: choose from AQuA"),
     ("eval", ["--prompt", " "], "--prompt is empty"),
     ("eval", ["--prompt", "a\udcff"], "--prompt is empty, or not text in UTF-8"),
@@ -498,12 +406,10 @@ FLAGS = [  # (script, arguments, words of the line)
     ("compare", "ckpt", "ckpt is no run directory"),
     ("figure1", "--limit 0", "--limit must be at least 1"),
     ("figure1", "--task gsm8k --data-dir d", f"{DOWNLOAD} --dir d"),
-    *(("eval", option + value, f"{option} {MOVED}{command}") for option, value, command in OLD),
+    *(("eval", old, f"is a command of its own now: python -m extras.{command}") for old, command in OLD.items()),
     ("forgetting", "absent.json", "absent.json: No such file"),
-    ("forgetting", "ckpt", "ckpt: Is a directory"),
-    ("train", "--train-file absent.json", "absent.json: No such file"),
     ("train", "--train-file ckpt", "ckpt: Is a directory"),
-    *((script, f"--device {x}", f"device '{x}' is not available", "choose auto, cpu") for x, script in DEVICES.items()),
+    *(("eval", f"--device {x}", f"device '{x}' is not available", "choose auto, cpu") for x in DEVICES),
     ("train", "--resume --overwrite", "--resume goes on with a run, --overwrite starts anew"),
     ("train", "--resume", "--resume: ", "nothing was saved there", "run without --resume"),
     ("eval", "--max-new-tokens 250", "it exceeds the model's context of 256"),
@@ -529,7 +435,7 @@ def test_options_of_a_method_that_are_none_are_refused(here, capsys):
 def test_a_message_is_one_printable_line():
     assert one_line("a\nb\t c\x1b[31m \ud800\u2028\u202e é日") == "a b c\\x1b[31m \\ud800 \\u202e é日"
     assert one_line(FileNotFoundError(2, "No such file or directory", "a\nb")) == "a b: No such file or directory"
-    long = one_line("where" + "x" * 10**6 + "what to do")
+    long = one_line("where" + "x" * 10**4 + "what to do")
     assert long.startswith("where") and long.endswith("what to do") and len(long) < 700
 
 
@@ -560,14 +466,11 @@ def violations(source):
 
 def test_no_file_of_the_project_can_run_what_it_reads():
     files = [file for file in ROOT.rglob("*.py") if not any(part[0] == "." for part in file.relative_to(ROOT).parts)]
-    assert {"model.py", "rosa.py", "train.py", "eval.py", "tasks.py", "kernels.py", "fuzz.py"} <= {
-        f.name for f in files
-    }
+    assert {"model.py", "tasks.py", "kernels.py", "fuzz.py"} <= {file.name for file in files}
     assert {str(file): bad for file in files if (bad := violations(file.read_text(encoding="utf-8")))} == {}
 
 
-BAD = ["import pickle", "from pickle import loads", "import os, dill as d", "import marshal", "from shelve import open"]
-BAD += ["eval('1')", "exec(text)", "compile(text, '', 'exec')", "__import__(name)", "builtins.eval(text)"]
+BAD = ["import pickle", "import os, dill as d", "from shelve import open", "exec(text)", "builtins.eval(text)"]
 BAD += ["torch.load(file)", "torch.load(file, weights_only=False)", "torch.jit.load(file)", "from torch import load"]
 BAD += ["np.load(file, allow_pickle=True)", "AutoModel.from_pretrained(name, trust_remote_code=True)"]
 

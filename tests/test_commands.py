@@ -1,6 +1,7 @@
 """Statements about the commands of extras/, about help texts, and about what the scripts say."""
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -126,12 +127,19 @@ def test_an_absent_package_is_a_line_with_what_to_install(ckpt, monkeypatch, cap
     assert stopped.value.code == 2 and "needs the package peft: pip install peft" in capsys.readouterr().err
 
 
-def test_the_scripts_run_as_scripts(ckpt):
-    """eval.py, and a command of extras/; train.py is one in test_torchrun. And rosa.py, which was one."""
-    commands = {"no checkpoint 'absent'": "eval.py --ckpt absent", "--out": "-m extras.merge"}
-    commands |= {"python -m extras.merge": "rosa.py merge"}
+COMMANDS = {"no checkpoint 'absent'": "eval.py --ckpt absent", "--out": "-m extras.merge"}
+COMMANDS |= {"python -m extras.merge": "rosa.py merge"}  # which was the command
+
+
+@functools.cache
+def start_scripts():
     pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen([sys.executable, *command.split()], **pipes) for command in commands.values()]
-    for message, process in zip(commands, started):
+    return [subprocess.Popen([sys.executable, *command.split()], **pipes) for command in COMMANDS.values()]
+
+
+@pytest.mark.ahead(start=start_scripts)
+def test_the_scripts_run_as_scripts():
+    """train.py is one in test_torchrun."""
+    for message, process in zip(COMMANDS, start_scripts()):
         out, error = process.communicate()
         assert process.returncode == 2 and out == "" and error.count("\n") == 1 and message in error

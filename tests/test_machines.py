@@ -1,6 +1,7 @@
 """Statements about machines: operators may be absent or wrong, bfloat16 may be software, and there may be a GPU."""
 
 import copy
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -144,14 +145,20 @@ ASK = """if True:
     sys.argv[1:] and subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)"""
 
 
-def test_a_lesser_machine_is_imitated_in_every_python_that_the_command_starts():
-    Operators.look_up()
-    if not Operators.onednn:
-        pytest.skip("no operators to take away")
+@functools.cache
+def start_imitations():
     command, started = [sys.executable, "-c", ASK], []
     for kind, more in {"avx2": [ASK], "no-onednn": []}.items():
         imitated = [sys.executable, as_machine.__file__, kind, "--", *command, *more]
         started.append(subprocess.Popen(imitated, stdout=subprocess.PIPE, text=True))
-    avx2, no_onednn = (process.communicate()[0].splitlines() for process in started)
+    return started
+
+
+@pytest.mark.ahead(start=start_imitations)
+def test_a_lesser_machine_is_imitated_in_every_python_that_the_command_starts():
+    Operators.look_up()
+    avx2, no_onednn = (process.communicate()[0].splitlines() for process in start_imitations())
+    if not Operators.onednn:
+        pytest.skip("no operators to take away")
     assert avx2 == ["True False False"] * 2
     assert [line.split()[:2] for line in no_onednn] == [["False", "False"]]

@@ -1,5 +1,6 @@
 """Statements about `model.py` alone, against the NumPy float64 reference and, where installed, transformers."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -241,16 +243,25 @@ ALONE = """if True:
     print(model.generate([[1, 2, 3], [4]], 5, 2))"""
 
 
-def test_model_and_rosa_alone_load_adapt_train_save_merge_and_answer(tmp_path, model):
-    assert importlib.util.find_spec("extras")
+@functools.cache
+def start_alone():
+    """(a directory with model.py, rosa.py and a checkpoint alone, the process that runs ALONE in it)."""
+    directory = tempfile.TemporaryDirectory()
     for file in (model_file.__file__, rosa.__file__):
-        shutil.copy(file, tmp_path)
-    model.save_pretrained(tmp_path / "ckpt")
+        shutil.copy(file, directory.name)
+    random_model().save_pretrained(Path(directory.name, "ckpt"))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", ALONE]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    tokens = torch.arange(40).view(2, 20)
-    merged, adapted = Llama.from_pretrained(tmp_path / "merged"), rosa.load_adapter(model, tmp_path / "adapter")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return directory, subprocess.Popen([sys.executable, "-c", ALONE], cwd=directory.name, env=environment, **pipes)
+
+
+@pytest.mark.ahead(start=start_alone)
+def test_model_and_rosa_alone_load_adapt_train_save_merge_and_answer(model):
+    assert importlib.util.find_spec("extras")
+    directory, process = start_alone()
+    printed, error = process.communicate()
+    assert (process.returncode, error) == (0, "")
+    tokens, directory = torch.arange(40).view(2, 20), Path(directory.name)
+    merged, adapted = Llama.from_pretrained(directory / "merged"), rosa.load_adapter(model, directory / "adapter")
     assert_close(merged(tokens), adapted(tokens), **of_model(model.config))
-    assert_greedy(merged, [[1, 2, 3], [4]], json.loads(done.stdout), 5, [2])
+    assert_greedy(merged, [[1, 2, 3], [4]], json.loads(printed), 5, [2])

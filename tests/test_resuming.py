@@ -1,5 +1,6 @@
 """Statements about extras/runs.py: whatever ends a run, and whenever, it can go on, and ends in the same bytes."""
 
+import functools
 import json
 import os
 import pkgutil
@@ -15,8 +16,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import forkserver, random_model
+from conftest import forkserver, random_model, read_log
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -24,7 +26,7 @@ import eval as eval_script
 import rosa
 import train
 from data import tasks, toy
-from extras import kernels, runs
+from extras import runs
 from extras.checkpoints import choose_device_and_dtype
 from model import Llama
 
@@ -50,17 +52,12 @@ def run(*arguments):
     train.run([*RUN, *map(str, arguments)])
 
 
-WHOLE = {}
-
-
-def run_whole():
-    """The directory `whole`, as an undisturbed run leaves it."""
-    if not WHOLE:
-        run("--out", "whole")
-        WHOLE.update({file.name: file.read_bytes() for file in Path("whole").iterdir()})
-    Path("whole").mkdir(exist_ok=True)
-    for name, content in WHOLE.items():
-        Path("whole", name).write_bytes(content)
+@functools.cache
+def whole(*options):
+    """The directory of an undisturbed run with these options, made once for all tests."""
+    directory = Path("whole", *options).resolve()
+    run(*options, "--out", directory)
+    return directory
 
 
 def ends(capsys, *arguments):
@@ -73,22 +70,17 @@ def ends(capsys, *arguments):
     return stopped.value.code, line
 
 
-def contents(out="out"):
-    """What a run left, times and memory aside. Raises ValueError for what is not JSON by the book."""
-
-    def strict(text):
-        return json.loads(text, parse_constant=float.fromhex)
-
-    held = {path.name: path.read_bytes() for path in Path(out).iterdir()}
-    held["log.jsonl"] = [strict(line) | {"seconds": 0} for line in held["log.jsonl"].splitlines()]
-    held["layers.jsonl"] = [strict(line) for line in held["layers.jsonl"].splitlines()]
-    held["args.json"] = strict(held["args.json"]) | {"resume": 0, "overwrite": 0, "out": 0}
-    held["summary.json"] = strict(held["summary.json"]) | {"tokens_per_second": 0, "peak_memory": 0}
-    return held
-
-
 def files(out="out"):
-    return {path: path.read_bytes() for path in Path(out).iterdir()}
+    return {path.name: path.read_bytes() for path in Path(out).iterdir()}
+
+
+def contents(out="out"):
+    """What a run left, times and memory aside."""
+    left = files(out)
+    left["log.jsonl"] = [record | {"seconds": 0} for record in read_log(out)]
+    left["args.json"] = json.loads(left["args.json"]) | {"resume": 0, "overwrite": 0, "out": 0}
+    left["summary.json"] = json.loads(left["summary.json"]) | {"tokens_per_second": 0, "peak_memory": 0}
+    return left
 
 
 def rewrite(file, **changes):
@@ -120,18 +112,16 @@ def run_until(last, *arguments):
 # --- kill -9 ---
 
 
-def life(arguments, fatal, count=None):
+def life(arguments, fatal, count):
     """A process that trains, and kills itself at its touch of the disk number `fatal`: before or after a file is
-    flushed, renamed or deleted, amid the tensors or a line of a log. `count` becomes how many there were."""
+    flushed, renamed or deleted, or amid the tensors. `count` is the number of touches so far."""
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its usual one is a semaphore of the system, which a killed process leaves behind
     tasks.TOY_SIZES["train"] = 40
-    touches = 0
 
     def touch():
-        nonlocal touches
-        touches += 1
-        if touches == fatal:
+        count.value += 1
+        if count.value == fatal:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def around(function):
@@ -143,8 +133,6 @@ def life(arguments, fatal, count=None):
 
         return touching
 
-    save_file, dumps = runs.save_file, json.dumps
-
     def half_saved(tensors, path, **options):
         save_file(tensors, path, **options)
         whole = path.read_bytes()
@@ -152,32 +140,23 @@ def life(arguments, fatal, count=None):
         touch()
         path.write_bytes(whole)
 
-    def half_written(path, record):
-        line = dumps(record) + "\n"
-        with open(path, "a") as file:
-            file.write(line[: len(line) // 2])
-            file.flush()
-            touch()
-            file.write(line[len(line) // 2 :])
-
     os.replace, os.fsync, os.unlink, Path.unlink = map(around, (os.replace, os.fsync, os.unlink, Path.unlink))
-    runs.save_file, runs.write_log = half_saved, half_written
+    runs.save_file = half_saved
     with open("printed.txt", "a") as printed:
         os.dup2(printed.fileno(), 1)
         os.dup2(printed.fileno(), 2)
     train.run(arguments)
-    if count is not None:
-        count.value = touches
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, options, wanted", [("float32", ["--overwrite"], 20), ("bfloat16", [], 10)])
-def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, dtype, options, wanted):
-    processes, arguments = forkserver(), [*RUN, "--max-steps", "20", "--dtype", dtype]
-    count = processes.Value("i")
+@pytest.mark.parametrize("options", [["--overwrite"], []])
+def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, options):
+    processes = forkserver()
+    count = processes.Value("i", lock=False)  # a lock would stay closed after a kill
 
-    def live(*more, fatal=None, seconds=60, count=None):
-        child = processes.Process(target=life, args=([*arguments, *more], fatal, count))
+    def live(*more, fatal=None, seconds=60):
+        count.value = 0
+        child = processes.Process(target=life, args=([*RUN, "--max-steps", "20", *more], fatal, count))
         child.start()
         child.join(seconds)
         child.kill()
@@ -185,12 +164,10 @@ def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, dtype,
         assert child.exitcode in (0, -signal.SIGKILL), Path("printed.txt").read_text()
         return child.exitcode
 
-    first = processes.Process(target=int)  # the time that the server takes to start is not the run's
-    first.start()
-    first.join()
+    live("--max-steps", "1", "--out", "first")  # the time that the server takes to start is not the run's
     begin = time.monotonic()
-    assert live(*options, "--out", "whole", count=count) == 0 and count.value > 80
-    seconds = time.monotonic() - begin
+    assert live("--out", "whole") == 0 and count.value > 80
+    touches, seconds = count.value, time.monotonic() - begin
     if options:  # the directory holds another run, to which nobody may fall back
         shutil.copytree("whole", "out")
         rewrite("out/args.json", seed=9)
@@ -198,12 +175,11 @@ def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, dtype,
     def begun():
         return Path("out/args.json").exists() and json.loads(Path("out/args.json").read_text())["seed"] == 0
 
-    rng, kills, steps = random.Random(dtype), 0, []
-    while kills < wanted:
-        fatal = rng.randint(1, count.value // 4) if rng.random() < 0.7 else None
-        arguments_of_life = ["--resume"] if begun() else options
-        code = live(*arguments_of_life, fatal=fatal, seconds=60 if fatal else rng.uniform(0, seconds / 2))
-        kills += code == -signal.SIGKILL
+    rng, kills, steps = random.Random(0), 0, []
+    while kills < 15:
+        fatal = rng.randint(1, touches // 4) if rng.random() < 0.7 else None
+        resume = ["--resume"] if begun() else options
+        kills += live(*resume, fatal=fatal, seconds=60 if fatal else rng.uniform(0, seconds / 2)) != 0
         if begun() and Path("out/state.safetensors").exists():
             steps.append(state()[0]["step"])  # whole at every moment, and so is the best adapter
             rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
@@ -213,7 +189,7 @@ def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, dtype,
 
 # --- interruptions and signals ---
 
-KINDS = "", "--dtype bfloat16", "--select random", "--method full --lr 1e-3"
+KINDS = "--dtype bfloat16 --select random", "--method full --lr 1e-3"
 KINDS = *KINDS, "--method peft:LORA --peft-config dropout.json --k-ratio 0.5"
 
 
@@ -223,45 +199,43 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(ckpt, options):
         pytest.importorskip("peft")
         Path("dropout.json").write_text('{"lora_dropout": 0.5}')
     arguments = [*"--max-steps 6 --save-every 1 --select-every 2 --k-ratio 0.5".split(), *options.split()]
-    run(*arguments, "--out", "whole")
-    for last, resume in ((3, []), (4, ["--resume"])):
-        run_until(last, *arguments, *resume)
-        for name in runs.LOGS:  # it had gone on beyond what was saved
-            runs.write_log(Path("out", name), {"step": last + 1, "loss": 0})
+    run_until(4, *arguments)  # before a selection of layers
+    for name in runs.LOGS:  # it had gone on beyond what was saved, and was stopped amid a line
+        with open(Path("out", name), "a") as log:
+            log.write('{"step": 5, "loss": 0}\n{"ste')
     run(*arguments, "--resume")
-    assert contents() == contents("whole")
+    assert contents() == contents(whole(*arguments))
 
 
 def test_moments_go_by_the_names_of_their_parameters_whatever_the_order_of_these(ckpt, monkeypatch):
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))  # a sum, which rounds by the order
-    run("--out", "whole")
-    run_until(4)
+    run("--max-steps", 4, "--out", "plain order")
+    run_until(2, "--max-steps", 4)
     _, tensors = state()
-    trained = {name.removeprefix("trainable.") for name in tensors if name.startswith("trainable.")}
-    moments = {name.removeprefix("optimizer.") for name in tensors if name.startswith("optimizer.")}
-    trained = {name for name in trained if f"{name}.step" in moments}
-    assert trained and moments == {f"{name}.{key}" for name in trained for key in ("step", "exp_avg", "exp_avg_sq")}
+    moments = {name.removesuffix(".exp_avg") for name in tensors if name.endswith(".exp_avg")}
+    assert moments and {name.replace("optimizer.", "trainable.") for name in moments} < tensors.keys()
     listed = Llama.named_parameters
     monkeypatch.setattr(Llama, "named_parameters", lambda self, **how: reversed(list(listed(self, **how))))
-    run("--resume")
-    assert contents() == contents("whole")
+    run("--max-steps", 4, "--resume")
+    assert contents() == contents("plain order")
 
 
 def test_what_the_end_of_a_run_adds_is_made_up_for(ckpt):
-    run()
-    before = contents()
+    shutil.copytree(whole(), "out")
     for name in ("summary.json", "layers.png"):
         Path("out", name).unlink(missing_ok=True)
-    Path("out/adapter_config.json.partial").write_text("{")
+    for leftover in ("adapter_config.json.partial", ".tmpa1B2c3"):  # the second as safetensors names what it writes
+        Path("out", leftover).write_text("{")
     run("--resume")
-    assert contents() == before
+    assert contents() == contents(whole())
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("moment, last", [("before_forward", 5), ("after_backward", 6)])
+MOMENTS = [(signal.SIGINT, 130, "before_forward", 5), (signal.SIGTERM, 143, "after_backward", 6)]
+
+
+@pytest.mark.parametrize("number, code, moment, last", MOMENTS)
 def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, code, moment, last, monkeypatch, capsys):
     """One that comes when the gradients of all processes are added up already is for the next step."""
-    run_whole()
     plain, calls, handlers = getattr(rosa.LayerSelector, moment), [], [signal.getsignal(n) for n in SIGNALS]
 
     def signalled(*inputs):
@@ -273,67 +247,60 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, cod
     with monkeypatch.context() as patch:
         patch.setattr(rosa.LayerSelector, moment, signalled)
         stopped, line = ends(capsys, "--out", "a run")
-    assert stopped == code and len(Path("a run/log.jsonl").read_text().splitlines()) == 1 + last
+    assert stopped == code and len(read_log("a run")) == 1 + last
     assert [signal.getsignal(n) for n in SIGNALS] == handlers  # as they were
     python, script, *resuming = shlex.split(line.removeprefix(f"train.py: stopped after step {last}. To go on: "))
     assert (python, Path(script).resolve()) == ("python", Path(train.__file__).resolve())
     assert resuming == [*RUN, "--out", "a run", "--resume"]
     train.run(resuming)
-    assert contents("a run") == contents("whole")
+    assert contents("a run") == contents(whole())
 
 
-def test_a_second_signal_ends_a_run_at_once():
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        noting = runs.Run(SimpleNamespace(out=None), *[None] * 5)
-        noting.note_signals()
-        signal.raise_signal(signal.SIGINT)
-        assert noting.signals == [signal.SIGINT]
-        assert [signal.getsignal(number) for number in before] == [signal.SIG_DFL, signal.SIG_DFL]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def test_a_second_signal_ends_a_run_at_once(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    noting = runs.Run(SimpleNamespace(out=None), *[None] * 5)
+    noting.note_signals()
+    handlers[signal.SIGINT](signal.SIGINT, None)
+    assert noting.signals == [signal.SIGINT] and handlers == dict.fromkeys(SIGNALS, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize("script, options", [(train, "--max-len 200 --val-size 20"), (eval_script, "--limit 1")])
-def test_an_interruption_while_loading_is_a_line(ckpt, script, options, monkeypatch, capsys):
+def test_an_interruption_while_loading_is_a_line(ckpt, monkeypatch, capsys):
     monkeypatch.setattr(Llama, "from_pretrained", interrupt)
     with pytest.raises(SystemExit) as stopped:
-        script.run(["--ckpt", "ckpt", *options.split()])
-    assert stopped.value.code == 130 and capsys.readouterr().err.startswith(f"{script.__name__}.py: interrupted")
+        eval_script.run("--ckpt ckpt --limit 1".split())
+    assert stopped.value.code == 130 and capsys.readouterr().err.startswith("eval.py: interrupted. What was scored")
 
 
 # --- another run is not taken for this one ---
 
 
 def test_what_auto_has_come_to_is_part_of_the_run(ckpt):
-    run("--dtype", "auto")
+    run("--dtype", "auto", "--max-steps", 1)
     assert json.loads(Path("out/args.json").read_text())["dtype"] == str(choose_device_and_dtype("cpu")[1])[6:]
 
 
 def test_a_run_is_not_begun_over_another_unless_asked_to(ckpt, monkeypatch, capsys):
-    run()
+    shutil.copytree(whole(), "out")
     before = files()
     code, line = ends(capsys, "--seed", 1)
     assert code == 2 and files() == before
     assert line.endswith("--out out holds a run already: --resume goes on with it, --overwrite starts anew")
     # A run that starts anew and dies before its first step leaves nothing of the old one to resume.
-    run("--out", "other", "--seed", 1)
     with monkeypatch.context() as patch:
         patch.setattr(train, "validate", interrupt)
-        assert ends(capsys, "--overwrite", "--seed", 1)[0] == 130
+        code, line = ends(capsys, "--overwrite", "--seed", 1)
+    assert code == 130 and line.startswith("train.py: interrupted. To go on: ")
     run("--resume", "--seed", 1)
-    assert contents() == contents("other")
+    assert contents() == contents(whole("--seed", "1"))
 
 
 def test_what_is_left_of_a_run_that_another_was_about_to_replace_is_no_run(ckpt, monkeypatch, capsys):
-    run()
-    run("--out", "other", "--seed", 1)
-    unlink, calls = Path.unlink, []
+    shutil.copytree(whole(), "out")
+    unlink = Path.unlink
 
     def interrupted(path, **options):
-        calls.append(path)
-        interrupt() if len(calls) == 3 else unlink(path, **options)
+        interrupt() if path.name == "log.jsonl" else unlink(path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", interrupted)
@@ -341,56 +308,51 @@ def test_what_is_left_of_a_run_that_another_was_about_to_replace_is_no_run(ckpt,
     code, line = ends(capsys, "--resume")
     assert code == 2 and "nothing was saved there" in line
     run("--seed", 1)
-    assert contents() == contents("other")
+    assert contents() == contents(whole("--seed", "1"))
 
 
-@pytest.mark.parametrize("said", [1, runs.FORMAT + 1], ids=["older", "newer"])
-def test_a_run_of_another_version_is_refused_in_a_line_and_nothing_changed(ckpt, capsys, said):
-    run("--max-steps", 1)
+def forget_format():
     args = json.loads(Path("out/args.json").read_text())
-    assert args.pop("format") == runs.FORMAT == 2
-    Path("out/args.json").write_text(json.dumps(args | ({} if said == 1 else {"format": said})))  # 1 had no number
-    before = files()
-    code, line = ends(capsys, "--max-steps", 1, "--resume")
-    message = f"was begun by another version, in format {said} and not {runs.FORMAT}: --overwrite starts anew"
-    assert code == 2 and line.endswith(message) and files() == before
+    del args["format"]
+    Path("out/args.json").write_text(json.dumps(args))
 
 
 def another_dtype():
-    config = Path("ckpt/config.json").read_text()
-    Llama.from_pretrained("ckpt", dtype=torch.bfloat16).save_pretrained("ckpt")
-    Path("ckpt/config.json").write_text(config)
+    tensors = load_file("ckpt/model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, "ckpt/model.safetensors")
 
 
-def another_example():
-    examples = json.loads(Path("data.json").read_text())
-    examples[17]["output"] += "!"
+def write_examples(end=""):
+    examples = toy.examples("train", 40)
+    examples[17]["output"] += end
     Path("data.json").write_text(json.dumps(examples))
 
 
 CHANGES = {
+    "in format 1 and not 2: --overwrite starts anew": ("", forget_format),
+    "in format 3 and not 2: --overwrite starts anew": ("", lambda: rewrite("out/args.json", format=3)),
     "has --lr 0.01, not 0.02": ("--lr 2e-2", lambda: None),
     "has --dtype float32, not bfloat16": ("--dtype bfloat16", lambda: None),
     "config.json of the checkpoint differ": ("", lambda: rewrite("ckpt/config.json", rope_theta=5e5)),
     "tensors of the checkpoint differ": ("", another_dtype),
     "final norm of the checkpoint differ": ("", lambda: write_model(1)),
-    "examples differ": ("", another_example),
+    "examples differ": ("", lambda: write_examples("!")),
     "options in --peft-config differ": ("", lambda: rewrite("dropout.json", lora_dropout=0.2)),
 }
 
 
 @pytest.mark.parametrize("message", CHANGES)
 def test_resuming_something_else_is_refused_and_the_difference_named(ckpt, capsys, message):
-    Path("data.json").write_text(json.dumps(toy.examples("train", 40)))
+    write_examples()
     start = "--train-file data.json --max-steps 1".split()
     if "peft" in message:
         pytest.importorskip("peft")
         Path("dropout.json").write_text('{"lora_dropout": 0.1}')
         start += "--method peft:LORA --peft-config dropout.json".split()
-    run(*start)
-    before = files()
+    shutil.copytree(whole(*start), "out")
     options, change = CHANGES[message]
     change()
+    before = files()
     code, line = ends(capsys, *start, *options.split(), "--resume")
     assert code == 2 and "--resume: the " in line and message in line and files() == before
 
@@ -408,34 +370,32 @@ def small_disk(ckpt):
     subprocess.run(["umount", "out"], check=True)
 
 
-def test_a_full_disk_ends_the_run_in_a_line_and_it_goes_on_once_there_is_room(small_disk, capsys):
-    run_whole()
+def assert_stops_in_a_line(capsys, error):
+    """And what was saved before is whole."""
     code, line = ends(capsys)
-    assert code == 1 and "cannot write out/" in line and "No space left on device" in line and line.endswith("--resume")
-    assert state()[0]["step"] < 10 and not list(Path("out").glob("*.safetensors.partial"))
+    assert code == 1 and "cannot write out/" in line and error in line and line.endswith("--resume")
+    assert state()[0]["step"] < 10
     rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
+    assert not list(Path("out").glob("*.safetensors.partial"))  # what could not be saved takes no room
+
+
+def test_a_full_disk_ends_the_run_in_a_line_and_it_goes_on_once_there_is_room(small_disk, capsys):
+    assert_stops_in_a_line(capsys, "No space left on device")
     subprocess.run(["mount", "-o", "remount,size=40m", "out"], check=True)
     run("--resume")
-    assert contents() == contents("whole")
+    assert contents() == contents(whole())
 
 
-FULL = OSError(28, "No space left on device")
-FULL_TENSORS = SafetensorError("I/O error: No space left on device (os error 28)")
 TROUBLES = {
     "read-only": ("os.replace", "state.safetensors", OSError(30, "Read-only file system")),
-    "a disk that cannot flush": ("extras.runs.flush", "state.safetensors", OSError(5, "Input/output error")),
-    "no space": ("extras.runs.save_file", "state.safetensors", FULL_TENSORS),
+    "a disk that cannot flush": ("extras.runs.flush", "log.jsonl", OSError(5, "Input/output error")),
     "no permission": ("builtins.open", "log.jsonl", PermissionError(13, "Permission denied")),
-    "no space for layers.jsonl": ("builtins.open", "layers.jsonl", FULL),
-    "no space for the best": ("rosa.save_file", "adapter_model", FULL_TENSORS),
-    "the best cannot take its place": ("os.replace", "out/adapter_model", FULL),
+    "no space": ("rosa.save_file", "adapter_model", SafetensorError("I/O error: No space left on device")),
 }
 
 
 @pytest.mark.parametrize("function, file, error", TROUBLES.values(), ids=TROUBLES)
 def test_what_cannot_be_written_ends_a_run_in_a_line(ckpt, monkeypatch, capsys, function, file, error):
-    """And what was saved before is whole."""
-    run_whole()
     works = pkgutil.resolve_name(function)
 
     def broken(*inputs, **options):  # on that file, from step 3 on
@@ -446,27 +406,15 @@ def test_what_cannot_be_written_ends_a_run_in_a_line(ckpt, monkeypatch, capsys, 
 
     with monkeypatch.context() as patch:
         patch.setattr(function, broken)
-        code, line = ends(capsys)
-    assert code == 1 and "cannot write out/" in line and str(error) in line and line.endswith("--resume")
+        assert_stops_in_a_line(capsys, str(error))
     assert state()[0]["step"] in (2, 4)
-    rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
-    assert not list(Path("out").glob("*.safetensors.partial"))  # what could not be saved takes no room
     run("--resume")
-    assert contents() == contents("whole")
+    assert contents() == contents(whole())
 
 
-@pytest.mark.parametrize("loss", [0.0, 99.0], ids=["the best is to be saved", "the log is to be written"])
-def test_a_directory_that_vanished_ends_the_run_in_a_line_and_is_not_made_again(ckpt, capsys, monkeypatch, loss):
-    validate, calls = train.validate, []
-
-    def vanish(*inputs):
-        calls.append(inputs)
-        if len(calls) == 2:
-            shutil.rmtree("out")
-            return loss
-        return validate(*inputs)
-
-    monkeypatch.setattr(train, "validate", vanish)
+def test_a_directory_that_vanished_ends_the_run_in_a_line_and_is_not_made_again(ckpt, capsys, monkeypatch):
+    losses = iter(range(9, 0, -1))  # each is the best so far, which is to be saved
+    monkeypatch.setattr(train, "validate", lambda *_: shutil.rmtree("out") or next(losses))
     code, line = ends(capsys)
     assert code == 1 and "cannot write out/" in line and "No such file or directory" in line
     assert not Path("out").exists()
@@ -476,24 +424,17 @@ def test_a_directory_that_vanished_ends_the_run_in_a_line_and_is_not_made_again(
 
 
 def spoil(patch, steps, what):
-    """Make the loss, or the gradient alone, of these steps not a number."""
-    before, accelerate, now = rosa.LayerSelector.before_forward, kernels.accelerate, []
+    """Make the gradient of these steps, and with "loss" their loss too, not a number."""
 
-    def accelerate_and_spoil(model):
-        accelerate(model)
-        loss = model.loss
+    def spoiled(_, model, loss, signals):
+        if len(read_log("out")) - 1 not in steps:  # steps are counted from 0, and the first line is no step's
+            return loss, signals
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(torch.nan)
+        return torch.nan if what == "loss" else loss, signals
 
-        def spoiled(*inputs):
-            value = loss(*inputs)
-            if not (torch.is_grad_enabled() and now and now[-1] in steps):
-                return value
-            slope = (value - value.detach()).abs().sqrt()  # 0, and infinitely steep
-            return value * torch.nan if what == "loss" else value + slope
-
-        model.loss = spoiled
-
-    patch.setattr(rosa.LayerSelector, "before_forward", lambda self, step: (now.append(step), before(self, step)))
-    patch.setattr(kernels, "accelerate", accelerate_and_spoil)
+    patch.setattr(train, "all_reduce_gradients", spoiled)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -502,7 +443,7 @@ def test_a_step_that_is_not_finite_is_not_applied(ckpt, monkeypatch, capsys, wha
     at_save(monkeypatch, lambda step: states.append(state()))
     spoil(monkeypatch, (0, 4, 5, 7), what)
     run("--save-every", 1)
-    log = contents()["log.jsonl"]
+    log = read_log("out")
     assert [record["step"] for record in log if record.get("skipped")] == [1, 5, 6, 8]
     assert all((record["loss"] is None) == (record.get("skipped", False) and what == "loss") for record in log[1:])
     assert [progress["step"] for progress, _ in states] == [0, 2, 3, 4, 7, 9, 10]  # every state is a good one
@@ -512,12 +453,11 @@ def test_a_step_that_is_not_finite_is_not_applied(ckpt, monkeypatch, capsys, wha
         updates.append(max((t.item() for name, t in tensors.items() if name.endswith(".step")), default=0))
     assert updates == [0, 1, 2, 3, 4, 5, 6]
     assert all(len(record["active_layers"]) == 1 for record in log[1:])  # a probe that tells nothing leaves k_ratio
-    assert [record["step"] for record in contents()["layers.jsonl"]] == [4, 7, 10]
+    assert [record["step"] for record in read_log("out", "layers.jsonl")] == [4, 7, 10]
     assert capsys.readouterr().out.count("not applied: loss ") == 4
 
 
 def test_three_such_steps_in_a_row_end_the_run_and_it_goes_on_from_the_state_before(ckpt, monkeypatch, capsys):
-    run_whole()
     with monkeypatch.context() as patch:
         spoil(patch, (5, 6, 7), "loss")
         code, line = ends(capsys)
@@ -530,4 +470,4 @@ def test_three_such_steps_in_a_row_end_the_run_and_it_goes_on_from_the_state_bef
         assert [tasks.encode_example(examples[places[i]], tokenizer) for i in batch] == [train_set[i] for i in batch]
         assert ends(capsys, "--resume")[1] == line
     run("--resume")
-    assert contents() == contents("whole")
+    assert contents() == contents(whole())

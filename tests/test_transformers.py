@@ -2,18 +2,18 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import rounding
 import torch
-from conftest import BASE, generator_of, random_model, random_tokens, randomise_adapters, seed_torch
+from conftest import BASE, random_model, random_tokens, randomise_adapters
 from safetensors.torch import load_file, save_file
 
 import rosa
 from data.tokenizer import HERE as DATA
 from data.tokenizer import load_tokenizer
 from extras import merge as merge_file
-from extras import peft_methods
 from model import Llama, LlamaConfig
 
 transformers = pytest.importorskip("transformers")
@@ -30,7 +30,6 @@ def rope(theta):
 
 
 FAMILIES = {  # what tells their configs apart, the sizes aside
-    "LLaMA 1": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-6}),
     "LLaMA 2": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "LLaMA 3": ("llama", {"rms_norm_eps": 1e-5, **rope(500000.0), "bos_token_id": 95, "eos_token_id": 96}),
     "LLaMA 3.1": ("llama", {"rms_norm_eps": 1e-5, "rope_parameters": LLAMA3, "eos_token_id": [94, 95, 96]}),
@@ -40,7 +39,6 @@ FAMILIES = {  # what tells their configs apart, the sizes aside
     "Qwen2.5 0.5B": ("qwen2", {**rope(1e6), "tie_word_embeddings": True, "sliding_window": 20, "max_window_layers": 1}),
     "Qwen2.5 7B": ("qwen2", {**rope(1e6), "sliding_window": 20, "use_sliding_window": False}),
     "Mistral 0.1": ("mistral", {"sliding_window": 60, "rms_norm_eps": 1e-5}),
-    "Mistral 0.3": ("mistral", {"sliding_window": None, "rms_norm_eps": 1e-5, **rope(1e6)}),
     "Mistral Nemo": ("mistral", {"sliding_window": None, "head_dim": 12, **rope(1e6)}),
 }
 
@@ -50,11 +48,7 @@ def theirs(request):
     """A random model of transformers' own of each family, every part of it large enough to matter."""
     family, changes = FAMILIES[request.param]
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **SMALL | changes))
-    generator = generator_of(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.2 * noise)
+    model.load_state_dict(random_model(model_type=family, **changes).state_dict())
     return model.float().eval()
 
 
@@ -89,25 +83,16 @@ def test_every_family_comes_in_and_goes_out(tmp_path, theirs):
         assert again.config.sliding_window == theirs.config.sliding_window
 
 
-def test_every_other_architecture_is_refused_by_name(tmp_path):
-    names = set(transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES) - {"llama", "mistral", "qwen2"}
-    assert len(names) > 200
-    for name in names:
-        (tmp_path / "config.json").write_text(json.dumps(SMALL | {"model_type": name}))
-        with pytest.raises(ValueError, match=f"model_type {name!r} is not implemented"):
-            LlamaConfig.from_file(tmp_path)
-
-
-DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
-SWITCHED_ON = [("qwen2", {"use_sliding_window": True, "sliding_window": 20}, "use_sliding_window|layer_types")]
-SWITCHED_ON += [
-    ("llama", rope(1e4) | {"hidden_act": "gelu"}, "hidden_act"),
-    ("llama", DYNAMIC, "'dynamic' is not impl"),
+SWITCHED_ON = [
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 20}, "use_sliding_window|layer_types"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' is not impl"),
+    ("llama4_text", {}, "model_type 'llama4_text' is not implemented"),
 ]
 
 
 @pytest.mark.parametrize("family, changes, message", SWITCHED_ON)
-def test_what_a_familys_config_switches_on_and_we_lack_is_refused(tmp_path, family, changes, message):
+def test_what_a_config_of_theirs_asks_for_and_we_lack_is_refused(tmp_path, family, changes, message):
     transformers.AutoConfig.for_model(family, **SMALL | changes, max_window_layers=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         LlamaConfig.from_file(tmp_path)
@@ -118,20 +103,16 @@ PARTS = (
     "日本語|한국어|😀|👩‍👩‍👧|🇩🇪|\x00|\x01|\x7f|\u200b|\u00a0|\ufeff|▁| ▁|'s|don't|...|!?|<unk>|</s>|<s>|"
     "[INST]|<¦endoftext¦>|<¦im_start¦>|<0x0A>|ﬁ|İ|ß|٣|१|# include| = |def f(x):\n    return x|\u2028|\ud7ff|\U000e0001"
 )
+RANGES = [(1, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
 
 
-def strings(count=4000):
+def strings(count=2000):
     """Texts made to hurt."""
     rng, parts = random.Random(0), [part.replace("¦", "|") for part in PARTS.split("|")]
     texts = ["", *parts, *(mixed for part in parts for mixed in (" " + part, "  " + part, part + " "))]
-    ranges = [(1, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
-
-    def part(anything):
-        return chr(rng.randint(*rng.choice(ranges))) if anything else rng.choice(parts)
-
     while len(texts) < count:
-        anything = rng.random() < 0.15
-        texts.append("".join(part(anything) for _ in range(rng.randint(1, 12))))
+        anything = [chr(rng.randint(*rng.choice(RANGES))) for _ in range(12)]
+        texts.append("".join(rng.choices(parts + anything, k=rng.randint(1, 12))))
     return texts
 
 
@@ -158,7 +139,6 @@ def write_tokenizer(directory, model, **config):
     (directory / "tokenizer.model").write_bytes(model.read_bytes())
     config |= {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    (directory / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return directory
 
 
@@ -169,6 +149,7 @@ def assert_same_ids(directory):
         ids = ours.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), text
         assert not controls & set(ids), text  # "</s>" in somebody's text is four characters
+        ids.append(ours.eos_id)
         expected = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert ours.decode(ids) == expected, text
 
@@ -177,24 +158,17 @@ def test_sentencepiece_ids_are_those_of_transformers(tmp_path):
     pytest.importorskip("google.protobuf")
     (directory,) = pytest.importorskip("mistral_common").__path__
     for model in (DATA / "tiny" / "tokenizer.model", *sorted((DATA / directory / "data").glob("*.model*"))):
-        assert_same_ids(write_tokenizer(tmp_path / model.name, model, legacy=False))
+        assert_same_ids(write_tokenizer(tmp_path / model.name, model))
     assert_same_ids(write_tokenizer(tmp_path / "unprefixed", model, add_prefix_space=False))
 
 
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-OTHER_WORDS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-@pytest.mark.parametrize("digits", [r"\p{N}{1,3}", r"\p{N}"], ids=["like LLaMA 3 and Qwen", "like SmolLM"])
-def test_ids_of_a_tokenizer_json_are_those_of_transformers(tmp_path, digits):
+def test_ids_of_a_tokenizer_json_are_those_of_transformers(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-
+    level = tokenizers.pre_tokenizers.ByteLevel
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    split = Split(tokenizers.Regex(WORDS + digits + OTHER_WORDS), "isolated")
-    tokenizer.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = level(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    options = {"vocab_size": 600, "initial_alphabet": ByteLevel.alphabet(), "show_progress": False}
+    options = {"vocab_size": 600, "initial_alphabet": level.alphabet(), "show_progress": False}
     options["special_tokens"] = ["<s>", "</s>", "<|im_start|>", "<|endoftext|>"]
     tokenizer.train_from_iterator(strings(1000), tokenizers.trainers.BpeTrainer(**options))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -203,41 +177,23 @@ def test_ids_of_a_tokenizer_json_are_those_of_transformers(tmp_path, digits):
     assert_same_ids(tmp_path)
 
 
-def trained(model, k_ratio):
-    """Three steps of training, with DLS where k_ratio < 1: some adapters then are still zero."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, selector = torch.optim.AdamW(parameters, lr=1e-2), rosa.LayerSelector(model, k_ratio, select_every=2)
-    for step in range(3):
-        selector.before_forward(step)
-        model.loss(random_tokens(4, 16), random_tokens(4, 16, seed=1)).backward()
-        selector.after_backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
-
-
-KINDS = {"RoSA": (0.25, "q,k"), "RoSA on k": (0.5, "k"), "LoRA": (1.0, ALL), "both": (0.5, ALL)}
-
-
-@pytest.mark.parametrize("k_ratio", [1.0, 0.34])
-@pytest.mark.parametrize("ratio, targets", KINDS.values(), ids=KINDS)
-def test_our_adapters_go_out(tmp_path, theirs, ratio, targets, k_ratio):
+@pytest.mark.parametrize("ratio, targets", [(0.25, "k"), (1.0, ALL), (0.5, ALL)])
+def test_our_adapters_go_out(tmp_path, theirs, ratio, targets):
     peft = pytest.importorskip("peft")
     theirs.save_pretrained(tmp_path / "base")
-    seed_torch(0)
     model, tokens = Llama.from_pretrained(tmp_path / "base"), random_tokens(2, 20)
     before = model(tokens).detach()
-    trained(rosa.attach(model, 4, 6.5, ratio, targets), k_ratio)
+    randomise_adapters(rosa.attach(model, 4, 6.5, ratio, targets))
     rosa.save_adapter(model, tmp_path / "adapter")
-    assert (model(tokens) - before).abs().max() > 0.01
     with torch.inference_mode():
+        assert (model(tokens) - before).abs().max() > 0.01
         assert_close(peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()(tokens).logits, model(tokens))
         named = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
         assert_close(named.eval()(tokens).logits, model(tokens))  # it has found its base by name
 
 
 def their_adapter(theirs, directory, dtype=torch.float32, **options):
-    """An adapter of PEFT's, B random, saved; and the adapted model."""
+    """An adapter of PEFT's, as if trained, saved in this dtype. Returns the adapted model."""
     peft = pytest.importorskip("peft")
     modules = [module.split(".")[1] for module in rosa.TARGETS.values()]
     options = {"r": 3, "lora_alpha": 7, "target_modules": modules, "lora_dropout": 0.1} | options
@@ -245,17 +201,15 @@ def their_adapter(theirs, directory, dtype=torch.float32, **options):
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
-                random = 0.1 * torch.randn_like(parameter) if "lora_B" in name else parameter
-                parameter.copy_(random.to(dtype))
+                parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).to(dtype))
     adapted.save_pretrained(directory)
     file = directory / "adapter_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
     return adapted.eval()
 
 
-COMING = [{"target_modules": which} for which in ("all-linear", ["v_proj"], r".*\.(q_proj|down_proj)")]
-COMING += [{}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}]
-COMING += [{"dtype": torch.float16}, {"dtype": torch.bfloat16}]
+COMING = [{"target_modules": r".*\.(q|down)_proj"}, {"use_rslora": True, "init_lora_weights": "gaussian"}]
+COMING += [{"dtype": torch.bfloat16}]
 
 
 @pytest.mark.parametrize("options", COMING, ids=str)
@@ -272,14 +226,9 @@ def test_their_adapters_come_in(tmp_path, theirs, options):
         assert_close(rosa.merge(model)(tokens), adapted(tokens).logits)
 
 
-LACKED = {
-    "use_dora": True,
-    "rank_pattern": {"q_proj": 2},
-    "alpha_pattern": {"q_proj": 2},
-    "modules_to_save": ["lm_head"],
-}
-LACKED |= {"layers_to_transform": [0], "bias": "all", "lora_bias": True, "trainable_token_indices": [3]}
-LACKED |= {"init_lora_weights": "pissa", "target_modules": ["q_proj", "lm_head"]}
+LACKED = {"use_dora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2}, "bias": "all"}
+LACKED |= {"modules_to_save": ["lm_head"], "layers_to_transform": [0], "lora_bias": True}
+LACKED |= {"trainable_token_indices": [3], "init_lora_weights": "pissa", "target_modules": ["q_proj", "lm_head"]}
 INSTEAD = {"target_modules": "lm_head.base_layer.weight is [97, 32], this one needs absent"}
 
 
@@ -295,26 +244,13 @@ def test_what_their_adapters_have_and_we_lack_is_refused_by_name(tmp_path, name)
     assert "\n" not in message and str(tmp_path / "adapter") in message and not rosa.adapters(model)
 
 
-def test_a_pickled_adapter_is_refused(tmp_path):
-    their_adapter(as_theirs(random_model(), tmp_path / "base"), tmp_path)
-    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
-    with pytest.raises(FileNotFoundError, match="no adapter_model.safetensors, only adapter_model.bin, a pickle"):
-        peft_methods.load_adapter(random_model(), tmp_path)
-    with pytest.raises(FileNotFoundError):
-        rosa.load_adapter(random_model(), tmp_path)
-
-
 @pytest.mark.parametrize("shard", [5 * 10**9, 9000])
-def test_a_merged_checkpoint_is_theirs(tmp_path, shard, monkeypatch):
+def test_a_merged_checkpoint_is_theirs(ckpt, shard, monkeypatch):
     monkeypatch.setattr(merge_file, "SHARD", shard)
-    model = random_model(vocab_size=1024, max_position_embeddings=256)
-    model.save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "tokenizer.model").write_bytes((DATA / "tiny" / "tokenizer.model").read_bytes())
-    rosa.save_adapter(randomise_adapters(rosa.attach(model, 4, 8, 0.5, ALL)), tmp_path / "adapter")
-    options = {"--ckpt": "base", "--adapter": "adapter", "--out": "merged"}
-    merge_file.run([word for name, directory in options.items() for word in (name, str(tmp_path / directory))])
-    assert (tmp_path / "merged" / "model.safetensors.index.json").is_file() == (shard == 9000)
-    tokens = random_tokens(2, 30)
+    model, tokens = randomise_adapters(rosa.attach(Llama.from_pretrained("ckpt"), 4, 8, 0.5, ALL)), random_tokens(2, 30)
+    rosa.save_adapter(model, "adapter")
+    merge_file.run("--ckpt ckpt --adapter adapter --out merged".split())
+    assert Path("merged/model.safetensors.index.json").is_file() == (shard == 9000)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
     with torch.inference_mode():
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
         assert_close(theirs.eval()(tokens).logits, model(tokens))
