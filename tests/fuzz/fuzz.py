@@ -11,11 +11,12 @@ import json
 import math
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
-import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ from data import tasks
 from extras import peft_methods
 from extras.checkpoints import load_model
 from extras.commands import one_line
-from model import LlamaConfig
 
 TOKENS = [3, 1, 4, 1, 5]
 SECONDS, BYTES = 5, 200 * 2**20  # of one case, at most
@@ -41,10 +41,6 @@ VALUES += ["", "1", "a", "x" * 10**5, "\0", "\ud800", "../a", "/etc/passwd", "in
 VALUES += [[], [[]], {}, [1, 2], {"a": 1}, {"rope_type": "linear", "factor": 2.0}]
 
 
-class Bad(AssertionError):
-    """An outcome that is neither a clean refusal nor right."""
-
-
 # --- how a file is changed ---
 
 
@@ -54,20 +50,20 @@ def mutated(rng, content, part):
     if part == "all":
         return change(rng, content)
     (size,) = struct.unpack("<Q", content[:8])
-    text = content[8 : 8 + size]
-    if part == "header" and rng.random() < 0.3:  # the length too, or a length that is no longer right
-        return changed_bytes(rng, content[: 8 + size]) + content[8 + size :]
-    if part == "header":
-        text = change(rng, text)
-    else:
+    text, data = content[8 : 8 + size], content[8 + size :]
+    if part == "metadata":
         header = json.loads(text)
         header["__metadata__"]["rosa"] = change(rng, header["__metadata__"]["rosa"].encode()).decode(errors="replace")
         text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + content[8 + size :]
+    elif rng.random() < 0.3:  # the length too, or a length that is no longer right
+        return changed_bytes(rng, content[: 8 + size]) + data
+    else:
+        text = change(rng, text)
+    return struct.pack("<Q", len(text)) + text + data
 
 
 def changed_values(rng, content):
-    """JSON, or lines of it, with another value in one place, or with a key less, twice or by another name."""
+    """JSON, or lines of it, with another value in one place, or with a key less or by another name."""
     lines = content.split(b"\n") if content.count(b"\n{") > 2 else [content]
     at = rng.randrange(len(lines))
     value = holder = {"": json.loads(lines[at] or b"0")}
@@ -75,15 +71,14 @@ def changed_values(rng, content):
     while isinstance(holder[key], (dict, list)) and holder[key] and (key == "" or rng.random() < 0.9):
         holder = holder[key]
         key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+    old, others = holder[key], list(holder.values()) if isinstance(holder, dict) else holder
     if isinstance(holder, dict) and rng.random() < 0.2:
-        moved = holder.pop(key)
+        del holder[key]
         if rng.random() < 0.5:
-            holder[rng.choice(("", key + "s", key.upper(), "x" * 10**5, "\ud800\x1b", *holder))] = moved
+            holder[rng.choice(("", key + "s", key.upper(), "x" * 10**5, "\ud800\x1b", *holder))] = old
     else:
-        old, others = holder[key], list(holder.values()) if isinstance(holder, dict) else holder
-        near = [[old], {"a": old}]
-        if type(old) in (int, float):
-            near = [old + rng.choice((-1, 1, 0.5, 2**31, 2**63)), -old, old / 2, old * 10**9]
+        number = type(old) in (int, float)
+        near = [old - 1, old + 1, old + 2**63, -old, old / 2, old * 10**9] if number else [[old], {"a": old}]
         holder[key] = rng.choice([*near, *near, *VALUES, rng.choice(others)])
     lines[at] = json.dumps(value.get("")).encode()
     return b"\n".join(lines)
@@ -92,53 +87,36 @@ def changed_values(rng, content):
 def changed_bytes(rng, content):
     content = bytearray(content)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        at = rng.randrange(len(content) or 1)
-        kind = rng.choice(("flip", "set", "digit", "insert", "piece", "piece", "cut", "remove", "repeat"))
-        few = rng.choice((1, 1, 2, 5, 20))
-        if kind == "flip" and content:
-            content[at] ^= 1 << rng.randrange(8)
-        elif kind == "set" and content:
-            content[at] = rng.randrange(256)
-        elif kind == "digit":  # what stays JSON is what may be read wrongly
-            if digits := [i for i, byte in enumerate(content) if chr(byte).isdigit()]:
-                content[rng.choice(digits)] = rng.choice(b"0123456789")
-        elif kind == "insert":
-            content[at:at] = rng.randbytes(few)
-        elif kind == "piece":
-            content[at : at + rng.choice((0, 0, 1, few))] = rng.choice(PIECES)
-        elif kind == "cut":
-            del content[at:]
-        elif kind == "remove":
-            del content[at : at + few]
+        at, count = rng.randrange(len(content) or 1), rng.choice((1, 1, 2, 5, 20))
+        digits = [i for i, byte in enumerate(content) if chr(byte).isdigit()]
+        if digits and rng.random() < 0.2:  # what stays JSON is what may be read wrongly
+            content[rng.choice(digits)] = rng.choice(b"0123456789")
         else:
-            content[at:at] = content[at : at + few]
+            new = rng.choice((b"", rng.randbytes(count), content[at : at + count], rng.choice(PIECES)))
+            content[at : at + rng.choice((0, 0, 0, 1, count, len(content)))] = new
     return bytes(content)
 
 
 # --- what must hold of a file that is accepted ---
 
 
-def good(directory):
-    """The good files, made once."""
+def write_good_files(directory):
     ckpt, sharded, test_set = directory / "ckpt", directory / "sharded", directory / "dataset" / "gsm8k"
     for folder in (sharded, test_set):
         folder.mkdir(parents=True)
     model = random_model(**MODEL)
     model.save_pretrained(ckpt)
     tensors = load_file(ckpt / "model.safetensors")
-    (sharded / "config.json").write_bytes((ckpt / "config.json").read_bytes())
-    files = {name: f"model-0000{1 + i % 3}.safetensors" for i, name in enumerate(tensors)}
-    for file in set(files.values()):
-        save_file({name: tensor for name, tensor in tensors.items() if files[name] == file}, sharded / file)
-    index = {"metadata": {"total_size": 9}, "weight_map": files}
-    (sharded / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    shutil.copy(ckpt / "config.json", sharded)
+    weight_map = {name: f"{i % 3}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, sharded / file)
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}, indent=1))
     rosa.save_adapter(randomise_adapters(rosa.attach(model, 2, 4, 0.5, "q,v")), directory / "adapter")
-    names = "instruction", "input", "output", "answer"
     rows = [(f"Add {i} and 1.", "é\u2028" * (i % 2), f"It is {i + 1}.", str(i + 1)) for i in range(4)]
-    records = [dict(zip(names, row)) for row in rows]
-    (test_set / "test.json").write_text(json.dumps(records, ensure_ascii=False, indent=1))
-    (directory / "data.json").write_text(json.dumps(records))
+    records = [dict(zip(("instruction", "input", "output", "answer"), row)) for row in rows]
     lines = [dict(zip(("prompt", "input", "completion"), row)) for row in rows]
+    (test_set / "test.json").write_text(json.dumps(records, ensure_ascii=False, indent=1))
     (directory / "data.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
@@ -160,32 +138,28 @@ def tensors_of(content):
 
 def check_equal(model, expected, what):
     tensors = model.state_dict()
-    if set(tensors) != set(expected):
-        raise Bad(f"{what}: {sorted(set(tensors) ^ set(expected))[:3]}")
+    assert set(tensors) == set(expected), f"{what}: {sorted(set(tensors) ^ set(expected))[:3]}"
     for name, value in expected.items():
-        if not np.array_equal(tensors[name].double().numpy(), value, equal_nan=True):
-            raise Bad(f"{what}: {name} differs")
+        assert np.array_equal(tensors[name].double().numpy(), value, equal_nan=True), f"{what}: {name} differs"
 
 
 def read_config(directory, content):
     """The fields are those that json reads, and the model computes what the NumPy reference computes with them."""
     model = load_model(directory / "ckpt")
     raw, config = json.loads(content.decode("utf-8")), model.config
-    heads = config.num_attention_heads
-    defaults = {name: field.default for name, field in LlamaConfig.__dataclass_fields__.items()}
-    defaults |= {"num_key_value_heads": heads, "head_dim": config.hidden_size // heads}
-    for name in {*defaults} - {"rope_scaling", "sliding_window", "attention_bias", "mlp_bias", "bos_token_id"}:
+    for name in {*vars(config)} - {"rope_scaling", "sliding_window", "attention_bias", "mlp_bias", "bos_token_id"}:
         value = raw.get(name)
-        if value is None and not (name in raw and name == "tie_word_embeddings"):  # null: as good as false
-            value = defaults[name]
-        if getattr(config, name) != (float(value) if name in ("rms_norm_eps", "rope_theta") else value):
-            raise Bad(f"{name} is {getattr(config, name)!r}, config.json says {raw.get(name)!r}")
+        if name in ("rms_norm_eps", "rope_theta") and value is not None:
+            value = float(value)
+        assert value in (None, getattr(config, name)), (
+            f"{name} is {getattr(config, name)!r}, config.json says {value!r}"
+        )
     if config.context >= len(TOKENS):
         with np.errstate(all="ignore"), torch.inference_mode():
             expected = reference.logits(directory / "ckpt", TOKENS)
             logits = model(torch.tensor([TOKENS]))[0].double().numpy()
-            if not np.allclose(logits, expected, atol=1e-3, rtol=1e-3, equal_nan=True):
-                raise Bad("the logits are not those of the reference")
+        same = np.allclose(logits, expected, atol=1e-3, rtol=1e-3, equal_nan=True)
+        assert same, "the logits are not those of the reference"
 
 
 def read_weights(directory, content):
@@ -199,8 +173,7 @@ def read_index(directory, content):
     sharded, expected = directory / "sharded", {}
     model = load_model(sharded)
     for file in set(json.loads(content)["weight_map"].values()):
-        if (sharded / file).resolve().parent != sharded.resolve():
-            raise Bad(f"{file} lies outside")
+        assert (sharded / file).resolve().parent == sharded.resolve(), f"{file} lies outside"
         expected |= tensors_of((sharded / file).read_bytes())
     check_equal(model, expected, "the shards")
 
@@ -212,42 +185,41 @@ def read_adapter(directory, content):
     tensors = tensors_of((directory / "adapter" / "adapter_model.safetensors").read_bytes())
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     adapters = rosa.adapters(model)
-    if {f"base_model.model.{name}.lora_{factor}.weight" for name in adapters for factor in "AB"} != set(tensors):
-        raise Bad("other tensors are adapted")
+    names = {f"base_model.model.{name}.lora_{factor}.weight" for name in adapters for factor in "AB"}
+    assert names == set(tensors), "other tensors are adapted"
     for name, adapter in adapters.items():
         A, B = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
         rows = np.zeros_like(B)
         rows[adapter.rows.numpy()] = adapter.B.detach().double().numpy()
         with np.errstate(all="ignore"):
             update = adapter.alpha / adapter.rank * rows @ adapter.A.detach().double().numpy()
-            if not np.allclose(update, scale * B @ A, equal_nan=True):
-                raise Bad(f"{name} has another update")
+            assert np.allclose(update, scale * B @ A, equal_nan=True), f"{name} has another update"
 
 
-def read_data(file, needed):
-    def read(directory, content):
-        """The examples are the records that json reads."""
-        if "gsm8k" in file:
-            examples = tasks.test_examples("gsm8k", directory)
-        else:
-            examples = tasks.load_examples(directory / file, needed=needed)
-        text = content.decode("utf-8").removeprefix("\ufeff").lstrip()
-        lines = [line for line in text.split("\n") if line.strip()]
-        records = json.loads(text if text[0] == "[" else f"[{','.join(lines)}]")
-        if len(examples) != len(records):
-            raise Bad(f"{len(examples)} examples of {len(records)} records")
-        for example, record in zip(examples, records):
-            pairs = ("instruction", "output"), ("prompt", "completion"), ("question", "answer")
-            names = dict(zip(("instruction", "output"), next(pair for pair in pairs if pair[0] in record)))
-            for field in ("instruction", "output", "input", "answer"):
-                value = record.get(names.get(field, field))
-                if example.get(field) != value or (field in needed and not isinstance(value, str)):
-                    raise Bad(f"{field} is {example.get(field)!r}, the record says {value!r}")
-            tasks.prompt_text(example).encode()
-            if "gsm8k" in file and not math.isfinite(float(record["answer"].replace(",", ""))):
-                raise Bad(f"the answer {record['answer']!r} is no number")
+def read_train_file(directory, content):
+    check_examples(tasks.load_examples(directory / "data.jsonl"), content, ("instruction", "output"))
 
-    return file, read, "all"
+
+def read_test_set(directory, content):
+    examples = tasks.test_examples("gsm8k", directory)
+    check_examples(examples, content, ("instruction", "answer"))
+    assert all(math.isfinite(float(example["answer"].replace(",", ""))) for example in examples), "no number"
+
+
+def check_examples(examples, content, needed):
+    """The examples are the records that json reads, an array or one a line."""
+    text = content.decode("utf-8").removeprefix("\ufeff").lstrip()
+    lines = [line for line in text.split("\n") if line.strip()]
+    records = json.loads(text if text[0] == "[" else f"[{','.join(lines)}]")
+    assert len(examples) == len(records), f"{len(examples)} examples of {len(records)} records"
+    for example, record in zip(examples, records):
+        pairs = ("instruction", "output"), ("prompt", "completion"), ("question", "answer")
+        names = dict(zip(("instruction", "output"), next(pair for pair in pairs if pair[0] in record)))
+        for field in ("instruction", "output", "input", "answer"):
+            value = record.get(names.get(field, field))
+            right = example.get(field) == value and (field not in needed or isinstance(value, str))
+            assert right, f"{field} is {example.get(field)!r}, the record says {value!r}"
+        tasks.prompt_text(example).encode()
 
 
 KINDS = {  # kind -> the file, what reads and verifies it, the part of it that is fuzzed
@@ -257,42 +229,36 @@ KINDS = {  # kind -> the file, what reads and verifies it, the part of it that i
     "adapter config": ("adapter/adapter_config.json", read_adapter, "all"),
     "adapter header": ("adapter/adapter_model.safetensors", read_adapter, "header"),
     "adapter metadata": ("adapter/adapter_model.safetensors", read_adapter, "metadata"),
-    "data, array": read_data("data.json", ("instruction", "output")),
-    "data, lines": read_data("data.jsonl", ("instruction", "output")),
-    "test set": read_data("dataset/gsm8k/test.json", ("instruction", "answer")),
+    "train file": ("data.jsonl", read_train_file, "all"),
+    "test set": ("dataset/gsm8k/test.json", read_test_set, "all"),
 }
-
-# --- cases ---
 
 
 def run(cases, seed, directory):
-    """Read the cases, numbers, in a directory that is empty at first. Returns kind -> counts. Raises Bad."""
-    good(directory)
+    """Read the cases, numbers, in a directory that is empty at first. Returns kind -> counts. Raises for an
+    outcome that is neither a clean refusal nor right."""
+    write_good_files(directory)
     contents = {kind: (directory / file).read_bytes() for kind, (file, _, _) in KINDS.items()}
     for kind, (file, read, _) in KINDS.items():
-        if outcome(read, directory, contents[kind], file) != "accepted":
-            raise Bad(f"{kind}: the good file is refused")
+        assert outcome(read, directory, contents[kind], file) == "accepted", f"{kind}: the good file is refused"
     signal.signal(signal.SIGALRM, too_long)
-    counts = {kind: {"cases": 0, "refused": 0, "accepted": 0} for kind in KINDS}
+    counts = {kind: Counter() for kind in KINDS}
     for case in cases:
         kind = list(KINDS)[case % len(KINDS)]
         file, read, part = KINDS[kind]
         content = mutated(random.Random(f"{seed} {case}"), contents[kind], part)
         (directory / file).write_bytes(content)
-        start, peak = time.perf_counter(), peak_bytes()
+        before = peak_bytes()
         try:
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
-            counts[kind][outcome(read, directory, content, file)] += 1
-            if time.perf_counter() - start > SECONDS:
-                too_long()
-            if (grown := peak_bytes() - peak) > BYTES:
-                raise Bad(f"it took {grown / 2**20:.0f} MB")
+            counts[kind].update(["cases", outcome(read, directory, content, file)])
+            assert peak_bytes() - before <= BYTES, f"it took {(peak_bytes() - before) / 2**20:.0f} MB"
         except BaseException as error:
-            raise Bad(f"{kind}, seed {seed}, case {case}: {type(error).__name__}: {error!s:.500}") from error
+            error.add_note(f"{kind}, seed {seed}, case {case}")
+            raise
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             (directory / file).write_bytes(contents[kind])
-        counts[kind]["cases"] += 1
     return counts
 
 
@@ -301,18 +267,18 @@ def peak_bytes():
 
 
 def too_long(*_):
-    raise Bad(f"it took more than {SECONDS} seconds")
+    raise AssertionError(f"it took more than {SECONDS} seconds")
 
 
 def outcome(read, directory, content, file):
-    """Of a file: "refused" or "accepted"; raises Bad or whatever else came of it."""
+    """Of a file: "refused" or "accepted"; raises whatever else came of it."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("error")  # a warning is a line on stderr that nobody meant
             read(directory, content)
     except (ValueError, OSError, ImportError) as error:
         line = one_line(error)
-        if not line.isprintable() or len(line) > 700 or Path(file).parts[0] not in line:
-            raise Bad(f"the refusal {line!r} names no file or is no line") from error
+        clean = line.isprintable() and len(line) <= 700 and Path(file).parts[0] in line
+        assert clean, f"the refusal {line!r} names no file or is no line"
         return "refused"
     return "accepted"
