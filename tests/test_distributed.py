@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -47,7 +46,7 @@ def ckpt(ckpt, monkeypatch):
 def member(rank, world, port, script, arguments, before):
     """What torchrun starts."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
     torch.optim.AdamW = smooth_adamw()
@@ -61,14 +60,14 @@ def member(rank, world, port, script, arguments, before):
 
 
 def start(world, script, command, before=None):
-    """So many processes that run the script with this command line. before(rank) is called in each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    what, processes = (world, port, script.__name__, command.split(), before), forkserver()
+    """So many processes that run the script with this command line. before(rank) is called in each. As under torchrun
+    they meet at a store that is there before them: a process that waits for another to open one sleeps a second."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  #
+    what, processes = (world, store.port, script.__name__, command.split(), before), forkserver()
     started = [processes.Process(target=member, args=(rank, *what)) for rank in range(world)]
     for process in started:
         process.start()
+        process.store = store  # which is there for as long as they are
     return started
 
 
@@ -323,7 +322,7 @@ def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, rank, act, shard):
     assert_same_run("many", "one")
 
 
-SILENCE = 2  # seconds, in the place of 50
+SILENCE = 1.2  # seconds, in the place of 50
 
 
 def impatient(rank):

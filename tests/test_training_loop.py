@@ -160,7 +160,7 @@ def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
 
     monkeypatch.setattr(rosa.LayerSelector, "before_forward", before_forward)
     monkeypatch.setattr(Llama, "loss", climbing)
-    args = run(*QUICK, "--max-steps", 9, "--eval-every", 1)
+    args = run(*QUICK, "--max-steps", 7, "--eval-every", 1)
     losses = [record["val_loss"] for record in read_log("out")]
     assert min(losses) == min(losses[1:5]) < losses[-1] and min(losses) == validated(adapted(), args)
 
@@ -224,7 +224,7 @@ def test_alpha_follows_the_rank_and_the_learning_rate_the_method():
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(ckpt):
-    run(*QUICK, "--max-steps", 40, "--batch-size", 2, "--eval-every", 100)
+    run(*QUICK, "--max-steps", 40, "--batch-size", 2, "--micro-batch-size", 2, "--val-size", 2, "--eval-every", 100)
     lr = [record["lr"] for record in read_log("out")[1:]]
     assert lr[:2] == [0.005, 0.01] and max(lr) == 0.01
     assert lr[2:] == sorted(lr[2:], reverse=True) and lr[21] == pytest.approx(0.005) and 0 < lr[-1] < 1e-4
@@ -239,7 +239,7 @@ def test_micro_batches_change_nothing_but_memory(ckpt, monkeypatch):
 
 def test_the_seed_decides_everything(ckpt):
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(*QUICK, "--seed", seed, out=out)
+        run(*QUICK, "--max-steps", 3, "--seed", seed, out=out)
     assert saved("a") == saved("b") != saved("c")
 
 
