@@ -14,10 +14,11 @@ Letters in shapes: B rows, T tokens, D hidden_size, H query heads, K key/value h
 L layers, S all positions that attention sees, those in the cache and the T new ones.
 """
 
+import functools
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,13 +27,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
 # model_type -> its architecture, and its own defaults for fields that a config.json leaves out
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {}),
-    "mistral": (
-        "MistralForCausalLM",
-        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    ),
+    "mistral": ("MistralForCausalLM", MISTRAL),
     "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 32, "max_position_embeddings": 32768}),
 }
 
@@ -61,6 +60,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    torch_dtype: str | None = field(default=None, compare=False)  # decides where a checkpoint has tensors of several
 
     def __post_init__(self):
         self.rms_norm_eps, self.rope_theta = float(self.rms_norm_eps), float(self.rope_theta)
@@ -119,7 +119,7 @@ def implemented_fields(raw):
         return {"model_type": raw.get("model_type")}  # which LlamaConfig refuses
     architecture, defaults = FAMILIES[raw["model_type"]]
     raw = defaults | raw
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # rope_parameters: transformers 5
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # transformers 5 writes the second
     # Early checkpoints say LLaMAForCausalLM.
     raw["architectures"] = [str(name).replace("LLaMA", "Llama") for name in raw.get("architectures") or [architecture]]
     implemented = {
@@ -135,6 +135,7 @@ def implemented_fields(raw):
         setting = rope.get(name, raw.get(name))  # transformers 5 has partial_rotary_factor among rope_parameters
         if setting not in (value, None):
             raise ValueError(f"{name} = {setting!r} is not implemented (only {value!r} is)")
+    raw["torch_dtype"] = raw.get("dtype", raw.get("torch_dtype"))  # transformers 5 writes the first
     raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
     raw["rope_scaling"] = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
     return {name: raw[name] for name in LlamaConfig.__dataclass_fields__ if name in raw}
@@ -248,17 +249,18 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=None):
-        """Load a Hugging Face directory. dtype None: as stored.
+        """Load a Hugging Face directory. dtype None: as stored. A stored lm_head counts, whatever the config says of
+        tying, and an equal copy is tied. Raises ValueError or OSError for what is not exactly the config's model.
 
         One tensor at a time goes from its file to its place, file by file, the largest of each first; the file is
-        opened anew for each, so that what was read of it leaves memory. Raises ValueError or OSError for what is not
-        exactly the config's model."""
+        opened anew for each, so that what was read of it leaves memory."""
         directory = Path(directory)
-        config = LlamaConfig.from_file(directory)
+        config, files = LlamaConfig.from_file(directory), tensor_files(directory)
+        tied = config.tie_word_embeddings
+        config.tie_word_embeddings = tied and "lm_head.weight" not in files
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
         model.name_or_path = str(directory)
-        files = tensor_files(directory, config)
         parameters = dict(model.named_parameters())
         if unmatched := sorted(parameters.keys() ^ files.keys()):
             problem = "is missing" if unmatched[0] in parameters else "belongs to no parameter of this model"
@@ -272,8 +274,13 @@ class Llama(nn.Module):
             module, _, leaf = name.rpartition(".")
             tensor = tensor.to(device=device, dtype=dtype, copy=True)
             setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.model.embed_tokens.weight
+        if len(dtypes := {p.dtype for p in model.parameters() if not p.is_meta}) > 1:
+            stated = getattr(torch, str(config.torch_dtype), None)
+            model.to(stated if stated in FLOATS else functools.reduce(torch.promote_types, dtypes))
+        if config.tie_word_embeddings or tied and torch.equal(model.lm_head.weight, model.model.embed_tokens.weight):
+            config.tie_word_embeddings, model.lm_head.weight = True, model.model.embed_tokens.weight
+        elif tied:
+            print(f"{directory}: lm_head is not the embedding to which config.json ties it: both are kept")
         return model.eval()
 
     def save_pretrained(self, directory):
@@ -420,14 +427,13 @@ def check_prompts(prompts, max_new_tokens, config):
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64  # one of 8 bits would need its scales
 
 
-def tensor_files(directory, config):
-    """name -> safetensors file of the tensors in a checkpoint directory, except those that the model makes itself."""
+def tensor_files(directory):
+    """name -> safetensors file of the tensors in a checkpoint directory."""
     names = {"model.safetensors"}
     if not (directory / "model.safetensors").is_file():
         names = set(json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values())
-    made_here = ("rotary_emb.inv_freq", "lm_head.weight") if config.tie_word_embeddings else ("rotary_emb.inv_freq",)
     files = {}
     for path in sorted(directory / name for name in names):
         with safe_open(path, framework="pt") as file:
-            files |= {name: path for name in file.keys() if not name.endswith(made_here)}
+            files |= {name: path for name in file.keys() if not name.endswith("rotary_emb.inv_freq")}
     return files

@@ -272,9 +272,7 @@ class LayerSelector:
             raise ValueError(f"select must be grad, random, static or all, not {select!r}")
         layers = model.model.layers
         trainable = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
-        uses = Counter(
-            p for parameters in trainable for p in parameters
-        )  # what layers share, as in VeRA, always trains
+        uses = Counter(p for parameters in trainable for p in parameters)  # what layers share (VeRA) always trains
         self.parameters = [[p for p in parameters if uses[p] == 1] for parameters in trainable]
         norms = [(layer.input_layernorm, layer.post_attention_layernorm) for layer in layers]
         self.norms = [[*first.parameters(), *second.parameters()] for first, second in norms]
@@ -286,13 +284,14 @@ class LayerSelector:
         self.scores = None  # [L] float32, once there was a probe
         self.active = list(range(len(layers)))  # indices of the layers in training
         self.probing = self.selected = False  # is this step a probe; did it select layers (for the log)
+        self.failed = False  # whether the last probe was not finite
 
     def before_forward(self, step):
         """Call before the first forward pass of optimiser step `step`, counted from 0."""
-        self.probing = step % self.select_every == 0 and not (self.select == "static" and step > 0)
-        self.selected = False
+        due = step % self.select_every == 0 and not (self.select == "static" and step > 0)
+        self.probing, self.selected = due or self.failed, False
         if self.probing:
-            self.previous = self.active[: self.count]  # what stays if the probe fails; at the first the lowest layers
+            self.previous = self.active  # what stays if the probe fails; at the first all layers
             self.drawn = torch.rand(len(self.parameters))  # for "random": here the processes share a seed
             self.activate(range(len(self.parameters)))
             for weight in self.frozen_norms:
@@ -300,7 +299,7 @@ class LayerSelector:
 
     def after_backward(self):
         """Call after the last backward pass of the step, before gradients are clipped and applied. A probe whose
-        gradients are not finite tells nothing: it counts as none, and the selection before it stays."""
+        gradients are not finite tells nothing: the selection before it stays, and the next step is a probe again."""
         if not self.probing:
             return
         # PEFT's LN tuning computes with copies of the norms, which are here too: the originals get no gradient.
@@ -308,7 +307,8 @@ class LayerSelector:
         scores = torch.stack([torch.stack(norms).norm() for norms in gradients]).cpu()  # [L]
         for weight in self.frozen_norms:
             weight.requires_grad_(False).grad = None
-        if not scores.isfinite().all():
+        self.failed = not scores.isfinite().all()
+        if self.failed:
             return self.activate(self.previous)
         if self.select == "random":
             scores = self.drawn

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,21 +131,32 @@ def load_model(ckpt, device="cpu", dtype=None, mapped=False):
     """Llama.from_pretrained of a checkpoint directory. Raises ValueError or OSError with a line for the user.
 
     mapped: the weights stay in their files, as stored; they take memory as they are read."""
-    config = check_config(ckpt)
-    with torch.device("meta"):
-        model = Llama(config)
-    table = tensor_table(ckpt, model)
+    model, table = meta_model(ckpt)
     if not mapped:
         model = Llama.from_pretrained(ckpt, device, dtype)
     for name in table if mapped else ():
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, nn.Parameter(read_tensor(table, name)))
-    if mapped and config.tie_word_embeddings:
+    if mapped and model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     # In Hugging Face's cache a checkpoint is models--org--name/snapshots/<commit>.
     cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+$", Path(ckpt).as_posix())
     model.name_or_path = "/".join(cached.groups()) if cached else str(ckpt)
     return model.eval()
+
+
+def meta_model(ckpt):
+    """(the model of a checkpoint directory without memory, its tensor table). As in Llama.from_pretrained a stored
+    lm_head counts, whatever config.json says of tying, and an equal copy is tied."""
+    config, stored = check_config(ckpt), stored_tensors(ckpt)
+    if config.tie_word_embeddings and stored.keys() >= {"lm_head.weight", "model.embed_tokens.weight"}:
+        both = (read_tensor(stored, name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        config.tie_word_embeddings = torch.equal(*both)
+    if config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)
+    with torch.device("meta"):
+        model = Llama(config)
+    return model, tensor_table(ckpt, model, stored)
 
 
 # What config.json may say: name -> the largest whole number; beyond, even a model without memory cannot be made.
@@ -186,7 +198,7 @@ def check_config(directory):
 
 
 def check_rope(raw):
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling must be an object, not {rope!r}")
     check_positive("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 1.0)))
@@ -210,17 +222,16 @@ class Stored(NamedTuple):
     dtype: str  # as safetensors names it: BF16
 
 
-def tensor_table(directory, model):
-    """name -> Stored of every parameter of the model, which may be on the meta device, from the headers of the files in
-    a checkpoint directory. Raises ValueError or OSError, naming the first tensors that do not fit."""
+def tensor_table(directory, model, stored):
+    """name -> Stored of every parameter of the model, which may be on the meta device, from what is stored in a
+    checkpoint directory. Raises ValueError naming the first tensors that do not fit."""
     needed = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied one once
-    stored = {
-        name: entry
-        for name, entry in stored_tensors(directory).items()
-        if not name.endswith("rotary_emb.inv_freq") and (name in needed or name != "lm_head.weight")
-    }
-    problems = [f"missing {name}" for name in needed if name not in stored]
-    problems += [f"unexpected {name}" for name in stored if name not in needed]
+    stored = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    missing = [f"missing {name}" for name in sorted(needed.keys() - stored.keys())]
+    unexpected = [f"unexpected {name}" for name in sorted(stored.keys() - needed.keys())]
+    problems = [
+        problem for both in zip_longest(missing, unexpected) for problem in both if problem
+    ]  # in turn: both show
     for name in (name for name in needed if name in stored):
         if stored[name].shape != needed[name]:
             shape = list(stored[name].shape)
@@ -254,6 +265,9 @@ def stored_tensors(directory):
                     entry = tensors.get_slice(name)
                     table[name] = Stored(file, tuple(entry.get_shape()), entry.get_dtype())
         except SafetensorError as error:
+            with open(file, "rb") as opened:
+                if opened.read(40).startswith(b"version https://git-lfs"):
+                    raise ValueError(f"{file} is a Git LFS pointer, not the weights: git lfs pull") from None
             raise ValueError(f"{file} is not a whole safetensors file ({error}): download it again") from None
     return table
 

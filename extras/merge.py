@@ -18,10 +18,9 @@ import rosa
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
 from extras import peft_methods
-from extras.checkpoints import check_config, copy_companions, find_checkpoint, read_tensor, tensor_table
+from extras.checkpoints import copy_companions, find_checkpoint, meta_model, read_json, read_tensor
 from extras.commands import command_parser, run_command
 from extras.inference import pad
-from model import Llama
 
 SHARD = 5 * 10**9  # bytes of a file at most
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
@@ -38,9 +37,8 @@ def merge_checkpoint(ckpt, adapter, out):
         if directory.exists():
             raise FileExistsError(f"{directory} exists already: delete it, or choose another --out")
     tokenizer = load_tokenizer(ckpt)
-    with torch.device("meta"):
-        model = Llama(check_config(ckpt))
-    table, updated = tensor_table(ckpt, model), updater(model, adapter)
+    model, table = meta_model(ckpt)
+    updated = updater(model, adapter)
     sizes = {name: math.prod(stored.shape) * SIZES[stored.dtype] for name, stored in table.items()}
     shards = [[]]
     for name in table:
@@ -65,13 +63,17 @@ def merge_checkpoint(ckpt, adapter, out):
             }
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         shutil.copyfile(ckpt / "config.json", partial / "config.json")
+        config = read_json(ckpt / "config.json")
+        if config.get("tie_word_embeddings") and not model.config.tie_word_embeddings:  # its lm_head is another
+            print("lm_head is not the embedding to which config.json ties it: both are kept, and untied")
+            (partial / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}, indent=2) + "\n")
         copy_companions(ckpt, partial)
         os.rename(partial, out)
     except BaseException:
         shutil.rmtree(partial)
         raise
 
-    merged = tensor_table(out, model)
+    _, merged = meta_model(out)
     tokens, lengths = pad([tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 4)])
     real = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]: where there is no padding
     before = logits_layer_by_layer(model, tokens, lambda name: updated(name, read_tensor(table, name)))

@@ -145,11 +145,14 @@ class Run:
                 tensors[f"optimizer.{name}.{key}"] = value.cpu()
         if self.selector.scores is not None:
             tensors["scores"] = self.selector.scores
-        progress = {"progress": json.dumps({"step": step, "best": self.best, "active": self.selector.active})}
+        progress = {"step": step, "best": self.best, "active": self.selector.active, "failed": self.selector.failed}
         for log in LOGS:  # their lines up to this step are not to be lost when the state is there
             with saving(self.out / log), contextlib.suppress(FileNotFoundError):
                 flush(self.out / log)
-        write(self.out / "state.safetensors", lambda partial: save_file(tensors, partial, metadata=progress))
+        write(
+            self.out / "state.safetensors",
+            lambda partial: save_file(tensors, partial, metadata={"progress": json.dumps(progress)}),
+        )
 
     @torch.no_grad()
     def load_state(self):
@@ -170,6 +173,7 @@ class Run:
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.selector.scores = tensors.get("scores")
         self.selector.activate(progress["active"])
+        self.selector.failed = progress.get("failed", False)
         self.best, self.saved = progress["best"], progress["step"]
         if processes()[0] == 0:
             with saving(self.out):
@@ -256,13 +260,15 @@ def clear_partial(out):
 
 def draw_layers(out):
     """layers.png: the score of every layer at every probe, as a share of that probe's highest, and who was selected."""
+    probes = read_log(out / "layers.jsonl")
+    if not probes:  # none was finite
+        return
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print(
             f"layers.png needs the package matplotlib: pip install matplotlib; its numbers are in {out}/layers.jsonl"
         )
-    probes = read_log(out / "layers.jsonl")
     scores = torch.tensor([probe["scores"] for probe in probes]).T  # [L, probes]
     figure = Figure(figsize=(4 + 0.2 * len(probes), 1.5 + 0.15 * len(scores)), layout="constrained")
     axes = figure.subplots()

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import random_model, random_tokens
+from rounding import assert_close, of_model
 from safetensors.torch import load_file, save_file
 
 from extras.checkpoints import find_checkpoint, hub_cache, load_model
@@ -91,6 +92,49 @@ def test_a_checkpoint_that_fits_is_loaded_as_from_pretrained_loads_it(tmp_path, 
     for loaded in (Llama.from_pretrained(tmp_path), load_model(tmp_path), load_model(tmp_path, mapped=True)):
         assert torch.equal(loaded(tokens), model(tokens)) and not loaded.training
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def test_an_lm_head_other_than_the_embedding_that_it_is_tied_to_counts_here_and_in_what_is_written(tmp_path, capsys):
+    model, tokens = random_model(), random_tokens(1, 9)
+    model.save_pretrained(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    for load in (Llama.from_pretrained, load_model):
+        loaded = load(tmp_path / "a")
+        assert torch.equal(loaded(tokens), model(tokens)) and not loaded.config.tie_word_embeddings
+        assert "both are kept" in capsys.readouterr().out
+    assert torch.equal(load_model(tmp_path / "a", mapped=True)(tokens), model(tokens))
+    loaded.save_pretrained(tmp_path / "b")
+    assert torch.equal(Llama.from_pretrained(tmp_path / "b")(tokens), model(tokens))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("stated, expected", [("bfloat16", torch.bfloat16), (None, torch.float32)])
+def test_tensors_of_several_dtypes_become_a_model_of_one(tmp_path, model, stated, expected):
+    """The one that the config names, or the widest; a checkpoint of one dtype stays as it is."""
+    model.bfloat16().save_pretrained(tmp_path)
+    file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    assert Llama.from_pretrained(tmp_path).dtype == torch.bfloat16
+    (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": stated}))
+    tensors = load_file(file)
+    save_file({name: x.float() if "norm" in name else x for name, x in tensors.items()}, file)
+    loaded = Llama.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {expected}
+    assert_close(
+        loaded(random_tokens(1, 9)), model(random_tokens(1, 9)), **of_model(model.config), dtype=torch.bfloat16
+    )
+
+
+def test_names_that_do_not_fit_are_shown_on_both_sides_and_a_pointer_is_called_one(tmp_path, model):
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match="missing lm_head.weight; unexpected _orig_mod.lm_head.weight; missing model"):
+        load_model(tmp_path)
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    with pytest.raises(ValueError, match="is a Git LFS pointer, not the weights: git lfs pull"):
+        load_model(tmp_path)
 
 
 UP, HEAD, NORM = "model.layers.0.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"

@@ -103,6 +103,25 @@ def test_exactly_the_active_adapters_move(setup, targets, ratio):
         assert moved(model, before) == {f"{name}.{matrix}" for name in names for matrix in "AB"}
 
 
+@pytest.mark.parametrize("select", ["grad", "static", "random"])
+def test_a_probe_that_is_not_finite_is_repeated_and_until_one_succeeds_all_layers_train(setup, select):
+    model, optimizer, selector = setup(select=select)
+    norm, active = model.model.layers[1].input_layernorm.weight, []
+    for number in range(8):
+        norm.requires_grad_(True)
+        hook = norm.register_hook(lambda gradient, factor=[torch.nan, 1][number not in (0, 1, 6)]: gradient * factor)
+        norm.requires_grad_(False)
+        step(model, optimizer, selector, number)
+        hook.remove()
+        active.append((list(selector.active), selector.selected))
+    assert active[:2] == [(list(range(L)), False)] * 2 and len(active[2][0]) == 3 and active[2][1]
+    if select == "static":  # chosen once
+        assert active[3:] == [(active[2][0], False)] * 5
+        return
+    assert active[3][1] and not active[4][1] and not active[5][1]  # where a probe is due anyway
+    assert active[6] == (active[5][0], False) and active[7][1]
+
+
 def test_k_ratio_1_is_training_without_selection_to_the_bit(setup):
     with_selector, without = setup(k_ratio=1.0), setup()
     assert train(*with_selector) == train(*without[:2], None)

@@ -84,6 +84,17 @@ def test_it_says_what_rounding_has_cost_which_is_nothing_in_float32(ckpt, capsys
     assert abs(int(words[words.index("tokens") + 1]) - same) <= ties
 
 
+def test_an_lm_head_other_than_the_embedding_that_it_is_tied_to_is_kept_and_untied(ckpt, capsys):
+    config = json.loads(Path("ckpt/config.json").read_text())
+    Path("ckpt/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    expected = rosa.merge(rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"))
+    merge()
+    assert "both are kept, and untied" in capsys.readouterr().out
+    assert not json.loads(Path("out/config.json").read_text())["tie_word_embeddings"]
+    tokens = random_tokens(1, 9)
+    assert torch.equal(Llama.from_pretrained("out")(tokens), expected(tokens))
+
+
 MISTAKES = {
     "--out ckpt": "ckpt exists already",
     "--out half": "half.partial exists already",

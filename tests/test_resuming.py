@@ -452,8 +452,8 @@ def test_a_step_that_is_not_finite_is_not_applied(ckpt, monkeypatch, capsys, wha
         assert all(tensor.isfinite().all() for tensor in tensors.values())
         updates.append(max((t.item() for name, t in tensors.items() if name.endswith(".step")), default=0))
     assert updates == [0, 1, 2, 3, 4, 5, 6]
-    assert all(len(record["active_layers"]) == 1 for record in log[1:])  # a probe that tells nothing leaves k_ratio
-    assert [record["step"] for record in read_log("out", "layers.jsonl")] == [4, 7, 10]
+    assert [len(record["active_layers"]) for record in log[1:]] == [2] + [1] * 9  # all, until a probe succeeds
+    assert [record["step"] for record in read_log("out", "layers.jsonl")] == [2, 4, 7, 10]
     assert capsys.readouterr().out.count("not applied: loss ") == 4
 
 

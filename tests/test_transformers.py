@@ -83,10 +83,30 @@ def test_every_family_comes_in_and_goes_out(tmp_path, theirs):
         assert again.config.sliding_window == theirs.config.sliding_window
 
 
+AS_STORED = [  # changes of config.json that another program has made
+    {"tie_word_embeddings": True},  # beside another lm_head
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": SCALING | {"rope_type": "llama3"}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}, "rope_scaling": None},
+]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("changes", AS_STORED)
+def test_what_a_checkpoint_says_twice_counts_as_with_them(tmp_path, changes):
+    random_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = random_tokens(2, 40)
+    assert_close(Llama.from_pretrained(tmp_path)(tokens), theirs(tokens).logits)
+
+
 SWITCHED_ON = [
     ("qwen2", {"use_sliding_window": True, "sliding_window": 20}, "use_sliding_window|layer_types"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' is not impl"),
+    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, **rope(1e4)}, "'yarn' is not implemented"),
     ("llama4_text", {}, "model_type 'llama4_text' is not implemented"),
 ]
 
