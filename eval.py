@@ -22,10 +22,16 @@ import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
 from extras import inference, kernels, peft_methods
-from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, say_if_bfloat16_is_slow
+from extras.checkpoints import (
+    check_finite,
+    choose_device_and_dtype,
+    find_checkpoint,
+    load_model,
+    say_if_bfloat16_is_slow,
+)
 from extras.commands import count, run_script, script_parser
 from extras.distributed import gather, gather_rounds, processes
-from extras.predictions import Predictions, settings_hash
+from extras.predictions import Predictions, fingerprint
 
 MOVED = {"--loss": "forgetting FILE ...", "--activations": "figure1 PNG", "--compare": "compare RUN ..."}
 
@@ -49,6 +55,7 @@ def parse_args(arguments=None):
     scores = ("generate", "likelihood")
     add("--score", default="generate", choices=scores, help="by its answer, or its likeliest option")
     add = parser.add_argument_group("more").add_argument
+    add("--skip-empty", action="store_true", help="leave out examples with an empty field")
     add("--plain", action="store_true", help="model.py alone: nothing from extras/kernels.py and extras/inference.py")
     add("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
@@ -72,6 +79,7 @@ def main(args):
         peft_methods.load_adapter(model, args.adapter)  # one of RoSA's, by rosa.load_adapter, or of PEFT's own
         if dtype == torch.float32:  # bfloat16 weights would round the adapter's part away; PEFT's own stay as they are
             rosa.merge(model)
+    check_finite(model)
     gather()  # wait: none begins before all are set up
     if not args.plain:
         kernels.accelerate(model, inference=True)
@@ -82,7 +90,9 @@ def main(args):
     print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; adapter: {adapter}")
 
     # --- the loop ---
-    predictions = Predictions(args.out, settings_hash(args, ckpt, dtype), questions)  # what is answered already
+    limit = args.max_new_tokens if args.score == "generate" else None
+    made_by = fingerprint(ckpt, args.adapter, [args.score, limit, dtype])
+    predictions = Predictions(args.out, "-".join(map(str, made_by.values())), questions)  # what is answered already
     right, new_tokens = sum(line["correct"] for line in predictions.lines.values()), 0
     bar = tqdm(
         total=len(questions), initial=len(predictions.lines), unit="example", dynamic_ncols=True, disable=rank > 0
@@ -98,7 +108,8 @@ def main(args):
         for number, response, num_tokens in answered:
             name, _, example, _ = questions[number]
             correct = tasks.is_correct(name, response, example["answer"])
-            predictions.add(number, response, tasks.extract_answer(name, response), correct)
+            finish_reason = "length" if num_tokens == limit else "stop"
+            predictions.add(number, response, tasks.extract_answer(name, response), correct, finish_reason)
             right += correct
             new_tokens += num_tokens
         speed = f"  {new_tokens / (time.perf_counter() - start):,.0f} new tokens/s" if new_tokens else ""
@@ -110,8 +121,10 @@ def main(args):
     correct = {name: [] for name in names if name not in absent}
     for line in predictions.lines.values():
         correct[line["set"]].append(line["correct"])
-    results = score(correct) | {"score": args.score}
+    results = score(correct) | {"score": args.score} | made_by
     print_table(names, results)
+    if cut := sum(line["finish_reason"] == "length" for line in predictions.lines.values()):
+        print(f"{cut:,} answers were cut at --max-new-tokens {limit}")
     if absent:
         print(f"absent from {args.data_dir}: {', '.join(absent)}. To get them: {tasks.how_to_get(args.data_dir)}")
     predictions.finish(results)
@@ -148,6 +161,8 @@ def most_likely(plain, model, tokenizer, questions):
         scores = [[log_likelihood(model, prompt, option) for option in each] for prompt, each in zip(prompts, ids)]
     else:
         scores = inference.log_likelihoods(model, prompts, ids)
+    if not all(map(math.isfinite, sum(scores, []))):
+        raise FloatingPointError("the likelihoods are not finite: try --dtype float32")
     return [texts[int(np.argmax(score))] for texts, score in zip(options, scores)]
 
 
@@ -219,7 +234,7 @@ def load_questions(args, tokenizer):
     ids))."""
     names, absent, questions = tasks.test_sets(args.task), [], []
     for name in names:
-        examples = tasks.test_examples(name, args.data_dir)
+        examples = tasks.test_examples(name, args.data_dir, args.skip_empty)
         if examples is None:
             absent.append(name)
             continue

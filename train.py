@@ -91,7 +91,8 @@ def parse_args(arguments=None):
     add("--score-ema", type=float, default=0.0, help="share of the old score in a layer's new one")
     add("--micro-batch-size", type=count, default=4, help="examples per forward pass")
     add("--seed", type=seed, default=0, help="of the adapters, the held-out examples and the order")
-    add("--val-size", type=count, default=300, help="training examples held out for validation")
+    add("--val-size", type=count, help="examples held out for validation (default: a tenth, at most 300)")
+    add("--skip-empty", action="store_true", help="leave out examples with an empty field")
     add("--eval-every", type=count, default=100, help="optimiser steps between validations")
     add("--save-every", type=count, default=100, help="optimiser steps between saves for --resume")
     add("--plain", action="store_true", help="model.py's own formulas: nothing from extras/kernels.py")
@@ -296,17 +297,18 @@ def attach(args, model):
 def load_data(args, tokenizer):
     """(training examples, validation examples, the training examples' places in their file, how many were longer than
     --max-len). An example is (prompt ids, response ids), the end-of-sequence token included."""
-    examples = tasks.train_examples(args.task, args.data_dir, args.train_file)
+    examples = tasks.train_examples(args.task, args.data_dir, args.train_file, args.skip_empty)
     encoded = [
         tasks.encode_example(example, tokenizer)
         for example in tqdm(examples, desc="tokenizing", leave=False, disable=processes()[0] > 0 or None)
     ]
     kept = [i for i, (prompt, response) in enumerate(encoded) if len(prompt) + len(response) <= args.max_len]
-    if len(kept) <= args.val_size:
+    val_size = args.val_size or min(300, max(1, len(kept) // 10))
+    if len(kept) <= val_size:
         fitting = f"{len(kept)} of {len(encoded)} examples have at most --max-len {args.max_len} tokens"
-        raise ValueError(f"{fitting}: too few to hold --val-size {args.val_size} of them out and train on the rest")
+        raise ValueError(f"{fitting}: too few to hold --val-size {val_size} of them out and train on the rest")
     random.Random(args.seed).shuffle(kept)
-    held_out, places = kept[: args.val_size], kept[args.val_size :]
+    held_out, places = kept[:val_size], kept[val_size:]
     return [encoded[i] for i in places], [encoded[i] for i in held_out], places, len(encoded) - len(kept)
 
 

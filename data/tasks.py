@@ -80,11 +80,13 @@ def how_to_get(data_dir):
     return "python data/download.py all" + ("" if data_dir == DATA_DIR else f" --dir {data_dir}")
 
 
-def train_examples(task, data_dir, train_file=None):
-    """The training examples of a task. Raises ValueError or OSError with a line for the user."""
+def train_examples(task, data_dir, train_file=None, skip_empty=False):
+    """The training examples of a task; `skip_empty` as in `load_examples`. Raises ValueError or OSError with a line for
+    the user."""
     if train_file:
         beside = Path(data_dir) / "ft-training_set" / train_file
-        return load_examples(beside if beside.is_file() and not Path(train_file).is_file() else train_file)
+        file = beside if beside.is_file() and not Path(train_file).is_file() else train_file
+        return load_examples(file, skip_empty=skip_empty)
     if task == "toy":
         return toy.examples("train", TOY_SIZES["train"])
     if task not in TRAIN_FILES:
@@ -95,18 +97,18 @@ def train_examples(task, data_dir, train_file=None):
     file = Path(data_dir) / "ft-training_set" / TRAIN_FILES[task]
     if not file.is_file():
         raise FileNotFoundError(f"{file} is absent. To get it: {how_to_get(data_dir)}")
-    return load_examples(file)
+    return load_examples(file, skip_empty=skip_empty)
 
 
-def test_examples(name, data_dir):
-    """The examples of one test set, or None where its file is absent."""
+def test_examples(name, data_dir, skip_empty=False):
+    """The examples of one test set, or None where its file is absent; `skip_empty` as in `load_examples`."""
     if name == "toy":
         return toy.examples("test", TOY_SIZES["test"])
     file = Path(data_dir) / "dataset" / name / "test.json"
     if not file.is_file():
         return None
-    examples = load_examples(file, needed=("instruction", "answer"))
-    for i, example in enumerate(examples):
+    placed = placed_examples(file, ("instruction", "answer"), skip_empty)
+    for place, example in placed:
         answer = example["answer"]
         try:
             choice = name in CHOICES or name == "AQuA"
@@ -117,49 +119,88 @@ def test_examples(name, data_dir):
             possible = False
         if not possible:
             kind = "choice" if choice else "number"
-            raise ValueError(f"{file}, record {i}: the answer {answer!r:.50} is not a {kind} of {name}: fix it")
-    return examples
+            raise ValueError(f"{file}, {place}: the answer {answer!r:.50} is not a {kind} of {name}: fix it")
+    return [example for _, example in placed]
 
 
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))  # the same by three names
 
 
-def load_examples(file, needed=("instruction", "output")):
-    """The examples in a JSON array, or in JSON Lines, as dicts of text: "instruction", "input", "output", "answer", of
-    which each has `needed`; a question and its response may go by any names in PAIRS. Raises ValueError naming file and
-    record."""
-    examples = []
+def load_examples(file, needed=("instruction", "output"), skip_empty=False):
+    """The examples in a JSON array, or in JSON Lines, as dicts: their fields `needed`, of "instruction", "output" and
+    "answer", are text, as is "input" where there is one; whatever else a record holds is not looked at. A question and
+    its response may go by any names in PAIRS. Raises ValueError naming file and record, unless `skip_empty` leaves out
+    the records in which a needed field is empty or null."""
+    return [example for _, example in placed_examples(file, needed, skip_empty)]
+
+
+def placed_examples(file, needed, skip_empty):
+    """`load_examples`, each example with its place in the file: (place, example)."""
+    examples, empty = [], []
     for place, record in read_records(file):
         if not isinstance(record, dict):
-            raise ValueError(f"{place}: not an object but {type(record).__name__}")
-        prompt, response = next((pair for pair in PAIRS if pair[0] in record), PAIRS[0])
-        names = {"instruction": prompt, "input": "input", "output": response, "answer": "answer"}
-        for field, name in names.items():
-            if field in needed and name not in record:
-                raise ValueError(f"{place}: the field {name!r} is missing")
-            if field in needed and not record[name]:
-                raise ValueError(f"{place}: the field {name!r} is empty")
-            if not isinstance(record.get(name, ""), str):
-                raise ValueError(f"{place}: the field {name!r} is not text but {record[name]!r:.50}")
-            if not is_unicode(record.get(name, "")):
-                raise ValueError(f"{place}: the field {name!r} holds half a character, which cannot be encoded: fix it")
-        examples.append(record | {field: record[name] for field, name in names.items() if name in record})
+            raise ValueError(f"{file}, {place}: not an object but {type(record).__name__}")
+        texts = {name: as_text(value) for name, value in record.items()}
+        there = [name for name, text in texts.items() if text is not None]
+        choices = [{"instruction": p, "input": "input", "output": r, "answer": "answer"} for p, r in PAIRS]
+        # The most complete pair: a record may hold a prompt beside a question, or every name with nulls in most.
+        names = max(choices, key=lambda names: [sum(names[f] in held for f in needed) for held in (there, record)])
+        if missing := [repr(names[field]) for field in needed if names[field] not in record]:
+            listed = ", ".join(map(repr, there)) or "{}"
+            raise ValueError(
+                f"{file}, {place} has no {' and no '.join(missing)}, only {listed:.200}: rename or add fields"
+            )
+        used = {field: texts[names[field]] for field in (*needed, "input") if names[field] in record}
+        for field, text in used.items():
+            what = f"{file}, {place}: the field {names[field]!r}"
+            if not isinstance(text, (str, type(None))):
+                raise ValueError(f"{what} is not text but {text!r:.50}")
+            if not is_unicode(text or ""):
+                raise ValueError(f"{what} holds half a character, which cannot be encoded: fix it")
+        if blank := [repr(names[field]) for field in needed if not used[field]]:
+            empty.append((place, blank))
+        else:
+            examples.append((place, record | used))
+    if empty and not skip_empty:
+        fields, first = " or ".join(dict.fromkeys(name for _, blank in empty for name in blank)), empty[0][0]
+        where, them = (f"{len(empty)} records, the first is {first}", "them") if len(empty) > 1 else (first, "it")
+        advice = f"delete {them}, or leave {them} out with --skip-empty"
+        raise ValueError(f"{file}: the field {fields} is empty in {where}: {advice}")
     if not examples:
-        raise ValueError(f"{file} must hold at least one example: a JSON array of them, or one a line")
+        kind = "at least one example" + " without an empty field" * bool(empty)
+        raise ValueError(f"{file} must hold {kind}: a JSON array of them, or one a line")
     return examples
 
 
+def as_text(value):
+    """A number or a truth value as JSON spells it; None for null and for NaN, which pandas has for an empty cell."""
+    if value is None or value != value:
+        return None
+    return json.dumps(value) if isinstance(value, (bool, int, float)) else value
+
+
 def read_records(file):
-    """(where it stands, value) of every element of a JSON array, or of every line of JSON Lines."""
+    """(place, value) of every element of a JSON array, or of every line of JSON Lines; a place is "record 0"."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
     if text.lstrip().startswith("["):
-        return [(f"{file}, record {i}", value) for i, value in enumerate(parse(text, file))]
+        return [(f"record {i}", value) for i, value in enumerate(parse(text, file))]
+    if goes_over_lines(text.lstrip()):
+        advice = "put it in [ ], with a comma between objects, or each object on one line"
+        raise ValueError(f"{file} holds a JSON object over several lines: {advice}")
     # Not splitlines: a string in JSON may hold what Unicode takes for the end of a line.
-    lines = [(f"{file}, line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [(place, parse(line, place)) for place, line in lines]
+    lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(place, parse(line, f"{file}, {place}")) for place, line in lines]
+
+
+def goes_over_lines(text):
+    """Whether the first JSON value of a text goes on after its first line."""
+    try:
+        return "\n" in text[: json.JSONDecoder().raw_decode(text)[1]]
+    except (ValueError, RecursionError):
+        return False
 
 
 def parse(text, place):
@@ -185,6 +226,14 @@ CHOICES = {
     "winogrande": r"option[12]",
 }
 CHOICES |= dict.fromkeys(("social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookqa"), r"answer[1-5]")
+SAID = r"[Aa]nswer(?: is|:)[\s:*(]*([A-E])\b"
+# "A train": the article, which opens a sentence; {} is what may follow the letter A instead.
+ARTICLE = r"(?<![a-z,] )\bA (?!(?:{})\b(?!-))[a-z]"
+# In "Answer: A because ...": words that follow no article.
+AFTER_LETTER = (
+    "is was has gives equals works fits satisfies matches makes yields because since as for and or but so not by with "
+    "from if when where which that would the it we"
+)
 
 
 def extract_answer(name, response):
@@ -196,9 +245,10 @@ def extract_answer(name, response):
     if name in CHOICES:
         return next(iter(re.findall(CHOICES[name], response)), "")
     if name == "AQuA":
-        text = re.sub(r"(?<![a-z,] )\bA (?!is\b)[a-z]", "", response)  # "A train": the article, which opens a sentence
-        said = re.findall(r"[Aa]nswer(?: is|:)[\s:*(]*([A-E])\b", text)
-        return next(reversed(said or re.findall(r"\b[A-E]\b", text)), "")
+        no_article = re.sub(ARTICLE.format(AFTER_LETTER.replace(" ", "|")), "", response)
+        alone = re.findall(r"\b[A-E]\b", re.sub(ARTICLE.format("is"), "", response))
+        # Where there is no other letter, an A that may be an article is the choice.
+        return next(reversed(re.findall(SAID, no_article) or alone or re.findall(SAID, response)), "")
     # A point begins a number only where no word ends: "Rs.75" is 75.
     return next(reversed(re.findall(r"-?(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)", response.replace(",", ""))), "")
 

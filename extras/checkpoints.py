@@ -159,6 +159,14 @@ def meta_model(ckpt):
     return model, tensor_table(ckpt, model, stored)
 
 
+def check_finite(model):
+    """Raise FloatingPointError naming a weight or an adapter's matrix that holds a NaN or an infinity, of which every
+    answer would be one. Their sum has it too, and takes one reading of the weights."""
+    for name, parameter in model.named_parameters():
+        if not parameter.sum(dtype=torch.float32).isfinite():
+            raise FloatingPointError(f"{name} holds numbers that are not finite: download it, or train it, again")
+
+
 # What config.json may say: name -> the largest whole number; beyond, even a model without memory cannot be made.
 WHOLE_NUMBERS = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), 2**24)
 WHOLE_NUMBERS |= {"num_hidden_layers": 2**10, "max_position_embeddings": 2**24}

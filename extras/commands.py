@@ -39,6 +39,8 @@ def run_script(name, parse_args, main, arguments, go_on):
         fail(name, error)
     except Stop as stop:
         end(name, f"{stop}. {go_on(arguments)}", stop.status)
+    except FloatingPointError as error:  # what is not finite, and no mistake of the command line
+        end(name, f"{error}. {go_on(arguments)}", 1)
     except KeyboardInterrupt:
         end(name, f"interrupted. {go_on(arguments)}", 130)
     except RuntimeError as error:
@@ -160,6 +162,8 @@ def run_command(name, main, args):
         main(args)
     except (ValueError, OSError, ImportError) as error:
         fail(name, error)
+    except FloatingPointError as error:
+        end(name, error, 1)
     except KeyboardInterrupt:
         end(name, "interrupted", 130)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from extras.checkpoints import read_json
 from extras.commands import command_parser, run_command
+from extras.predictions import adapter_hash
 
 ABSENT = "–"
 
@@ -18,9 +19,11 @@ def row_of(run):
     held = {name: read_json(run / f"{name}.json", missing={}) for name in ("args", "summary", "results", "losses")}
     if not any(held.values()):
         raise FileNotFoundError(f"{run} is no run directory: it has no args.json, results.json or losses.json")
+    for name in ("results", "losses"):
+        if held[name] and not is_of(held[name], run):
+            print(f"{run / name}.json is not shown: what made it is not the adapter that is there now, or not known")
+            held[name] = {}
     options, summary, results = held["args"], held["summary"], held["results"]
-    if "scores" in results and "counts" not in results:
-        raise ValueError(f"{run / 'results.json'} has no counts: run eval.py on it again")
     settings = ("targets", "rank", "alpha", "low_freq_ratio", "pairs", "k_ratio", "lr")
     method = [
         options.get("method", "base"),
@@ -33,11 +36,16 @@ def row_of(run):
     for name, score in results.get("scores", {}).items():
         low, high = results["intervals"][name]
         row[f"{name} (n = {results['counts'][name]:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"
-    row |= {f"loss on {name}": f"{loss:.4f}" for name, loss in held["losses"].items()}
+    row |= {f"loss on {name}": f"{loss:.4f}" for name, loss in held["losses"].get("losses", {}).items()}
     if summary:
         row["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
         row["peak memory"] = f"{summary['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in summary else ABSENT
     return row
+
+
+def is_of(result, run):
+    """Whether a result says what made it, and that is the adapter of the run, where there is one."""
+    return "adapter" in result and adapter_hash(run) in (None, result["adapter"])
 
 
 def main(args):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from extras import peft_methods
+from extras import checkpoints, peft_methods
 from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, say_if_bfloat16_is_slow
 from extras.commands import add_model_arguments, command_parser, run_command
 
@@ -100,6 +100,7 @@ def main(args):
         raise ValueError(f"{args.task}: a prompt has {longest} tokens, more than the model's {model.config.limit}")
     if args.adapter:
         peft_methods.load_adapter(model, args.adapter)
+    checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
     means, first_low = mean_norms(model, prompts), first_low_frequency_pair(model)
     half = model.config.head_dim // 2

@@ -6,6 +6,7 @@ Without it: model.loss(tokens, labels) on text of one's own.
 """
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -13,18 +14,20 @@ from tqdm import tqdm
 
 from data import tasks
 from data.tokenizer import load_tokenizer
-from extras import peft_methods
+from extras import checkpoints, peft_methods
 from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, read_json, say_if_bfloat16_is_slow
 from extras.commands import add_model_arguments, command_parser, run_command
+from extras.predictions import fingerprint
 from extras.runs import write_whole
 
 PIECE = 256  # tokens
 
 
-def load_texts(file, tokenizer, limit):
+def load_texts(file, tokenizer, limit, skip_empty=False):
     """A file as pairs (context ids, ids to predict): the examples of a .json or .jsonl, else the text in pieces."""
     if file.suffix in (".json", ".jsonl"):
-        return [tasks.encode_example(example, tokenizer) for example in tasks.load_examples(file)[:limit]]
+        examples = tasks.load_examples(file, skip_empty=skip_empty)
+        return [tasks.encode_example(example, tokenizer) for example in examples[:limit]]
     try:
         ids = tokenizer.encode(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
@@ -54,7 +57,7 @@ def main(args):
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
-    texts = {file: load_texts(file, tokenizer, args.limit) for file in args.files}
+    texts = {file: load_texts(file, tokenizer, args.limit, args.skip_empty) for file in args.files}
     model = load_model(ckpt, device, dtype)
     for file, pairs in texts.items():
         for i, (context, predicted) in enumerate(pairs):
@@ -64,15 +67,21 @@ def main(args):
                 )
     if args.adapter:
         peft_methods.load_adapter(model, args.adapter)
+    checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
     out = Path(args.out or args.adapter or f"runs/{ckpt.name}-base")
     out.mkdir(parents=True, exist_ok=True)
-    losses = read_json(out / "losses.json", missing={})
+    made_by = fingerprint(ckpt, args.adapter and Path(args.adapter), dtype)
+    before = read_json(out / "losses.json", missing={})
+    losses = before.get("losses", {}) if made_by.items() <= before.items() else {}  # those of the same adapter
     for file, pairs in texts.items():
-        losses[file.stem] = mean_loss(model, pairs, file.name)
+        name = file.with_suffix("").as_posix()
+        losses[name] = mean_loss(model, pairs, file.name)
+        if not math.isfinite(losses[name]):
+            raise FloatingPointError(f"the loss on {file} is {losses[name]}: try --dtype float32")
         count = sum(len(predicted) for _, predicted in pairs)
-        print(f"{file.name:<32}{count:>9,} tokens   {losses[file.stem]:.4f} nats per token")
-    write_whole(out / "losses.json", json.dumps(losses, indent=2) + "\n")
+        print(f"{name:<32}{count:>9,} tokens   {losses[name]:.4f} nats per token")
+    write_whole(out / "losses.json", json.dumps(made_by | {"losses": losses}, indent=2) + "\n")
 
 
 def run(arguments=None):
@@ -81,6 +90,7 @@ def run(arguments=None):
         "files", nargs="+", type=Path, metavar="FILE", help=".json or .jsonl of training examples, or any other text"
     )
     add_model_arguments(parser)
+    parser.add_argument("--skip-empty", action="store_true", help="leave out examples with an empty field")
     parser.add_argument("--limit", type=int, help="only the first so many examples or pieces of each file")
     parser.add_argument("--out", help="where losses.json goes (default: the adapter's directory, or runs/<ckpt>-base)")
     args = parser.parse_args(arguments)

@@ -57,7 +57,9 @@ def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=Non
             new, waiting = waiting[:free], waiting[free:]
             x = torch.cat((x, prefill(model, [prompts[i] for i in new], cache, len(running))))
             running += new
-        next_ids = model.logits(x).float().argmax(-1)  # [n]; float: on a CPU argmax is slow in bfloat16
+        highest, next_ids = model.logits(x).float().max(-1)  # [n] each; float: on a CPU this is slow in bfloat16
+        if not highest.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite: try --dtype float32")
         unfinished = []
         for slot, (i, token) in enumerate(zip(running, next_ids.tolist())):
             if token not in eos_ids:

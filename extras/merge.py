@@ -118,6 +118,9 @@ def updater(model, directory):
         peft_type = arguments["peft"]["peft_type"]
         raise ValueError(f"{directory} is an adapter of peft's own, of type {peft_type}: only peft can merge it")
     rosa.check_lora(directory, tensors, model, arguments)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{directory}: {name} holds numbers that are not finite: train it again")
 
     def updated(name, weight):
         name = f"base_model.model.{name.removesuffix('.weight')}"

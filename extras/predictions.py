@@ -5,15 +5,18 @@ Without it: print(response) in the loop of eval.py.
 
 import hashlib
 import json
+from pathlib import Path
 
 from extras.distributed import gather, processes
 from extras.runs import read_log, write_whole
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class Predictions:
     """The answers so far: number of the question -> its line. questions: (test set, index, example, prompt ids) tuples.
 
-    settings: what the answers depend on beside the question, `settings_hash`; lines with other settings don't count."""
+    settings: what the answers depend on beside the question, as text; lines with other settings don't count."""
 
     def __init__(self, out, settings, questions):
         self.out, self.settings, self.questions = out, settings, questions
@@ -23,10 +26,10 @@ class Predictions:
         if lines and not answered:
             print(f"answers    those in {self.path} are of another adapter or other settings: starting anew")
         self.lines = {}
-        for number, (name, i, example, _) in enumerate(questions):
-            line = answered.get((name, i))
-            if line and (line["instruction"], line["answer"]) == (example["instruction"], example["answer"]):
-                self.lines[number] = answered.pop((name, i))
+        for number, (name, i, example, prompt) in enumerate(questions):
+            line = answered.pop((name, i), None)
+            if line and (line["prompt"], line["answer"]) == (hash_of(prompt), example["answer"]):
+                self.lines[number] = line
         self.other_lines = list(answered.values())  # of questions that are not asked now: they are kept
         if self.lines:
             print(f"answers    {len(self.lines):,} of {len(questions):,} are in {self.path} already")
@@ -44,11 +47,12 @@ class Predictions:
         numbers = set(range(len(self.questions))) - set(self.lines)
         return sorted(numbers, key=lambda number: (-len(self.questions[number][3]), number))
 
-    def add(self, number, response, extracted, correct):
-        """An answer, on disk at once."""
-        name, i, example, _ = self.questions[number]
+    def add(self, number, response, extracted, correct, finish_reason):
+        """An answer, on disk at once. finish_reason: "stop", or "length" where it was cut at --max-new-tokens."""
+        name, i, example, prompt = self.questions[number]
         line = {"set": name, "index": i, "instruction": example["instruction"], "answer": example["answer"]}
-        line |= {"response": response, "extracted": extracted, "correct": correct, "settings": self.settings}
+        line |= {"response": response, "extracted": extracted, "correct": correct, "finish_reason": finish_reason}
+        line |= {"prompt": hash_of(prompt), "settings": self.settings}
         self.lines[number] = line
         if processes()[0] == 0:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -62,17 +66,29 @@ class Predictions:
         print(f"every answer is in {self.path}")
 
 
-def settings_hash(args, ckpt, dtype):
-    """What an answer depends on beside its question, in twelve characters."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(ckpt.glob("*.safetensors"))]
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    adapter = args.adapter and [(args.adapter / name).read_bytes() for name in names]
-    limit = args.max_new_tokens if args.score == "generate" else None
-    content = [(ckpt / "config.json").read_bytes(), files, adapter, args.score, limit, dtype]
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+def fingerprint(ckpt, adapter, settings):
+    """What a result belongs to, each in twelve characters: the checkpoint, the adapter (None: none), the settings."""
+    return {"checkpoint": checkpoint_hash(ckpt), "adapter": adapter_hash(adapter), "settings": hash_of(settings)}
+
+
+def checkpoint_hash(ckpt):
+    """Of all its small files, the tokenizer's too, and of the names, sizes and times of its weights."""
+    small = [file for file in sorted(ckpt.iterdir()) if file.suffix in (".json", ".model", ".txt", ".jinja")]
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(ckpt.glob("*.safetensors"))]
+    return hash_of([(file.name, file.read_bytes()) for file in small] + weights)
+
+
+def adapter_hash(directory):
+    """None where no adapter is."""
+    files = [directory / name for name in ADAPTER_FILES] if directory else []
+    return hash_of([file.read_bytes() for file in files]) if files and all(map(Path.is_file, files)) else None
+
+
+def hash_of(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
 
 
 def read_lines(path):
     """The lines of a predictions.jsonl, but a last one that was cut short, and whatever else is no answer."""
-    needed = {"set", "index", "instruction", "answer", "correct"}
+    needed = {"set", "index", "prompt", "answer", "correct"}
     return [line for line in read_log(path) if isinstance(line, dict) and needed <= line.keys()]

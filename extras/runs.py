@@ -31,6 +31,8 @@ FORMAT = 2  # of a run directory; 1 had no number, and kept the optimiser's mome
 LOGS = ("log.jsonl", "layers.jsonl")
 # What may differ between a run and its resumption.
 NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations", "shard", "plain")
+# With micro-batches of another size the losses are the same to rounding only. Of what these name hashes are compared.
+NOT_COMPARED += ("micro_batch_size", "ckpt", "data_dir", "train_file", "peft_config")
 
 
 class Run:
@@ -190,6 +192,8 @@ class Run:
         if processes()[0] > 0:
             return
         before, *steps = read_log(self.out / "log.jsonl")
+        if self.best == before["val_loss"]:
+            print(f"nothing improved on the loss before training: the {best} kept is the untrained one")
         summary = {
             "trainable": sum(p.numel() for p in self.trainable.values()),
             "parameters": sum(p.numel() for p in self.model.parameters()),

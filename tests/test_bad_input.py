@@ -319,7 +319,7 @@ def array(text):
     return f'[{{"instruction": {text}, "output": "b", "answer": "1"}}]'
 
 
-ONE, NONE = array('"a"')[1:-1], "test.json must hold at least one example"
+ONE, EMPTY, NONE = array('"a"')[1:-1], array('""')[1:-1], "test.json must hold at least one example"
 FILES = {  # name -> (what the file holds, words of the line)
     "an empty array": ("[]", NONE),
     "only spaces": (" \n ", NONE),
@@ -328,10 +328,19 @@ FILES = {  # name -> (what the file holds, words of the line)
     "a number of 5,000 digits": (f"[{'9' * 5000}]", "test.json: not JSON"),
     "a line cut short": (f'{ONE}\n\n{{"instruction": "a", "output"\n', "test.json, line 3: not JSON: Expecting"),
     "a record that is a number": ("[1]", "test.json, record 0: not an object but int"),
-    "a field missing": (f'[{ONE}, {{"instruction": "a"}}]', "test.json, record 1: the field"),
-    "a field null": (array("null"), "test.json, record 0: the field 'instruction' is empty"),
-    "a field empty": (array('""'), "test.json, record 0: the field 'instruction' is empty"),
-    "an input a number": (ONE[:-1] + ', "input": 3}', "test.json, line 1: the field 'input' is not text but 3"),
+    "a field missing": (f'[{ONE}, {{"instruction": "a"}}]', "test.json, record 1 has no '", "', only 'instruction': "),
+    "halves of two pairs": ('[{"prompt": "a", "question": "b"}]', "0 has no '", "', only 'prompt', 'question': rename"),
+    "a record without fields": ("[{}]", "record 0 has no 'instruction' and no '", "', only {}: rename or add fields"),
+    "a field null": (array("null"), "test.json: the field 'instruction' is empty in record 0: delete it, or leave it"),
+    "fields empty": (
+        f"{EMPTY}\n{ONE}\n{EMPTY}",
+        "'instruction' is empty in 2 records, the first is line 1: delete them",
+    ),
+    "an input a list": (ONE[:-1] + ', "input": [3]}', "test.json, line 1: the field 'input' is not text but [3]"),
+    "an object over lines": (
+        ONE.replace(",", ",\n"),
+        "test.json holds a JSON object over several lines: put it in [ ]",
+    ),
     "a prompt a list": ('[{"prompt": [{}], "completion": "b", "answer": "1"}]', "record 0: the field 'prompt' is not"),
     "half a character": (ONE[:-1] + ', "input": "\\ud800"}', "the field 'input' holds half a character, which"),
     "too long": (array(json.dumps("a b " * 1000)), "tokens"),

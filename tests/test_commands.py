@@ -3,6 +3,7 @@
 import argparse
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def test_the_loss_on_anything_else(ckpt):
     sentences = [f"{name} has {n} pears, and no more.\n" for n, name in enumerate(toy.GIRLS * 3)]
     Path("notes.txt").write_text("".join(sentences))
     forgetting.run("other.json notes.txt --ckpt ckpt --limit 10 --out out --dtype float32".split())
-    losses = json.loads(Path("out/losses.json").read_text())
+    losses = json.loads(Path("out/losses.json").read_text())["losses"]
     model, tokenizer = Llama.from_pretrained("ckpt"), load_tokenizer("ckpt")
     pairs = [tasks.encode_example(example, tokenizer) for example in toy.examples("train", 10)]
     ids = tokenizer.encode("".join(sentences))
@@ -40,8 +41,11 @@ def test_the_loss_on_anything_else(ckpt):
     rounding = of_model(model.config)
     assert losses["other"] == near(examples / sum(len(response) for _, response in pairs), **rounding)
     assert len(parts) > 2 and losses["notes"] == near(text / len(ids), **rounding)
-    forgetting.run("other.json --ckpt ckpt --limit 3 --out out".split())
-    assert set(json.loads(Path("out/losses.json").read_text())) == {"other", "notes"}
+    for folder in "ab":
+        Path(folder).mkdir()
+        shutil.copy("other.json", folder)
+        forgetting.run(f"{folder}/other.json --ckpt ckpt --limit 3 --out out --dtype float32".split())
+    assert set(json.loads(Path("out/losses.json").read_text())["losses"]) == {"other", "notes", "a/other", "b/other"}
 
 
 def test_activations_are_the_norms_of_q_and_k(ckpt, monkeypatch, capsys):
@@ -89,6 +93,28 @@ def test_runs_side_by_side(ckpt, capsys):
     assert a["method"].startswith(settings) and a["peak memory"].endswith("MiB")
     assert a["toy (n = 8)"].startswith("0.0% (0.0–32.4)")
     assert (base["method"], base["tokens/s"]) == ("base", "–") and float(base["loss on other"]) > 1
+
+
+@pytest.mark.parametrize("how", ["trained anew", "of an earlier version"])
+def test_a_result_of_another_adapter_is_not_shown(ckpt, capsys, how):
+    run(train, *QUICK, "--max-steps", 2, "--out", "a")
+    run(eval_script, *"--ckpt ckpt --limit 8 --max-new-tokens 5 --adapter a".split())
+    Path("other.json").write_text(json.dumps(toy.examples("train", 5)))
+    forgetting.run(["other.json", "--ckpt", "ckpt", "--adapter", "a"])
+    capsys.readouterr()
+    compare.run(["a"])
+    assert "toy (n = 8)" in (shown := capsys.readouterr().out) and "loss on other" in shown
+    if how == "trained anew":
+        run(train, *QUICK, "--max-steps", 2, "--out", "a", "--overwrite", "--seed", 1)
+    else:
+        results = json.loads(Path("a/results.json").read_text())
+        Path("a/results.json").write_text(json.dumps({key: x for key, x in results.items() if key != "adapter"}))
+        Path("a/losses.json").write_text('{"other": 1.5}')
+    capsys.readouterr()
+    compare.run(["a"])
+    shown = capsys.readouterr().out
+    assert "toy (n = 8)" not in shown and "loss on other" not in shown and "validation loss" in shown
+    assert "a/results.json is not shown" in shown and "a/losses.json is not shown" in shown
 
 
 # --- what the scripts say ---

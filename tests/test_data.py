@@ -17,9 +17,10 @@ def test_toy_problems_are_right_and_train_and_test_share_no_numbers(monkeypatch)
     keys, problem, split_keys = {}, toy.problem, {"train": set(), "test": set()}
 
     def recording(rng):
-        key, setup, question, *rest = problem(rng)
+        key, setup, question, steps, conclusion = problem(rng)
         keys[f"{setup} {question}"] = key
-        return key, setup, question, *rest
+        assert steps[-1].rstrip(".").split(" = ")[1] in conclusion.split()
+        return key, setup, question, steps, conclusion
 
     monkeypatch.setattr(toy, "problem", recording)
     for split, seed in (("train", 0), ("train", 1), ("test", 0), ("test", 1)):
@@ -73,6 +74,81 @@ def test_a_persons_own_examples(tmp_path, fields, lines):
     examples = tasks.load_examples(tmp_path / "data")
     assert [{key: example[key] for key in plain} for plain, example in zip(PLAIN, examples, strict=True)] == PLAIN
     assert tasks.prompt_text(examples[1]) == tasks.prompt_text(PLAIN[1])
+
+
+def load(tmp_path, *records, **options):
+    (tmp_path / "data").write_text(json.dumps(records))
+    return tasks.load_examples(tmp_path / "data", **options)
+
+
+def test_null_is_absent_and_a_number_is_its_text(tmp_path):
+    plain = {"instruction": "Add.", "output": "3"}
+    for absent in (None, float("nan"), ""):
+        (example,) = load(tmp_path, plain | {"input": absent})
+        assert tasks.prompt_text(example) == tasks.prompt_text(plain)
+    for value, text in ((0, "0"), (-2.5, "-2.5"), (True, "true"), (False, "false")):
+        (example,) = load(tmp_path, {"prompt": "Add.", "input": value, "completion": value})
+        assert example["input"] == example["output"] == text
+    test_set = tmp_path / "dataset" / "boolq" / "test.json"
+    test_set.parent.mkdir(parents=True)
+    test_set.write_text('[{"instruction": "a", "input": null, "output": null, "answer": false}]')
+    assert tasks.test_examples("boolq", tmp_path)[0]["answer"] == "false"
+
+
+@pytest.mark.parametrize("unused", [None, 7, "", [1], {"a": 1}, "\ud800"])
+def test_a_field_that_is_not_used_is_not_looked_at(tmp_path, unused):
+    (example,) = load(tmp_path, {"instruction": "a", "output": "b", "answer": unused, "prompt": unused, "id": unused})
+    assert (example["instruction"], example["output"]) == ("a", "b")
+    needed = "instruction", "answer"
+    (example,) = load(tmp_path, {"instruction": "a", "output": unused, "answer": 7}, needed=needed)
+    assert (example["instruction"], example["answer"]) == ("a", "7")
+
+
+@pytest.mark.parametrize("others", [{"prompt": "c"}, {"instruction": "c", "output": None, "prompt": None}])
+def test_the_pair_that_is_complete_is_read(tmp_path, others):
+    (example,) = load(tmp_path, others | {"question": "a", "answer": "b"})
+    assert (example["instruction"], example["output"]) == ("a", "b")
+
+
+def test_examples_with_an_empty_field_are_counted_or_left_out(tmp_path):
+    records = [
+        {"instruction": str(i), "output": None if i % 10 == 3 else "" if i % 10 == 5 else "b"} for i in range(50)
+    ]
+    first = (
+        "the field 'output' is empty in 10 records, the first is record 3: delete them, or leave them out with --skip"
+    )
+    with pytest.raises(ValueError, match=first):
+        load(tmp_path, *records)
+    left = [str(i) for i in range(50) if i % 10 not in (3, 5)]
+    assert [example["instruction"] for example in load(tmp_path, *records, skip_empty=True)] == left
+    assert len(tasks.train_examples("my own", "", tmp_path / "data", skip_empty=True)) == 40
+    with pytest.raises(ValueError, match="the field 'prompt' or 'completion' is empty in 2 records"):
+        load(tmp_path, {"prompt": "", "completion": "b"}, {"prompt": "a", "completion": ""})
+    with pytest.raises(ValueError, match="must hold at least one example without an empty field"):
+        load(tmp_path, {"prompt": "a", "completion": ""}, skip_empty=True)
+
+
+def test_a_test_set_leaves_out_empty_examples_and_names_the_place_of_a_wrong_answer(tmp_path):
+    test_set = tmp_path / "dataset" / "gsm8k" / "test.json"
+    test_set.parent.mkdir(parents=True)
+    lines = [json.dumps({"instruction": "a", "output": "", "answer": answer}) for answer in (0, "", 2.5, "two")]
+    test_set.write_text("\n".join(lines[:3]))
+    with pytest.raises(
+        ValueError, match="test.json: the field 'answer' is empty in line 2: delete it, or leave it out"
+    ):
+        tasks.test_examples("gsm8k", tmp_path)
+    examples = tasks.test_examples("gsm8k", tmp_path, skip_empty=True)
+    assert [example["answer"] for example in examples] == ["0", "2.5"]
+    test_set.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="test.json, line 4: the answer 'two' is not a number of gsm8k"):
+        tasks.test_examples("gsm8k", tmp_path, skip_empty=True)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_objects_over_several_lines_are_said_to_be_that(tmp_path, count):
+    (tmp_path / "data").write_text("\n".join(json.dumps(record, indent=1) for record in PLAIN[:count]))
+    with pytest.raises(ValueError, match=r"holds a JSON object over several lines: put it in \[ \], with a comma"):
+        tasks.load_examples(tmp_path / "data")
 
 
 def test_a_task_is_its_test_sets_or_one_of_them(tmp_path):

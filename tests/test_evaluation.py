@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import QUICK, ROOT, decisive_model, random_model, run, write_test_sets
 from rounding import bound, of_model
+from safetensors.torch import load_file, save_file
 
 import eval as eval_script
 import rosa
@@ -99,6 +100,78 @@ def test_predictions_depend_neither_on_the_batch_nor_on_what_computes_them(decis
     model, tokenizer = Llama.from_pretrained("ckpt"), load_tokenizer("ckpt")
     (ids,) = model.generate([tasks.encode_prompt(toy.examples("test", 20)[3], tokenizer)], 30, tokenizer.eos_id)
     assert lines[3]["response"] == tokenizer.decode(ids)
+
+
+# --- numbers that are none ---
+
+
+def spoil(file, end):
+    """One NaN in the tensor whose name ends so."""
+    tensors = load_file(file)
+    tensors[next(name for name in tensors if name.endswith(end))].view(-1)[3] = torch.nan
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    "spoiled, end", [("ckpt/model", "1.input_layernorm.weight"), ("a/adapter_model", "lora_B.weight")]
+)
+@pytest.mark.parametrize("ask", ["--limit 4", "--limit 4 --plain", "--prompt two", "--task boolq --score likelihood"])
+def test_a_nan_ends_an_evaluation_in_a_line_and_what_was_answered_is_kept(ckpt, capsys, spoiled, end, ask):
+    Path("dataset/boolq").mkdir(parents=True)
+    question = {"instruction": "Is it?\n\nAnswer format: true/false", "answer": "true"}
+    Path("dataset/boolq/test.json").write_text(json.dumps([question]))
+    rosa.save_adapter(rosa.attach(Llama.from_pretrained("ckpt"), 4, 8), "a")
+    options = f"--adapter a --max-new-tokens 3 --data-dir . {ask}"
+    if "--prompt" not in ask:
+        evaluate(options)
+    kept = [file.read_bytes() for file in sorted(Path("out").glob("*"))]
+    spoil(f"{spoiled}.safetensors", end)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        eval_script.run(["--ckpt", "ckpt", "--dtype", "float32", "--out", "out", *options.split()])
+    out, error = capsys.readouterr()
+    assert stopped.value.code == 1 and error.splitlines()[-1].startswith("eval.py: model.layers.")
+    assert "holds numbers that are not finite" in error and "Traceback" not in error
+    assert [file.read_bytes() for file in sorted(Path("out").glob("*"))] == kept
+
+
+def test_logits_that_overflow_end_an_evaluation_too(ckpt, monkeypatch, capsys):
+    monkeypatch.setattr(eval_script, "check_finite", lambda model: model.lm_head.weight.data[5].fill_(torch.inf))
+    with pytest.raises(SystemExit) as stopped:
+        eval_script.run("--ckpt ckpt --limit 4 --max-new-tokens 3 --out out --dtype float32".split())
+    assert stopped.value.code == 1 and "logits are not finite" in capsys.readouterr().err
+    assert not Path("out/results.json").exists()
+
+
+# --- what a result belongs to ---
+
+
+def test_answers_are_of_the_tokenizer_and_the_generation_config_too_and_of_the_whole_prompt(ckpt, capsys):
+    write_test_sets("data", ["gsm8k"])
+    command, file = "--task gsm8k --data-dir data --max-new-tokens 3", Path("data/dataset/gsm8k/test.json")
+
+    def reused():
+        capsys.readouterr()
+        evaluate(command)
+        return "5 of 5 are in" in capsys.readouterr().out
+
+    assert not reused() and reused()
+    for name, content in (("generation_config.json", '{"eos_token_id": 7}'), ("tokenizer_config.json", '{"a": 1}')):
+        Path("ckpt", name).write_text(content)
+        assert not reused() and reused()
+    records = json.loads(file.read_text())
+    file.write_text(json.dumps([record | {"input": "Think."} for record in records]))
+    assert not reused() and reused()
+
+
+def test_an_answer_says_whether_it_ended_or_was_cut(decisive, capsys):
+    lines, _ = evaluate("--limit 20 --max-new-tokens 30")
+    tokenizer = load_tokenizer("ckpt")
+    cut = [line["finish_reason"] == "length" for line in lines]
+    assert f"{sum(cut)} answers were cut at --max-new-tokens 30" in capsys.readouterr().out
+    prompts = [tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 20)]
+    answers = Llama.from_pretrained("ckpt").generate(prompts, 30, tokenizer.eos_id)
+    assert cut == [len(answer) == 30 for answer in answers]
 
 
 def choice(i):

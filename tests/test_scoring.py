@@ -106,7 +106,7 @@ LETTERS = [
     # other capitals
     ("A train travels 60 km.", "A", "", False),
     ("Two set out. A train leaves at noon", "A", "", False),
-    ("Answer: A train travels 60 km.", "A", "", False),
+    ("Answer: A train travels 60 km.", "A", "A", True),  # no other letter is said to be the answer
     ("Because B is right", "B", "B", True),
     ("Because Dora Can Add", "B", "", False),
     ("CABBAGE, B2, ABCDE", "E", "", False),
@@ -131,6 +131,31 @@ LETTERS = [
     # case counts, as in LLM-Adapters
     ("the answer is b", "B", "", False),
     ("(b)", "B", "", False),
+]
+
+# AQuA: a letter said to be the answer is the choice whatever comes after it, (response, letter); an article is none.
+SAID = [
+    ("Answer: A because the sum is 12", "A"),
+    ("The answer is: A since B is too small", "A"),
+    ("Answer: A as D and E fail", "A"),
+    ("Answer: A and not B", "A"),
+    ("Answer: A for B is too small", "A"),
+    ("Answer: A gives 12, B gives 13", "A"),
+    ("Answer: A was right, not E", "A"),
+    ("**Answer:** A by elimination of B to E", "A"),
+    ("Answer: (A) because C is 13", "A"),
+    ("Answer: A, because C is 13", "A"),
+    ("Answer: A = 12 km, D = 13 km", "A"),
+    ("The answer is A and E is wrong", "A"),
+    ("Answer: B because A is too small", "B"),
+    ("The answer is: E since C is 3", "E"),
+    ("Answer: A because the sum is 12. No, the answer is (D).", "D"),
+    ("The answer is: D. Wait. Answer: A since the sum is 12", "A"),
+    ("The answer is: A student has 5 marbles. The answer is (C).", "C"),
+    ("The answer is: A student has 5 marbles, which is (B)", "B"),
+    ("Answer: A by-pass is 3 km long, so (E)", "E"),
+    ("(D). A train is late. Answer: A train takes 2 h", "D"),
+    ("(B), for 12 fits. A gives 13", "B"),
 ]
 
 BOOLEANS = [
@@ -190,6 +215,11 @@ def test_what_a_response_answers_and_whether_it_is_right(name):
     for response, answer, extracted, right in TABLE[name]:
         judged = extract_answer(name, response), is_correct(name, response, answer)
         assert judged == (extracted, right), (response, answer)
+
+
+@pytest.mark.parametrize("response, letter", SAID)
+def test_a_letter_said_to_be_the_answer_is_the_choice_whatever_comes_after_it(response, letter):
+    assert extract_answer("AQuA", response) == letter
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -214,10 +214,13 @@ def check_examples(examples, content, needed):
     assert len(examples) == len(records), f"{len(examples)} examples of {len(records)} records"
     for example, record in zip(examples, records):
         pairs = ("instruction", "output"), ("prompt", "completion"), ("question", "answer")
-        names = dict(zip(("instruction", "output"), next(pair for pair in pairs if pair[0] in record)))
-        for field in ("instruction", "output", "input", "answer"):
+        every = [dict(zip(("instruction", "output"), pair)) for pair in pairs]
+        names = next(n for n in every if all(record.get(n.get(field, field)) is not None for field in needed))
+        for field in (*needed, "input"):
             value = record.get(names.get(field, field))
-            right = example.get(field) == value and (field not in needed or isinstance(value, str))
+            if isinstance(value, (bool, int, float)):
+                value = json.dumps(value) if value == value else None
+            right = example.get(field) == value and (field not in needed or isinstance(value, str) and value)
             assert right, f"{field} is {example.get(field)!r}, the record says {value!r}"
         tasks.prompt_text(example).encode()
 
