@@ -56,11 +56,12 @@ def parse_args(arguments=None):
     add("--score", default="generate", choices=scores, help="by its answer, or its likeliest option")
     add = parser.add_argument_group("more").add_argument
     add("--skip-empty", action="store_true", help="leave out examples with an empty field")
+    add("--long-is-wrong", action="store_true", help="prompts that leave no room for an answer count as wrong")
     add("--plain", action="store_true", help="model.py alone: nothing from extras/kernels.py and extras/inference.py")
     add("--device", default="auto", help="auto, cpu, cuda, mps, ...")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
     args = parser.parse_args(arguments)
-    args.out = args.out or args.adapter or Path("runs") / f"{Path(args.ckpt).name}-{args.task}-base"
+    args.out = args.out or args.adapter or Path("runs") / f"{Path(args.ckpt).absolute().name}-{args.task}-base"
     return args
 
 
@@ -74,7 +75,7 @@ def main(args):
         raise ValueError("--prompt is empty, or not text in UTF-8")
     names, absent, questions = ([], [], []) if args.prompt else load_questions(args, tokenizer)
     model = load_model(ckpt, device, dtype)
-    check_lengths(args, questions, model.config, tokenizer)
+    too_long = check_lengths(args, questions, model.config, tokenizer)
     if args.adapter:
         peft_methods.load_adapter(model, args.adapter)  # one of RoSA's, by rosa.load_adapter, or of PEFT's own
         if dtype == torch.float32:  # bfloat16 weights would round the adapter's part away; PEFT's own stay as they are
@@ -93,6 +94,8 @@ def main(args):
     limit = args.max_new_tokens if args.score == "generate" else None
     made_by = fingerprint(ckpt, args.adapter, [args.score, limit, dtype])
     predictions = Predictions(args.out, "-".join(map(str, made_by.values())), questions)  # what is answered already
+    for number in too_long - predictions.lines.keys():
+        predictions.add(number, "", "", False, "length")
     right, new_tokens = sum(line["correct"] for line in predictions.lines.values()), 0
     bar = tqdm(
         total=len(questions), initial=len(predictions.lines), unit="example", dynamic_ncols=True, disable=rank > 0
@@ -249,14 +252,20 @@ def load_questions(args, tokenizer):
 
 
 def check_lengths(args, questions, config, tokenizer):
-    """Raise ValueError for a question that leaves no room for its answer."""
-    for name, i, example, prompt in questions:
+    """The numbers of the questions that leave no room for their answer. Raises ValueError for these unless asked to
+    score them as wrong."""
+    too_long, problem = set(), ""
+    for number, (name, i, example, prompt) in enumerate(questions):
         room, answer = args.max_new_tokens, f"--max-new-tokens {args.max_new_tokens}"
         if args.score == "likelihood":
             room, answer = len(tokenizer.encode(max(tasks.options(name, example), key=len))), "an answer"
         if len(prompt) + room > config.context:
-            problem = f"{name}, record {i}: the prompt has {len(prompt)} tokens"
-            raise ValueError(f"{problem}; with {answer} it exceeds the model's {config.limit}")
+            problem = problem or f"{name}, record {i}: the prompt has {len(prompt)} tokens; with {answer}"
+            too_long.add(number)
+    if too_long and not args.long_is_wrong:
+        more = f" ({len(too_long)} of {len(questions)} prompts do; --long-is-wrong scores the others)"
+        raise ValueError(f"{problem} it exceeds the model's {config.limit}{more}")
+    return too_long
 
 
 def go_on(arguments):

@@ -128,7 +128,7 @@ def check_args(args):
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite starts anew: choose one")
     if args.out is None:
-        args.out = Path("runs") / f"{Path(args.ckpt).name}-{args.task}-{args.method.replace(':', '-')}"
+        args.out = Path("runs") / f"{Path(args.ckpt).absolute().name}-{args.task}-{args.method.replace(':', '-')}"
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     if args.batch_size % args.micro_batch_size:
         sizes = f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size}"

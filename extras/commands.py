@@ -31,6 +31,7 @@ def run_script(name, parse_args, main, arguments, go_on):
     go_on(arguments): a sentence on what is kept, or what to type, where it ends before its time."""
     arguments = sys.argv[1:] if arguments is None else arguments
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    show_what_can_be_shown()
     try:
         join_processes()
         main(parse_args(arguments))
@@ -50,6 +51,13 @@ def run_script(name, parse_args, main, arguments, go_on):
     finally:
         for number, handler in handlers.items():  # as they were, where another program has called
             signal.signal(number, handler)
+
+
+def show_what_can_be_shown():
+    """Where a terminal or a file is not in UTF-8, what it has no character for becomes a question mark, no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 def fail(name, message):
@@ -158,6 +166,7 @@ def add_model_arguments(parser):
 
 def run_command(name, main, args):
     """main(args), in which ValueError, OSError and ImportError are a user's mistakes."""
+    show_what_can_be_shown()
     try:
         main(args)
     except (ValueError, OSError, ImportError) as error:

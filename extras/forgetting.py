@@ -69,7 +69,7 @@ def main(args):
         peft_methods.load_adapter(model, args.adapter)
     checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
-    out = Path(args.out or args.adapter or f"runs/{ckpt.name}-base")
+    out = Path(args.out or args.adapter or f"runs/{ckpt.absolute().name}-base")
     out.mkdir(parents=True, exist_ok=True)
     made_by = fingerprint(ckpt, args.adapter and Path(args.adapter), dtype)
     before = read_json(out / "losses.json", missing={})

@@ -27,7 +27,8 @@ def stands_aside(fingerprints, instead):
 
 
 def generate(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=None):
-    """What model.generate returns, `batch_size` prompts at a time (None: all). An answer does not depend on the others.
+    """What model.generate returns, `batch_size` prompts at a time (None: all). In float32 an answer does not depend on
+    the others; in bfloat16 rounding, which depends on the batch's shape, may tip the choice between two alike tokens.
     on_token(i, ids) is called with the ids of answer i so far as each comes."""
     answers = dict(stream(model, prompts, max_new_tokens, eos_id, batch_size, on_token))
     return [answers[i] for i in range(len(prompts))]

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import io
 import json
 import shutil
 import subprocess
@@ -118,6 +119,21 @@ def test_a_result_of_another_adapter_is_not_shown(ckpt, capsys, how):
 
 
 # --- what the scripts say ---
+
+
+def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkeypatch):
+    run(train, *QUICK, "--max-steps", 1, "--out", "a")
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", screen)
+    compare.run(["a"])
+    screen.flush()
+    assert b" ? " in screen.buffer.getvalue()  # the arrow between two losses
+
+
+def test_the_directory_that_one_is_in_has_a_name(ckpt, monkeypatch):
+    monkeypatch.chdir("ckpt")
+    for script in (train, eval_script):
+        assert script.parse_args(["--ckpt", "."]).out.name.startswith("ckpt-toy-")
 
 
 def help_text(script, option, capsys):

@@ -143,6 +143,26 @@ def test_logits_that_overflow_end_an_evaluation_too(ckpt, monkeypatch, capsys):
     assert not Path("out/results.json").exists()
 
 
+def test_prompts_that_leave_no_room_are_counted_and_when_asked_to_score_as_wrong(ckpt, capsys):
+    write_test_sets("data", ["gsm8k"])
+    file = Path("data/dataset/gsm8k/test.json")
+    first, *others = json.loads(file.read_text())
+    long = first | {"instruction": "word " * 300}
+    file.write_text(json.dumps([first, long, *others, long]))
+    command = "--task gsm8k --data-dir data --max-new-tokens 3"
+    with pytest.raises(SystemExit) as stopped:
+        eval_script.run(["--ckpt", "ckpt", *command.split()])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert "gsm8k, record 1: the prompt has" in error and "(2 of 7 prompts do; --long-is-wrong scores" in error
+    lines, results = evaluate(f"{command} --long-is-wrong")
+    assert [(line["index"], line["correct"], line["response"]) for line in lines if line["index"] in (1, 6)] == [
+        (1, False, ""),
+        (6, False, ""),
+    ]
+    assert results["counts"] == {"gsm8k": 7} and all(line["response"] for line in lines if line["index"] not in (1, 6))
+
+
 # --- what a result belongs to ---
 
 

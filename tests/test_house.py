@@ -31,7 +31,7 @@ def test_a_file_stays_within_its_walls(name):
 
 
 def test_data_and_each_file_of_extras_stay_within_theirs():
-    assert sum(map(length, (ROOT / "data").glob("*.py"))) <= 800
+    assert sum(map(length, (ROOT / "data").glob("*.py"))) <= 900
     assert {name for name, path in EXTRAS.items() if not 40 <= length(path) <= 400} == {"__init__"}
 
 

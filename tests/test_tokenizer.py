@@ -1,7 +1,10 @@
 """Statements about tokens: what a tokenizer of a checkpoint makes of a text, of a prompt and its response."""
 
 import io
+import itertools
 import json
+import re
+import shutil
 import sys
 
 import pytest
@@ -22,23 +25,23 @@ def tiny():
 
 def write_sentencepiece(directory, **options):
     """A tokenizer.model of twelve tokens; returns its bytes."""
-    model, sentences = io.BytesIO(), iter(["a b c d e f"] * 9)
-    options |= {"vocab_size": 12, "hard_vocab_limit": False, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **options)
+    model = io.BytesIO()
+    options = {"vocab_size": 12, "sentence_iterator": iter(["a b c d e f"] * 9)} | options
+    sentencepiece.SentencePieceTrainer.train(model_writer=model, hard_vocab_limit=False, minloglevel=2, **options)
     (directory / "tokenizer.model").write_bytes(model.getvalue())
     return model.getvalue()
 
 
-def write_json_tokenizer(directory, bos=False):
+def write_json_tokenizer(directory, template=None):
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer, level = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers.ByteLevel
     tokenizer.pre_tokenizer = level(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     options = {"initial_alphabet": level.alphabet(), "special_tokens": ["<bos>", "<eos>"], "show_progress": False}
     tokenizer.train_from_iterator(["the answer is seven"], tokenizers.trainers.BpeTrainer(**options))
-    if bos:
-        template = tokenizers.processors.TemplateProcessing
-        tokenizer.post_processor = template(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    if template:
+        tokens = [("<bos>", 0), ("<eos>", 1)]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=tokens)
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<eos>"}}))
     return load_tokenizer(directory)
@@ -91,7 +94,7 @@ def test_tokenizer_json(tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)
     for text in TEXTS + ["<eos>", "<bos> <eos>"]:
         assert tokenizer.decode(tokenizer.encode(text)) == text and not {0, 1} & set(tokenizer.encode(text))
-    assert write_json_tokenizer(tmp_path, bos=True).bos_id == 0
+    assert write_json_tokenizer(tmp_path, "<bos> $A").bos_id == 0
 
 
 def test_a_sentencepiece_tokenizer_without_an_end_of_sequence_is_refused(tmp_path):
@@ -121,3 +124,246 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"no such thing")
     with pytest.raises(ValueError, match="tokenizer.model is not a SentencePiece model"):
         load_tokenizer(tmp_path)
+
+
+def describe(directory, **files):
+    """Writes JSON files beside a tokenizer."""
+    for name, value in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(value))
+
+
+CHATML = {"eos_token": "<|im_end|>", "added_tokens_decoder": {"10": {"content": "<|im_end|>"}}}
+NAMED_BY = {
+    "a string": {"tokenizer_config": CHATML},
+    "an object": {"tokenizer_config": CHATML | {"eos_token": {"content": "<|im_end|>", "special": False}}},
+    "a map": {"special_tokens_map": {"eos_token": "<|im_end|>"}, "added_tokens": {"<|im_end|>": 10}},
+}
+
+
+@pytest.mark.parametrize("name", NAMED_BY)
+@pytest.mark.parametrize("eos_id", [2, -1])
+def test_the_end_of_sequence_is_the_token_that_the_config_names(tmp_path, name, eos_id):
+    size = len(SentencePieceProcessor(model_proto=write_sentencepiece(tmp_path, eos_id=eos_id)))
+    describe(tmp_path, **json.loads(json.dumps(NAMED_BY[name]).replace("10", str(size))))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, size, size + 1)
+    ids = tokenizer.encode("a<|im_end|>")
+    assert size not in ids and tokenizer.decode([*ids, size]) == tokenizer.decode(ids)
+
+
+def test_the_end_of_sequence_is_the_model_s_own_or_the_one_in_config_json(tmp_path):
+    write_sentencepiece(tmp_path)
+    describe(tmp_path, config={"eos_token_id": [5, 6]}, special_tokens_map={"eos_token": ""})
+    assert load_tokenizer(tmp_path).eos_id == 2
+    write_sentencepiece(tmp_path, eos_id=-1)
+    assert load_tokenizer(tmp_path).eos_id == 5
+
+
+def test_an_added_token_is_recognised_unless_it_is_special(tmp_path):
+    size = len(SentencePieceProcessor(model_proto=write_sentencepiece(tmp_path, remove_extra_whitespaces=False)))
+    listed = [{"content": "<think>"}, {"content": "<thinking>", "lstrip": True}, {"content": "<tool>", "special": True}]
+    listed = {size + i: token for i, token in enumerate(listed)}
+    describe(tmp_path, tokenizer_config={"added_tokens_decoder": listed})
+    tokenizer = load_tokenizer(tmp_path)
+    a = tokenizer.encode("a")
+    assert tokenizer.encode("a<think> a") == [*a, size, *a]
+    assert tokenizer.encode("a  <thinking>") == [*a, size + 1] and size + 2 not in tokenizer.encode("<tool>")
+    assert tokenizer.decode([*a, size, *a, size + 2, size + 3]) == "a<think> a"
+
+
+def test_a_user_s_text_never_ends_a_sequence_though_sentencepiece_has_a_piece_for_it(tmp_path):
+    write_sentencepiece(tmp_path, user_defined_symbols="<|im_end|>,<u>", vocab_size=16)
+    describe(tmp_path, tokenizer_config={"eos_token": "<|im_end|>"})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == 3 not in tokenizer.encode("a<|im_end|>") and 4 in tokenizer.encode("a<u>")
+
+
+@pytest.mark.parametrize("named", [{}, {"bos_token": "<s>"}, {"bos_token": None}])
+def test_a_sentencepiece_model_without_a_begin_of_sequence_has_none(tmp_path, named):
+    write_sentencepiece(tmp_path, bos_id=-1)
+    describe(tmp_path, tokenizer_config=named)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos_id is None
+    assert tasks.encode_prompt({"instruction": "a b"}, tokenizer)[0] >= 0
+
+
+TEMPLATES = {"$A <eos>": (None, 1), "<bos> $A <eos>": (0, 1), "<bos> $A": (0, 1), "$A <bos>": (None, 0)}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_a_post_processor_puts_before_a_text_begins_it(tmp_path, template):
+    write_json_tokenizer(tmp_path, template)
+    describe(tmp_path, tokenizer_config={}, config={"eos_token_id": 1})
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id) == TEMPLATES[template]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_end_of_sequence_is_special_whatever_the_files_say(tmp_path, named):
+    write_json_tokenizer(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    listed = {str(token["id"]): token for token in content["added_tokens"]}
+    describe(tmp_path, tokenizer=content, config={"eos_token_id": 1})
+    describe(tmp_path, tokenizer_config={"eos_token": "<eos>", "added_tokens_decoder": listed} if named else {})
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("<eos>")
+    assert tokenizer.eos_id == 1 not in ids and tokenizer.decode([*ids, 1]) == "<eos>"
+    assert tokenizer.encode("<bos>") == [0] and tokenizer.decode([0]) == "<bos>"
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json"])
+def test_only_tokens_that_a_text_can_produce_need_a_row_in_the_model(tmp_path, file):
+    if file == "tokenizer.model":
+        rows, eos = len(SentencePieceProcessor(model_proto=write_sentencepiece(tmp_path))), "</s>"
+    else:
+        rows, eos = write_json_tokenizer(tmp_path).vocab_size, "<eos>"
+    listed = {"eos_token": eos, "added_tokens_decoder": {rows: {"content": "<pad>"}}}
+    describe(tmp_path, config={"vocab_size": rows}, tokenizer_config=listed | {"pad_token": "<pad>"})
+    assert load_tokenizer(tmp_path).encode("<pad>")[-1] < rows
+    describe(tmp_path, tokenizer_config=listed)
+    with pytest.raises(ValueError, match=f"has {rows + 1} tokens, the model only {rows}: download"):
+        load_tokenizer(tmp_path)
+    describe(tmp_path, tokenizer_config=listed | {"eos_token": "<pad>"})
+    with pytest.raises(ValueError, match=f"{rows} is no end-of-sequence token: it is named '<pad>'.*: fix tokenizer_c"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_json_counts_beside_a_tokenizer_model(tmp_path):
+    ids = write_json_tokenizer(tmp_path).encode("the answer")
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # LLaMA 3's: tiktoken's
+    assert load_tokenizer(tmp_path).encode("the answer") == ids
+
+
+def test_without_the_package_tokenizers_the_tokenizer_model_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    write_sentencepiece(tmp_path)
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    alike = {"added_tokens": [{"id": 1, "content": "<s>"}], "post_processor": {"single": single}}
+    describe(tmp_path, tokenizer=alike)
+    assert load_tokenizer(tmp_path).eos_id == 2 and capsys.readouterr().err == ""
+    for changed in (
+        {"added_tokens": [{"id": 10, "content": "<think>"}]},
+        {"post_processor": None},
+        {"added_tokens": 3},
+    ):
+        describe(tmp_path, tokenizer=alike | changed)
+        assert load_tokenizer(tmp_path).eos_id == 2
+        assert re.fullmatch(r".*pip install tokenizers; .*tokenizer.model is read .*\n", capsys.readouterr().err)
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\n")
+    with pytest.raises(ImportError, match="pip install tokenizers"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("listed", [[], {"a": {"content": "<a>"}}, {"3": {}}, {"3": "<a>"}, {"3": {"content": []}}])
+def test_a_broken_list_of_added_tokens_is_named(tmp_path, listed):
+    write_sentencepiece(tmp_path)
+    describe(tmp_path, tokenizer_config={"added_tokens_decoder": listed})
+    with pytest.raises(ValueError, match="list of added tokens is broken .*: download it again"):
+        load_tokenizer(tmp_path)
+
+
+AWKWARD = ["a<think>b", " <think> c", "<think>", "<think><think>  two", "a <|im_end|>b<think>", "</s>a<s> b<think>\n"]
+AWKWARD += [
+    *TEXTS[:13],
+    "<|im_end|>",
+    "<pad>x",
+    "▁<think>▁ y",
+    "<unk> <0x0A>",
+    "</s>",
+    "🙂<think>🙂",
+    "<|im_start|>user",
+]
+STYLES = {
+    "llama": ({}, {"tokenizer_class": "LlamaTokenizer"}),
+    "legacy": ({"model_type": "llama"}, {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}),
+    "unprefixed": ({"model_type": "llama"}, {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}),
+    "mistral": ({"model_type": "mistral"}, {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
+}
+ENDS = ["its own", "added", "added.json", "map", "unlisted"]
+ADDED = ["<|im_end|>", "<think>", "<|im_start|>", "<pad>"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A model with a begin and an end of its own and one without, each as a tokenizer.model and a tokenizer.json."""
+    tokenizers, directories = pytest.importorskip("tokenizers"), {}
+    for bos in (True, False):
+        directory = directories[bos] = tmp_path_factory.mktemp("model")
+        options = {} if bos else {"bos_id": -1}
+        options |= {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
+        options |= {"remove_extra_whitespaces": False, "vocab_size": 320}
+        options["sentence_iterator"] = iter(["the answer is seven  and two", "a tail of three", "12 is a number"] * 9)
+        pieces = SentencePieceProcessor(model_proto=write_sentencepiece(directory, **options))
+        vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
+        merges = [(a, b) for t in vocab for a, b in ((t[:i], t[i:]) for i in range(1, len(t))) if {a, b} <= {*vocab}]
+        merges.sort(key=lambda pair: vocab[pair[0] + pair[1]])
+        parts = tokenizers.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        json_tokenizer = tokenizers.Tokenizer(parts)
+        normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+        json_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        json_tokenizer.decoder = decoders.Sequence(parts)
+        json_tokenizer.add_special_tokens([t for t in ("<unk>", "<s>", "</s>") if t in vocab])
+        json_tokenizer.save(str(directory / "tokenizer.json"))
+    return directories
+
+
+def write_directory(directory, models, files, style, bos, end, special):
+    """A checkpoint's directory as it may lie on the Hub."""
+    import tokenizers
+
+    source = models[bos != "none"]
+    rows, (config, settings) = len(SentencePieceProcessor(str(source / "tokenizer.model"))), STYLES[style]
+    added = {token: rows + i for i, token in enumerate(ADDED)}
+    if end == "unlisted":
+        added = {"<think>": rows}
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": special}
+    settings = settings | {"bos_token": None if bos == "none" else "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings |= {"add_bos_token": bos == "yes"}
+    if end in ("added", "appended"):
+        settings |= {"eos_token": {"__type": "AddedToken", "content": "<|im_end|>"} if special else "<|im_end|>"}
+    if end in ("its own", "added", "appended"):
+        settings["added_tokens_decoder"] = {i: {"content": token} | flags for token, i in added.items()}
+        (directory / "special_tokens_map.json").write_text('{"eos_token": "<unk>"}')  # then it does not count
+    else:
+        (directory / "added_tokens.json").write_text(json.dumps(added))
+        (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    if files != "tokenizer.json":
+        shutil.copy(source / "tokenizer.model", directory)
+    if files != "tokenizer.model":
+        serialized = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+        serialized.add_tokens([tokenizers.AddedToken(token, normalized=False, special=special) for token in added])
+        single = "<s> $A" if bos == "yes" else "$A"
+        single, used = (single + " <|im_end|>", ["<|im_end|>"]) if end == "appended" else (single, [])
+        used += ["<s>"] if bos == "yes" else []
+        template = tokenizers.processors.TemplateProcessing
+        used = [(token, serialized.token_to_id(token)) for token in used]
+        serialized.post_processor = template(single=single, special_tokens=used)
+        serialized.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": rows + 8}))
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("files", ["tokenizer.model", "tokenizer.json", "both"])
+def test_begin_end_ids_and_texts_are_those_of_transformers(tmp_path, models, files, style):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("google.protobuf")
+    ends = ENDS if files == "tokenizer.model" else [*ENDS, "appended"]
+    for case in itertools.product(["yes", "no", "none"], ends, [True, False]):
+        directory = tmp_path / "-".join(map(str, case))
+        directory.mkdir()
+        write_directory(directory, models, files, style, *case)
+        ours, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+        assert ours.eos_id == theirs.eos_token_id, case
+        before = theirs.encode("a")[: -1 if case[1] == "appended" else None]
+        before = before[: len(before) - len(theirs.encode("a", add_special_tokens=False))]
+        assert [ours.bos_id] * (ours.bos_id is not None) == before, case
+        for text in AWKWARD:
+            ids = ours.encode(text)
+            assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), (case, text)
+            assert not {ours.bos_id, ours.eos_id} & set(ids)
+            ids = [*before, *ids, ours.eos_id, *ours.encode(" b")]
+            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), (case, text)
