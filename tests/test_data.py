@@ -17,9 +17,10 @@ def test_toy_problems_are_right_and_train_and_test_share_no_numbers(monkeypatch)
     keys, problem, split_keys = {}, toy.problem, {"train": set(), "test": set()}
 
     def recording(rng):
-        key, setup, question, *rest = problem(rng)
+        key, setup, question, steps, conclusion = problem(rng)
         keys[f"{setup} {question}"] = key
-        return key, setup, question, *rest
+        assert steps[-1].rstrip(".").split(" = ")[1] in conclusion.split()
+        return key, setup, question, steps, conclusion
 
     monkeypatch.setattr(toy, "problem", recording)
     for split, seed in (("train", 0), ("train", 1), ("test", 0), ("test", 1)):
