@@ -47,9 +47,8 @@ def hold_back(torch, kind):
         packets, call = [getattr(torch.ops.mkldnn, name) for name in LINEAR], torch._ops.OpOverloadPacket.__call__
 
         def refuse(self, *given, **options):
-            if any(self is packet for packet in packets) and any(
-                getattr(x, "dtype", None) == torch.bfloat16 for x in given
-            ):
+            dtypes = {getattr(x, "dtype", None) for x in given}
+            if any(self is packet for packet in packets) and torch.bfloat16 in dtypes:
                 raise RuntimeError("bf16 path needs the cpu support avx512bw, avx512vl and avx512dq")
             return call(self, *given, **options)
 
@@ -98,10 +97,8 @@ class Finder(importlib.abc.MetaPathFinder):
 def main():
     kind, *command = sys.argv[1:] or [""]
     if kind not in VARIABLES or command[:1] != ["--"] or len(command) < 2:
-        print(
-            f"as_machine.py: type python tests/as_machine.py KIND -- COMMAND, KIND one of {', '.join(VARIABLES)}",
-            file=sys.stderr,
-        )
+        usage = f"type python tests/as_machine.py KIND -- COMMAND, KIND one of {', '.join(VARIABLES)}"
+        print(f"as_machine.py: {usage}", file=sys.stderr)
         sys.exit(2)
     with tempfile.TemporaryDirectory() as site:
         here = str(Path(__file__).resolve().parent)

@@ -170,8 +170,6 @@ SHORT = (
     "--ckpt ckpt --max-steps 6 --batch-size 8 --micro-batch-size 8 --val-size 20 --eval-every 3 --max-len "
     "200 --select-every 2 --device cpu --dtype float32"
 ).split()
-
-
 QUICK = (*SHORT, "--rank", 4, "--alpha", 8, "--lr", 1e-2)
 
 

@@ -50,8 +50,8 @@ def test_the_loss_on_anything_else(ckpt):
 
 
 def test_activations_are_the_norms_of_q_and_k(ckpt, monkeypatch, capsys):
-    figure1.run("figures/fig1.png --ckpt ckpt --limit 5 --dtype float32".split())
-    means = np.load("figures/fig1.npz")
+    figure1.run("new/figures/fig1.png --ckpt ckpt --limit 5 --dtype float32".split())
+    means = np.load("new/figures/fig1.npz")
     model, tokenizer = Llama.from_pretrained("ckpt"), load_tokenizer("ckpt")
     d, expected = model.config.head_dim, {"q": 0, "k": 0}
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_an_absent_package_is_a_line_with_what_to_install(ckpt, monkeypatch, cap
     assert stopped.value.code == 2 and "needs the package peft: pip install peft" in capsys.readouterr().err
 
 
-COMMANDS = {"no checkpoint 'absent'": "eval.py --ckpt absent", "--out": "-m extras.merge"}
+COMMANDS = {"no checkpoint 'absent'": "eval.py --ckpt absent", "--ckpt, --adapter, --out": "-m extras.merge"}
 COMMANDS |= {"python -m extras.merge": "rosa.py merge"}  # which was the command
 
 

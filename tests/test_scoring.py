@@ -13,63 +13,40 @@ from data.tasks import TASKS, extract_answer, is_correct, options, wilson_interv
 # Arithmetic: the last number, commas removed; (response, reference answer, extracted, right?).
 NUMBERS = [
     ("The answer is 12.", "12.0", "12", True),  # every reference of these sets ends in .0
-    ("12.0", "12", "12.0", True),
     ("12.", "12", "12", True),
     ("3 + 4 = 7, so she has 7 - 2 = 5 left.", "5.0", "5", True),
     ("It is 7, or rather 8.", "7", "8", False),  # the last number counts
     ("The answer is 5. I counted twice, in 2 ways.", "5", "2", False),
     ("", "0", "", False),
-    (" \n", "0", "", False),
     ("twelve", "12", "", False),
     # units, currency, commas
-    ("12 apples", "12", "12", True),
-    ("5kg", "5", "5", True),
     ("30%", "30", "30", True),
-    ("30%", "0.3", "30", False),
     ("$12.50", "12.5", "12.50", True),
-    ("€ 3", "3", "3", True),
     ("1,234.5", "1234.5", "1234.5", True),
     ("1,234,567", "1,234,567", "1234567", True),
-    ("9", "1,000", "9", False),
     ("12,5", "12.5", "125", False),  # a decimal comma is removed as well
     ("The sides are 3,4,5", "5", "345", False),
     ("The sides are 3, 4, 5", "5", "5", True),
     ("Rs.75", "75", "75", True),
-    ("Rs.75/-", "75", "75", True),
     ("about .5", "0.5", ".5", True),  # LLM-Adapters reads 5
-    ("$.25", "0.25", ".25", True),  # LLM-Adapters reads 25
     ("-.5", "-0.5", "-.5", True),  # LLM-Adapters reads 5
-    ("so...5", "5", "5", True),
     ("It is $1.23.The end", "1.23", "1.23", True),
     # signs
     ("-5", "-5.0", "-5", True),
     ("5", "-5", "5", False),
     ("- 5", "-5", "5", False),  # a sign apart from its number is not read
     ("\N{MINUS SIGN}5", "-5", "5", False),  # nor is any sign but the hyphen
-    ("+5", "5", "5", True),
     ("5-3", "2", "-3", False),  # nothing is computed: a 5, then a -3
-    ("from 10-12", "12", "-12", False),
-    ("-0", "0", "-0", True),
     # fractions, powers, dates
     ("3/4", "0.75", "4", False),  # nothing is computed: a 3, then a 4
-    ("3/4", "4", "4", True),
     ("1e3", "1000", "3", False),
-    ("2^5", "5", "5", True),
     ("on 2024-05-06", "6", "-06", False),
-    ("on 06/05/2024", "2024", "2024", True),
-    ("May 6, 2024", "2024", "2024", True),
-    ("1.2.3", "3", "3", True),
     # within 1e-3
     ("0.3333", "0.33333", "0.3333", True),
     ("12.0009", "12", "12.0009", True),
     ("12.0011", "12", "12.0011", False),
-    ("11.9991", "12", "11.9991", True),
-    ("11.9989", "12", "11.9989", False),
-    ("0.001", "0", "0.001", True),
     # more digits than a float has: infinite, right against nothing
     ("9" * 400, "9", "9" * 400, False),
-    ("9" * 400, "9" * 400, "9" * 400, False),
-    ("-" + "9" * 400, "9", "-" + "9" * 400, False),
     ("0." + "3" * 400, "0.3333", "0." + "3" * 400, True),
     ("inf", "12", "", False),
     ("nan", "12", "", False),
@@ -77,11 +54,8 @@ NUMBERS = [
     ("\u0661\u0662", "12", "\u0661\u0662", True),  # Arabic-Indic
     ("\uff11\uff12", "12", "\uff11\uff12", True),  # full-width
     ("\uff11\uff12\uff0e\uff15", "12.5", "\uff15", False),  # the full-width point is no point
-    ("1\u0662", "12", "1\u0662", True),
     ("5 m\u00b2", "5", "5", True),
     ("\u00b2", "2", "", False),
-    ("\u00bd", "0.5", "", False),
-    ("\u2167", "8", "", False),  # the Roman numeral
 ]
 
 # AQuA: the last letter said to be the answer, or else the last that stands alone.
@@ -91,16 +65,10 @@ LETTERS = [
     ("\nRationale: A train travels 60 km. Because Bob is Early, it takes 2 hours.The answer is (D).", "D", "D", True),
     ("The answer is: B", "B", "B", True),
     ("The answer is **E**, not D", "E", "E", True),
-    ("The answer is\n(A)", "A", "A", True),
     ("Answer: D", "D", "D", True),
     ("Answer: D. Then E is 13.", "D", "D", True),
     ("**Answer:** (D), for E is 13", "D", "D", True),
-    ("**E**", "E", "E", True),
-    ("option B", "B", "B", True),
-    ("C.", "C", "C", True),
     ("(C)", "C", "C", True),
-    ("C)", "C", "C", True),
-    ("(A) 23.65", "A", "A", True),
     (r"$\boxed{B}$", "B", "B", True),
     ("It costs 5 dollars each, (B).", "B", "B", True),
     # other capitals
@@ -108,19 +76,15 @@ LETTERS = [
     ("Two set out. A train leaves at noon", "A", "", False),
     ("Answer: A train travels 60 km.", "A", "A", True),  # no other letter is said to be the answer
     ("Because B is right", "B", "B", True),
-    ("Because Dora Can Add", "B", "", False),
     ("CABBAGE, B2, ABCDE", "E", "", False),
     ("The answer is Eight", "E", "", False),
     ("The answer is Eight, that is (B)", "B", "B", True),
     ("", "A", "", False),
-    ("42", "A", "", False),
     # A is a letter inside a sentence and before "is", an article where it opens one
     ("A is correct.", "A", "A", True),
-    ("So A is correct.", "A", "A", True),
     ("I choose A because it fits", "A", "A", True),
     ("The answer is A because E is wrong", "A", "A", True),
     ("A", "A", "A", True),
-    ("A.", "A", "A", True),
     # several letters
     ("I think A and B are wrong; the answer is C", "C", "C", True),
     ("The answer is C because D and E are too large", "C", "C", True),
