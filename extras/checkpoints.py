@@ -141,7 +141,7 @@ def load_model(ckpt, device="cpu", dtype=None, mapped=False):
         model.lm_head.weight = model.model.embed_tokens.weight
     # In Hugging Face's cache a checkpoint is models--org--name/snapshots/<commit>.
     cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+$", Path(ckpt).as_posix())
-    model.name_or_path = "/".join(cached.groups()) if cached else str(ckpt)
+    model.name_or_path = "/".join(cached.groups()) if cached else str(Path(ckpt).absolute())  # PEFT looks there
     return model.eval()
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 import rosa
 from extras.checkpoints import read_json
+from extras.distributed import processes
 
 
 def save_adapter(model, directory):
@@ -25,6 +26,10 @@ def load_adapter(model, directory):
     """rosa.load_adapter, for an adapter of any kind; where rosa.py does not know it, PEFT's own code runs it. Returns
     the model. Raises ValueError, OSError or ImportError with a line for the user."""
     check_files(Path(directory))
+    base = getattr(model, "name_or_path", "")
+    stated = read_json(Path(directory) / "adapter_config.json").get("base_model_name_or_path")
+    if base and stated and Path(str(stated)).name != Path(base).name and processes()[0] == 0:
+        print(f"adapter    {directory} was trained on {stated}, not on {base}: of its shape, but is it the same model?")
     arguments, tensors = rosa.read_adapter(directory)
     if "peft" in arguments:
         return load_peft(model, arguments["peft"], tensors, directory)

@@ -184,6 +184,15 @@ def test_answers_are_of_the_tokenizer_and_the_generation_config_too_and_of_the_w
     assert not reused() and reused()
 
 
+def test_an_adapter_that_names_another_base_is_used_with_a_line(ckpt, capsys):
+    rosa.save_adapter(rosa.attach(Llama.from_pretrained("ckpt"), 4, 8), "a")
+    evaluate("--adapter a --limit 1 --max-new-tokens 3")
+    assert "was trained on" not in capsys.readouterr().out
+    Path("ckpt").rename("other")
+    eval_script.run("--ckpt other --adapter a --limit 1 --max-new-tokens 3".split())
+    assert "adapter    a was trained on ckpt, not on" in capsys.readouterr().out
+
+
 def test_an_answer_says_whether_it_ended_or_was_cut(decisive, capsys):
     lines, _ = evaluate("--limit 20 --max-new-tokens 30")
     tokenizer = load_tokenizer("ckpt")

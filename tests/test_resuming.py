@@ -75,8 +75,10 @@ def files(out="out"):
 
 
 def contents(out="out"):
-    """What a run left, times and memory aside."""
+    """What a run left, times, memory and where its checkpoint lies aside."""
     left = files(out)
+    if "adapter_config.json" in left:
+        left["adapter_config.json"] = json.loads(left["adapter_config.json"]) | {"base_model_name_or_path": 0}
     left["log.jsonl"] = [record | {"seconds": 0} for record in read_log(out)]
     left["args.json"] = json.loads(left["args.json"]) | {"resume": 0, "overwrite": 0, "out": 0}
     left["summary.json"] = json.loads(left["summary.json"]) | {"tokens_per_second": 0, "peak_memory": 0}
@@ -339,6 +341,15 @@ CHANGES = {
     "examples differ": ("", lambda: write_examples("!")),
     "options in --peft-config differ": ("", lambda: rewrite("dropout.json", lora_dropout=0.2)),
 }
+
+
+def test_a_run_goes_on_with_smaller_micro_batches_and_another_spelling_of_its_paths(ckpt):
+    run("--micro-batch-size", 4)
+    before = read_log("out")
+    run_until(4, "--micro-batch-size", 4, "--overwrite")
+    run("--resume", "--micro-batch-size", 2, "--ckpt", Path("ckpt").absolute())
+    for one, other in zip(before, read_log("out"), strict=True):
+        assert one.get("loss", 0) == pytest.approx(other.get("loss", 0), rel=1e-3)
 
 
 @pytest.mark.parametrize("message", CHANGES)
