@@ -322,7 +322,7 @@ def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, rank, act, shard):
     assert_same_run("many", "one")
 
 
-SILENCE = 1.2  # seconds, in the place of 50
+SILENCE = 2  # seconds, in the place of 50
 
 
 def impatient(rank):
@@ -348,6 +348,7 @@ def impatient(rank):
     during(4, (1, halted), rank)
 
 
+@pytest.mark.slow
 def test_one_that_is_silent_in_a_step_is_taken_for_dead_and_the_first_may_take_its_time_to_save(ckpt):
     started = start(2, train, f"{RUN} --out many", impatient)
     started[0].join(30)

@@ -168,6 +168,7 @@ def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
 # --- what decides the numbers ---
 
 
+@pytest.mark.slow
 def test_plain_formulas_and_the_default_are_the_same_run(monkeypatch, tmp_path):
     """In bfloat16 each is as near to float32 as the other."""
     logs = {}
