@@ -189,15 +189,15 @@ LORA_FIELDS = set(
 CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that change the base weights too
 
 
-def read_adapter(directory):
+def read_adapter(directory, as_lora=False):
     """(arguments for `attach`, name -> tensor) of an adapter directory; where PEFT's code is needed to run the adapter
-    the arguments are {"peft": its config} instead. Raises ValueError or OSError with a line for the user."""
+    the arguments are {"peft": its config} instead, unless it is a LoRA and `as_lora`. Raises ValueError or OSError."""
     path = Path(directory) / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     with safe_open(Path(directory) / "adapter_model.safetensors", framework="pt") as file:
         metadata = json.loads((file.metadata() or {}).get("rosa", "{}"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if config.get("peft_type") != "LORA" or "peft" in metadata:  # "peft": made by --method peft:LORA, of any options
+    if config.get("peft_type") != "LORA" or "peft" in metadata and not as_lora:  # "peft": by --method peft:LORA
         return {"peft": config}, tensors
     for name, value in config.items():  # what is not known to be harmless must be off: DoRA, rank_pattern, future ones
         changes_base = name == "init_lora_weights" and str(value).startswith(CHANGE_BASE)

@@ -113,7 +113,7 @@ def updater(model, directory):
     """A function from a weight's name and the weight to the weight plus its update by the adapter in a directory, in
     float32; a weight that has none is returned as it is. The model may be on the meta device."""
     peft_methods.check_files(directory)
-    arguments, tensors = rosa.read_adapter(directory)
+    arguments, tensors = rosa.read_adapter(directory, as_lora=True)
     if "peft" in arguments:
         peft_type = arguments["peft"]["peft_type"]
         raise ValueError(f"{directory} is an adapter of peft's own, of type {peft_type}: only peft can merge it")

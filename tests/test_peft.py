@@ -1,5 +1,8 @@
 """Statements about the methods of the optional package peft, in our model, loop and files; our LoRA is PEFT's, too."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from conftest import generator_of, random_model, random_tokens, seed_torch, smooth_adamw
@@ -7,8 +10,10 @@ from rounding import assert_close, near, of_model
 from torch import nn
 
 import rosa
-from extras import peft_methods
+from data.tokenizer import HERE as DATA
+from extras import merge, peft_methods
 from extras.kernels import accelerate
+from model import Llama
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.numeric
@@ -30,6 +35,23 @@ def train(model, parameters, k_ratio=1.0, steps=5, adamw=torch.optim.AdamW):
         optimizer.step()
         optimizer.zero_grad()
     return losses, selector.active
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]}])
+def test_a_plain_lora_that_peft_has_trained_here_is_merged_and_no_other(tmp_path, options):
+    model, tokens = random_model(vocab_size=1024, max_position_embeddings=256), random_tokens(2, 20)
+    model.save_pretrained(tmp_path / "ckpt")
+    shutil.copy(DATA / "tiny" / "tokenizer.model", tmp_path / "ckpt")
+    peft_methods.attach_peft(model, "LORA", options)
+    train(model, [p for p in model.parameters() if p.requires_grad])
+    peft_methods.save_adapter(model, tmp_path / "a")
+    merge.merge_checkpoint(tmp_path / "ckpt", tmp_path / "a", tmp_path / "out")
+    merged = Llama.from_pretrained(tmp_path / "out")
+    assert_close(merged(tokens), model.eval()(tokens), **of_model(merged.config))
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text()) | {"use_dora": True}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="use_dora = True is not implemented"):
+        merge.merge_checkpoint(tmp_path / "ckpt", tmp_path / "a", tmp_path / "other")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
