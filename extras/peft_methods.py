@@ -72,6 +72,8 @@ def attach_peft(model, peft_type, options):
         raise ValueError(
             f"peft {peft.__version__} has no method {peft_type!r}: choose from {', '.join(sorted(configs))}"
         )
+    if options.get("target_modules") == "all-linear":  # in a model of transformers' PEFT itself leaves lm_head out
+        options = options | {"target_modules": [module.split(".")[-1] for module in rosa.TARGETS.values()]}
     try:
         peft.inject_adapter_in_model(configs[peft_type](**options), model)
         saved = {tensor.data_ptr() for tensor in peft.get_peft_model_state_dict(model).values()}

@@ -37,6 +37,12 @@ def train(model, parameters, k_ratio=1.0, steps=5, adamw=torch.optim.AdamW):
     return losses, selector.active
 
 
+def test_all_linear_layers_are_those_of_the_layers(model):
+    peft_methods.attach_peft(model, "LORA", {"target_modules": "all-linear"})
+    adapted = {name.split(".lora_A")[0].split(".", 3)[3] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == set(rosa.TARGETS.values())
+
+
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]}])
 def test_a_plain_lora_that_peft_has_trained_here_is_merged_and_no_other(tmp_path, options):
     model, tokens = random_model(vocab_size=1024, max_position_embeddings=256), random_tokens(2, 20)
