@@ -283,6 +283,32 @@ def test_held_out_examples_are_not_trained_on(ckpt):
     assert not {tuple(prompt) for prompt, _ in examples} & {tuple(prompt) for prompt, _ in held_out}
 
 
+@pytest.mark.parametrize("count, typed, held_out", [(100, [], 10), (5, [], 1), (100, ["--val-size", 60], 60)])
+def test_a_tenth_is_held_out_unless_typed_otherwise(ckpt, count, typed, held_out):
+    Path("data.json").write_text(json.dumps(toy.examples("train", count)))
+    args = train.parse_args(["--ckpt", "ckpt", "--train-file", "data.json", *map(str, typed)])
+    examples, validation, *_ = train.load_data(args, load_tokenizer("ckpt"))
+    assert (len(examples), len(validation)) == (count - held_out, held_out)
+
+
+def test_examples_with_an_empty_field_are_left_out_when_asked_to(ckpt, capsys):
+    examples = toy.examples("train", 40)
+    examples[3]["output"] = examples[9]["output"] = ""
+    Path("data.json").write_text(json.dumps(examples))
+    with pytest.raises(ValueError, match="'output' is empty in 2 records, the first is record 3: .* --skip-empty"):
+        run(*QUICK, "--train-file", "data.json")
+    run(*QUICK, "--train-file", "data.json", "--skip-empty", "--max-steps", 1)
+    assert "18 examples" in capsys.readouterr().out
+
+
+def test_a_run_in_which_nothing_improved_says_so(ckpt, monkeypatch, capsys):
+    run(*QUICK, "--max-steps", 3, out="better")
+    assert "nothing improved" not in capsys.readouterr().out
+    monkeypatch.setattr(train, "validate", lambda *_: 5.0)
+    run(*QUICK, "--max-steps", 3)
+    assert "nothing improved on the loss before training: the adapter kept is the untrained" in capsys.readouterr().out
+
+
 def test_examples_that_are_too_long_are_counted_not_cut(ckpt, capsys):
     examples = toy.examples("train", 60)
     for example in examples[:7]:
