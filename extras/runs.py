@@ -115,6 +115,8 @@ class Run:
         def note(number, _):
             self.signals.append(number)
             handle(signal.SIG_DFL)
+            if processes()[0] == 0:  # os.write: what print was doing, a signal may have interrupted
+                os.write(2, b"\nstopping once this step is done and saved; a second time ends it at once, unsaved\n")
 
         def handle(handler):
             for number in (signal.SIGINT, signal.SIGTERM):

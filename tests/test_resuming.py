@@ -258,13 +258,14 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, cod
     assert contents("a run") == contents(whole())
 
 
-def test_a_second_signal_ends_a_run_at_once(monkeypatch):
+def test_a_second_signal_ends_a_run_at_once_which_the_first_says(monkeypatch, capfd):
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     noting = runs.Run(SimpleNamespace(out=None), *[None] * 5)
     noting.note_signals()
     handlers[signal.SIGINT](signal.SIGINT, None)
     assert noting.signals == [signal.SIGINT] and handlers == dict.fromkeys(SIGNALS, signal.SIG_DFL)
+    assert "a second time ends it at once, unsaved" in capfd.readouterr().err
 
 
 def test_an_interruption_while_loading_is_a_line(ckpt, monkeypatch, capsys):
