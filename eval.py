@@ -95,7 +95,7 @@ def main(args):
     made_by = fingerprint(ckpt, args.adapter, [args.score, limit, dtype])
     predictions = Predictions(args.out, "-".join(map(str, made_by.values())), questions)  # what is answered already
     for number in too_long - predictions.lines.keys():
-        predictions.add(number, "", "", False, "length")
+        predictions.add(number, "", "", False, "no room")
     right, new_tokens = sum(line["correct"] for line in predictions.lines.values()), 0
     bar = tqdm(
         total=len(questions), initial=len(predictions.lines), unit="example", dynamic_ncols=True, disable=rank > 0

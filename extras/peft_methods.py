@@ -13,6 +13,8 @@ import rosa
 from extras.checkpoints import read_json
 from extras.distributed import processes
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
 
 def save_adapter(model, directory):
     """rosa.save_adapter, for a model with an adapter of any kind."""
@@ -38,12 +40,11 @@ def load_adapter(model, directory):
 
 def check_files(directory):
     """Raise ValueError or OSError unless the directory holds the two files of an adapter, whole."""
-    names = "adapter_config.json", "adapter_model.safetensors"
-    if absent := [name for name in names if not (directory / name).is_file()]:
+    if absent := [name for name in ADAPTER_FILES if not (directory / name).is_file()]:
         pickled = (directory / "adapter_model.bin").is_file()
         instead = ", only adapter_model.bin, a pickle, which can run code" if pickled else ""
         raise FileNotFoundError(f"{directory} is no adapter directory: it has no {absent[0]}{instead}")
-    config, weights = directory / names[0], directory / names[1]
+    config, weights = (directory / name for name in ADAPTER_FILES)
     if not isinstance(read_json(config).get("peft_type"), str):
         raise ValueError(f"{config}: the key 'peft_type' is missing: copy the adapter again")
     try:

@@ -8,9 +8,8 @@ import json
 from pathlib import Path
 
 from extras.distributed import gather, processes
+from extras.peft_methods import ADAPTER_FILES
 from extras.runs import read_log, write_whole
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class Predictions:
@@ -48,7 +47,7 @@ class Predictions:
         return sorted(numbers, key=lambda number: (-len(self.questions[number][3]), number))
 
     def add(self, number, response, extracted, correct, finish_reason):
-        """An answer, on disk at once. finish_reason: "stop", or "length" where it was cut at --max-new-tokens."""
+        """An answer, on disk at once. finish_reason: "stop", "length" (cut at --max-new-tokens), "no room"."""
         name, i, example, prompt = self.questions[number]
         line = {"set": name, "index": i, "instruction": example["instruction"], "answer": example["answer"]}
         line |= {"response": response, "extracted": extracted, "correct": correct, "finish_reason": finish_reason}
