@@ -216,7 +216,7 @@ def answer_prompt(args, model, tokenizer):
 
     prompt = tasks.encode_prompt({"instruction": args.prompt}, tokenizer)
     if (room := model.config.context - len(prompt)) < 1:
-        problem = f"--prompt has {len(prompt)} tokens: no room for an answer is in the model's {model.config.limit}"
+        problem = f"--prompt has {len(prompt)} tokens: no room for an answer is in the model's context of {model.config.context}"
         raise ValueError(f"{problem}: make it shorter")
     limit, eos = min(args.max_new_tokens, room), eos_tokens(model, tokenizer)
     if args.plain:
@@ -264,7 +264,7 @@ def check_lengths(args, questions, config, tokenizer):
             too_long.add(number)
     if too_long and not args.long_is_wrong:
         more = f" ({len(too_long)} of {len(questions)} prompts do; --long-is-wrong scores the others)"
-        raise ValueError(f"{problem} it exceeds the model's {config.limit}{more}")
+        raise ValueError(f"{problem} it exceeds the model's context of {config.context}{more}")
     return too_long
 
 

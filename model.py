@@ -85,14 +85,12 @@ class LlamaConfig:
 
     @property
     def context(self):
-        """The longest sequence, in tokens. Sliding windows, not implemented, change nothing up to there."""
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
-
-    @property
-    def limit(self):
-        """`context` and where it comes from, for messages."""
-        windowed = self.context < self.max_position_embeddings
-        return f"{'sliding window' if windowed else 'context'} of {self.context}"
+        """The longest sequence, in tokens. Sliding windows, not implemented, change nothing up to there. Where linear
+        scaling does not say what it started from, max_position_embeddings is taken for that."""
+        longest, scaling = self.max_position_embeddings, self.rope_scaling or {}
+        if scaling.get("rope_type") == "linear" and "original_max_position_embeddings" not in scaling:
+            longest = int(longest * scaling["factor"])
+        return min(longest, self.sliding_window or longest)
 
     @classmethod
     def from_file(cls, path):
@@ -120,8 +118,9 @@ def implemented_fields(raw):
     architecture, defaults = FAMILIES[raw["model_type"]]
     raw = defaults | raw
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})  # transformers 5 writes the second
-    # Early checkpoints say LLaMAForCausalLM.
-    raw["architectures"] = [str(name).replace("LLaMA", "Llama") for name in raw.get("architectures") or [architecture]]
+    # Early checkpoints say LLaMAForCausalLM, those that were saved without their lm_head LlamaModel.
+    spellings = [str(name).replace("LLaMA", "Llama") for name in raw.get("architectures") or [architecture]]
+    raw["architectures"] = [name.replace("Model", "ForCausalLM") for name in spellings]
     implemented = {
         "architectures": [architecture],
         "hidden_act": "silu",
@@ -137,7 +136,8 @@ def implemented_fields(raw):
             raise ValueError(f"{name} = {setting!r} is not implemented (only {value!r} is)")
     raw["torch_dtype"] = raw.get("dtype", raw.get("torch_dtype"))  # transformers 5 writes the first
     raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    raw["rope_scaling"] = rope if rope.get("rope_type", rope.get("type", "default")) != "default" else None
+    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))  # early configs: type
+    raw["rope_scaling"] = rope if rope["rope_type"] != "default" else None
     return {name: raw[name] for name in LlamaConfig.__dataclass_fields__ if name in raw}
 
 
@@ -149,11 +149,10 @@ def rope_inverse_frequencies(config):
     scaling = config.rope_scaling
     if not scaling:
         return frequencies
-    rope_type = scaling.get("rope_type", scaling.get("type"))
-    if rope_type == "linear":
+    if scaling.get("rope_type") == "linear":
         return frequencies / scaling["factor"]
-    if rope_type != "llama3":
-        raise ValueError(f"rope_scaling type {rope_type!r} is not implemented: only linear and llama3 are")
+    if scaling.get("rope_type") != "llama3":
+        raise ValueError(f"rope_scaling {scaling.get('rope_type')!r} is not implemented: only linear and llama3 are")
     # LLaMA 3.1: wavelengths beyond the original context are stretched, short ones kept, the ones between blended.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # full turns in that context
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -169,13 +168,10 @@ class Llama(nn.Module):
         self.config = config
         self.inv_freq = rope_inverse_frequencies(config)  # no buffer: `.to(bfloat16)` must not round it
         embedding = torch.empty(config.vocab_size, config.hidden_size)  # filled below: nn.Embedding would fill it too
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding.from_pretrained(embedding, freeze=False),
-                "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        self.model = nn.ModuleDict()
+        self.model["embed_tokens"] = nn.Embedding.from_pretrained(embedding, freeze=False)
+        self.model["layers"] = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and not module.weight.is_meta:
@@ -207,7 +203,7 @@ class Llama(nn.Module):
         """What `logits` reads: [B, T] -> [B, T, D]. With a cache the tokens follow those that it holds."""
         T = tokens.shape[1]
         if T > self.config.context:
-            raise ValueError(f"{T} tokens are more than the model's {self.config.limit}")
+            raise ValueError(f"{T} tokens are more than the model's context of {self.config.context}")
         positions = torch.arange(T, device=tokens.device)  # [T]
         if cache is not None:  # after what it holds: a number, or [B] in a cache whose rows differ
             positions = torch.as_tensor(cache.length, device=tokens.device)[..., None] + positions  # [T] or [B, T]
@@ -265,9 +261,10 @@ class Llama(nn.Module):
         if unmatched := sorted(parameters.keys() ^ files.keys()):
             problem = "is missing" if unmatched[0] in parameters else "belongs to no parameter of this model"
             raise ValueError(f"{directory}: the tensor {unmatched[0]} {problem}")
-        for name in sorted(files, key=lambda name: (files[name], -parameters[name].numel())):
-            with safe_open(files[name], framework="pt") as file:
-                tensor = file.get_tensor(name)
+        for name in sorted(files, key=lambda name: (files[name][0], -parameters[name].numel())):
+            path, stored_name = files[name]
+            with safe_open(path, framework="pt") as file:
+                tensor = file.get_tensor(stored_name)
             if tensor.shape != parameters[name].shape or tensor.dtype not in FLOATS:
                 shape = list(parameters[name].shape)
                 raise ValueError(f"{directory}: {name} is {tensor.dtype} {list(tensor.shape)}, not floats {shape}")
@@ -294,8 +291,7 @@ class Llama(nn.Module):
             raise ValueError(f"cannot save a model with adapters ({extra[0]}, ...): call rosa.merge(model) first")
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        (directory := Path(directory)).mkdir(parents=True, exist_ok=True)
         raw = {key: value for key, value in asdict(self.config).items() if value is not None}
         raw |= {"architectures": [FAMILIES[self.config.model_type][0]], "hidden_act": "silu"}
         raw["torch_dtype"] = str(self.dtype).removeprefix("torch.")
@@ -421,19 +417,24 @@ def check_prompts(prompts, max_new_tokens, config):
             raise ValueError(f"prompt {i} is empty")
         if len(prompt) + max_new_tokens > config.context:
             problem = f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the model's"
-            raise ValueError(f"{problem} {config.limit}")
+            raise ValueError(f"{problem} context of {config.context}")
 
 
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64  # one of 8 bits would need its scales
 
 
+def full_name(name):
+    """A tensor's name, with the prefix that checkpoints of the transformer without its lm_head leave out."""
+    return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
+
+
 def tensor_files(directory):
-    """name -> safetensors file of the tensors in a checkpoint directory."""
+    """name -> (safetensors file, name in there) of the tensors in a checkpoint directory."""
     names = {"model.safetensors"}
     if not (directory / "model.safetensors").is_file():
         names = set(json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values())
     files = {}
     for path in sorted(directory / name for name in names):
         with safe_open(path, framework="pt") as file:
-            files |= {name: path for name in file.keys() if not name.endswith("rotary_emb.inv_freq")}
+            files |= {full_name(n): (path, n) for n in file.keys() if not n.endswith("rotary_emb.inv_freq")}
     return files

@@ -156,7 +156,7 @@ def main(args):
     train_set, val_set, places_in_file, too_long = load_data(args, load_tokenizer(ckpt))
     model = load_model(ckpt, device, dtype, mapped=args.shard)  # mapped: on the CPU, in its files, until `shard`
     if args.max_len > model.config.context:
-        raise ValueError(f"--max-len {args.max_len} exceeds the model's {model.config.limit}")
+        raise ValueError(f"--max-len {args.max_len} exceeds the model's context of {model.config.context}")
     description = runs.describe(args, ckpt, model, train_set, val_set)
     if args.resume:
         runs.check_same(args, description)

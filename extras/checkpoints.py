@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from extras.distributed import processes
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, full_name
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -132,6 +132,10 @@ def load_model(ckpt, device="cpu", dtype=None, mapped=False):
 
     mapped: the weights stay in their files, as stored; they take memory as they are read."""
     model, table = meta_model(ckpt)
+    if model.config.context != model.config.max_position_embeddings and processes()[0] == 0:
+        stated = f"config.json has max_position_embeddings {model.config.max_position_embeddings}"
+        reason = f"sliding_window {model.config.sliding_window}, rope_scaling {model.config.rope_scaling}"
+        print(f"context    taken to be {model.config.context} tokens: {stated}, {reason}")
     if not mapped:
         model = Llama.from_pretrained(ckpt, device, dtype)
     for name in table if mapped else ():
@@ -226,6 +230,7 @@ def check_positive(name, value):
 
 class Stored(NamedTuple):
     file: Path
+    name: str  # in the file
     shape: tuple
     dtype: str  # as safetensors names it: BF16
 
@@ -256,7 +261,7 @@ def tensor_table(directory, model, stored):
 def read_tensor(table, name):
     """A tensor of a checkpoint, mapped from its file: what is read of it goes when the tensor goes."""
     with safe_open(table[name].file, framework="pt") as file:
-        return file.get_tensor(name)
+        return file.get_tensor(table[name].name)
 
 
 def stored_tensors(directory):
@@ -266,12 +271,12 @@ def stored_tensors(directory):
         try:
             open(file, "rb").close()  # which says why where it cannot: safe_open calls it absent
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():
-                    if name in table:
+                for stored_name in tensors.keys():
+                    if (name := full_name(stored_name)) in table:
                         both = f"{name} is in {table[name].file} and in {file.name}"
                         raise ValueError(f"{both}: download the checkpoint again")
-                    entry = tensors.get_slice(name)
-                    table[name] = Stored(file, tuple(entry.get_shape()), entry.get_dtype())
+                    entry = tensors.get_slice(stored_name)
+                    table[name] = Stored(file, stored_name, tuple(entry.get_shape()), entry.get_dtype())
         except SafetensorError as error:
             with open(file, "rb") as opened:
                 if opened.read(40).startswith(b"version https://git-lfs"):

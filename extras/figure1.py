@@ -97,7 +97,9 @@ def main(args):
     prompts = load_prompts(args, load_tokenizer(ckpt))
     model = load_model(ckpt, device, dtype)
     if (longest := max(map(len, prompts))) > model.config.context:
-        raise ValueError(f"{args.task}: a prompt has {longest} tokens, more than the model's {model.config.limit}")
+        raise ValueError(
+            f"{args.task}: a prompt has {longest} tokens, more than the model's context of {model.config.context}"
+        )
     if args.adapter:
         peft_methods.load_adapter(model, args.adapter)
     checkpoints.check_finite(model)

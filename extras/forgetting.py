@@ -63,7 +63,7 @@ def main(args):
         for i, (context, predicted) in enumerate(pairs):
             if (count := len(context) + len(predicted) - 1) > model.config.context:
                 raise ValueError(
-                    f"{file}, part {i}: {count} tokens exceed the model's {model.config.limit}: leave it out"
+                    f"{file}, part {i}: {count} tokens exceed the model's context of {model.config.context}: leave it out"
                 )
     if args.adapter:
         peft_methods.load_adapter(model, args.adapter)

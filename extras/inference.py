@@ -86,7 +86,7 @@ def log_likelihoods(model, prompts, continuations):
     Raises ValueError for a text beyond the model's context."""
     longest = max(len(prompt) + len(ids) for prompt, options in zip(prompts, continuations) for ids in options)
     if longest > model.config.context:
-        raise ValueError(f"{longest} tokens are more than the model's {model.config.limit}")
+        raise ValueError(f"{longest} tokens are more than the model's context of {model.config.context}")
     prompt_of = torch.tensor(
         [i for i, options in enumerate(continuations) for _ in options], device=model.device
     )  # [N]

@@ -21,6 +21,7 @@ from extras import peft_methods
 from extras.checkpoints import copy_companions, find_checkpoint, meta_model, read_json, read_tensor
 from extras.commands import command_parser, run_command
 from extras.inference import pad
+from model import FAMILIES
 
 SHARD = 5 * 10**9  # bytes of a file at most
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
@@ -62,11 +63,11 @@ def merge_checkpoint(ckpt, adapter, out):
                 "weight_map": {name: file for file, names in zip(files, shards) for name in names},
             }
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        shutil.copyfile(ckpt / "config.json", partial / "config.json")
-        config = read_json(ckpt / "config.json")
+        config = read_json(ckpt / "config.json") | {"architectures": [FAMILIES[model.config.model_type][0]]}
         if config.get("tie_word_embeddings") and not model.config.tie_word_embeddings:  # its lm_head is another
             print("lm_head is not the embedding to which config.json ties it: both are kept, and untied")
-            (partial / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}, indent=2) + "\n")
+            config["tie_word_embeddings"] = False
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_companions(ckpt, partial)
         os.rename(partial, out)
     except BaseException:

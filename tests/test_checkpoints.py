@@ -1,16 +1,19 @@
 """Statements about `extras/checkpoints.py`: where a checkpoint is found, and what is said of one that does not fit."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import random_model, random_tokens
+from conftest import ROOT, random_model, random_tokens, randomise_adapters
 from rounding import assert_close, of_model
 from safetensors.torch import load_file, save_file
 
+import rosa
 from extras.checkpoints import find_checkpoint, hub_cache, load_model
+from extras.merge import merge_checkpoint
 from model import Llama
 
 
@@ -92,6 +95,39 @@ def test_a_checkpoint_that_fits_is_loaded_as_from_pretrained_loads_it(tmp_path, 
     for loaded in (Llama.from_pretrained(tmp_path), load_model(tmp_path), load_model(tmp_path, mapped=True)):
         assert torch.equal(loaded(tokens), model(tokens)) and not loaded.training
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def test_a_checkpoint_that_was_saved_without_its_lm_head_lacks_a_prefix_only(tmp_path):
+    """Of tied embeddings; without these the lm_head is missing. Merged, it is a checkpoint like any other."""
+    model, tokens = random_model(tie_word_embeddings=True, vocab_size=1024), random_tokens(1, 9)
+    model.save_pretrained(tmp_path / "a")
+    rosa.save_adapter(randomise_adapters(rosa.attach(model, rank=4)), tmp_path / "adapter")
+    file, config = tmp_path / "a" / "model.safetensors", json.loads((tmp_path / "a" / "config.json").read_text())
+    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", tmp_path / "a")
+    for loaded in (Llama.from_pretrained(tmp_path / "a"), load_model(tmp_path / "a")):
+        rosa.load_adapter(loaded, tmp_path / "adapter")
+        assert torch.equal(loaded(tokens), model(tokens))
+    merge_checkpoint(tmp_path / "a", tmp_path / "adapter", tmp_path / "merged")
+    assert torch.equal(Llama.from_pretrained(tmp_path / "merged")(tokens), rosa.merge(model)(tokens))
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    for load in (Llama.from_pretrained, load_model):
+        with pytest.raises(ValueError, match="lm_head.weight"):
+            load(tmp_path / "a")
+
+
+def test_a_context_that_config_json_does_not_state_is_said(tmp_path, capsys):
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    random_model(rope_scaling=scaling).save_pretrained(tmp_path)
+    assert load_model(tmp_path).config.context == 256
+    said = capsys.readouterr().out
+    assert "context    taken to be 256 tokens: config.json has max_position_embeddings 128," in said
+    assert str(scaling) in said
+    random_model().save_pretrained(tmp_path)
+    load_model(tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 def test_an_lm_head_other_than_the_embedding_that_it_is_tied_to_counts_here_and_in_what_is_written(tmp_path, capsys):

@@ -155,5 +155,5 @@ def test_the_likelihood_of_a_continuation_is_that_of_the_whole_text(kernels, cha
     with pytest.raises(ValueError, match="129 tokens are more than the model's context of 128"):
         log_likelihoods(model, [[4], [3] * 120], [[[6], [7] * 9], [[5] * 9]])
     windowed = random_model(model_type="mistral", sliding_window=20)
-    with pytest.raises(ValueError, match="21 tokens are more than the model's sliding window of 20"):
+    with pytest.raises(ValueError, match="21 tokens are more than the model's context of 20"):
         log_likelihoods(windowed, [[3] * 20], [[[3]]])

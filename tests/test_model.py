@@ -178,9 +178,14 @@ def test_what_a_config_leaves_out_its_family_or_the_generation_config_says(tmp_p
 WINDOW = {"sliding_window": 20}  # mistral's alone
 
 
-@pytest.mark.parametrize("changes, limit", [(MISTRAL | WINDOW, "sliding window of 20"), (WINDOW, "context of 128")])
-def test_no_sequence_is_longer_than_the_context_or_a_sliding_window(changes, limit):
-    model, length = random_model(**changes), int(limit.split()[-1])
+LINEAR = {"rope_scaling": {"rope_type": "linear", "factor": 1.5}}  # of 128, if nothing else is said
+SCALED = {"rope_scaling": LINEAR["rope_scaling"] | {"original_max_position_embeddings": 64}}  # to 128
+CONTEXTS = [(MISTRAL | WINDOW, 20), (WINDOW, 128), (LINEAR, 192), (SCALED, 128), (MISTRAL | WINDOW | LINEAR, 20)]
+
+
+@pytest.mark.parametrize("changes, length", CONTEXTS)
+def test_no_sequence_is_longer_than_the_context(changes, length):
+    model, limit = random_model(**changes), f"context of {length}"
     assert model(random_tokens(1, length)).shape == (1, length, 97)
     model.model.embed_tokens.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     for call in (model, model.hidden_states, lambda tokens: model.loss(tokens, tokens)):

@@ -92,6 +92,13 @@ AS_STORED = [  # changes of config.json that another program has made
 
 
 @torch.inference_mode()
+def test_what_was_saved_without_its_lm_head_comes_in(tmp_path):
+    transformers.LlamaModel(transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert_close(Llama.from_pretrained(tmp_path)(random_tokens(2, 40)), theirs(random_tokens(2, 40)).logits)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("changes", AS_STORED)
 def test_what_a_checkpoint_says_twice_counts_as_with_them(tmp_path, changes):
     random_model().save_pretrained(tmp_path)
