@@ -206,9 +206,6 @@ def main(args):
     if step is None:
         step = 0
         run.begin(description)
-        val_loss = validate(model, val_set, args)
-        run.keep_best(step, val_loss)
-        run.log({"step": step, "val_loss": val_loss})
         run.save_state(step)
     bar = tqdm(
         total=total_steps,
@@ -222,7 +219,13 @@ def main(args):
 
     # --- the loop ---
     epoch = None
-    while step < total_steps:
+    while True:
+        # Validate, first of all the model before training. The step is saved by then.
+        if step % args.eval_every == 0 or step == total_steps:
+            run.keep_best(step, validate(model, val_set, args))
+        if step == total_steps:
+            break
+
         if epoch != step // batches_per_epoch:
             epoch = step // batches_per_epoch
             batches = make_batches(lengths, args.batch_size, f"{args.seed} {epoch}")
@@ -263,15 +266,12 @@ def main(args):
         step += 1
         seconds = time.perf_counter() - start
 
-        # Validate, log, save.
+        # Log, save.
         token_count = sum(lengths[i] for i in indices)
         record = {"step": step, "loss": loss, "lr": lr, "tokens": token_count, "seconds": seconds}
         record["active_layers"] = selector.active
-        if step % args.eval_every == 0 or step == total_steps:
-            record["val_loss"] = validate(model, val_set, args)
-            run.keep_best(step, record["val_loss"])
         run.log(record)
-        run.save(step, last=step == total_steps, stop_requested=signals > 0)  # after a Ctrl-C it ends the run here
+        run.save(step, total_steps, stop_requested=signals > 0)  # after a Ctrl-C it ends the run here
         layers = "".join("█" if i in selector.active else "·" for i in range(num_layers))
         status = f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {layers}"
         bar.set_postfix_str(status, refresh=False)

@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-FORMAT = 2  # of a run directory; 1 had no number, and kept the optimiser's moments by position
+FORMAT = 3  # of a run directory; in 2 the step that is saved was validated already; 1 had no number
 LOGS = ("log.jsonl", "layers.jsonl")
 # What may differ between a run and its resumption.
 NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations", "shard", "plain")
@@ -58,7 +58,7 @@ class Run:
 
     @by_the_first
     def begin(self, description):
-        """Make way in the directory for a run, and say in args.json which."""
+        """Make way in the directory for a run, say in args.json which."""
         with saving(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             if not self.args.resume:  # first: what is left of another run is from here on no run
@@ -67,6 +67,7 @@ class Run:
                 (self.out / file).unlink(missing_ok=True)
             clear_partial(self.out)
         write(self.out / "args.json", json.dumps(description, indent=2) + "\n")
+        write_log(self.out / "log.jsonl", {"step": 0})
 
     def can_apply(self, step, loss, norm, places_in_file):
         """Whether a step can be applied: one that is not finite would spoil the weights for good. places_in_file: those
@@ -78,13 +79,17 @@ class Run:
         return not self.skipped
 
     def keep_best(self, step, val_loss):
-        """The adapter kept is the best one, not the last one."""
+        """The adapter kept is the best one, not the last one. The loss goes into the step's line in log.jsonl."""
         if step == 0 and not math.isfinite(val_loss):
             raise Stop(f"the validation loss is {val_loss} before training: is {self.ckpt} whole?")
         tqdm.write(f"step {step:5}  validation loss {val_loss:.4f}" + (" before training" if step == 0 else ""))
         if val_loss < self.best or step == 0:
             self.best = val_loss
             self.save_best()
+        if processes()[0] == 0:
+            log = self.out / "log.jsonl"
+            *before, record = read_log(log)
+            write(log, "".join(map(line_of, [*before, record | {"val_loss": val_loss}])))
 
     def log(self, record):
         """A line of log.jsonl, and after a selection of layers one of layers.jsonl; the first process writes."""
@@ -96,14 +101,16 @@ class Run:
             selection = {"step": record["step"], "scores": scores, "active_layers": self.selector.active}
             write_log(self.out / "layers.jsonl", selection)
 
-    def save(self, step, last, stop_requested):
-        """Save the state every --save-every steps, after the last step, and before the run stops; it stops here, after
-        a signal or the third step in a row that was not applied."""
+    def save(self, step, total_steps, stop_requested):
+        """Save the state every --save-every steps, before each validation, which a resumption then makes, and before
+        the run stops; it stops here, after a signal or the third step in a row that was not applied."""
         if self.skipped == 3:
             state = f"The last good state, of step {self.saved}, is in {self.out / 'state.safetensors'}"
             message = f"step {step} was the third in a row that is not finite: {self.culprits}"
             raise Stop(f"{message}, counted from 0 in the training data. {state}")
-        if not self.skipped and (step % self.args.save_every == 0 or last or stop_requested):
+        last = step == total_steps
+        due = last or stop_requested or step % self.args.save_every == 0 or step % self.args.eval_every == 0
+        if due and not self.skipped:
             self.save_state(step)
             self.saved = step
         if stop_requested and not last:
@@ -116,7 +123,8 @@ class Run:
             self.signals.append(number)
             handle(signal.SIG_DFL)
             if processes()[0] == 0:  # os.write: what print was doing, a signal may have interrupted
-                os.write(2, b"\nstopping once this step is done and saved; a second time ends it at once, unsaved\n")
+                again = f"a second time ends it at once, and then what is saved is step {self.saved}"
+                os.write(2, f"\nstopping once this step is done and saved; {again}\n".encode())
 
         def handle(handler):
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -177,14 +185,14 @@ class Run:
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         self.selector.scores = tensors.get("scores")
         self.selector.activate(progress["active"])
-        self.selector.failed = progress.get("failed", False)
+        self.selector.failed = progress["failed"]
         self.best, self.saved = progress["best"], progress["step"]
         if processes()[0] == 0:
             with saving(self.out):
                 clear_partial(self.out)
             for log in LOGS:
                 records = [record for record in read_log(self.out / log) if record["step"] <= self.saved]
-                write(self.out / log, "".join(json.dumps(record) + "\n" for record in records))
+                write(self.out / log, "".join(map(line_of, records)))
         return self.saved
 
     def finish(self, device):
@@ -336,13 +344,16 @@ def flush(path):
         os.close(descriptor)
 
 
+def line_of(record):
+    """A line of a log. JSON has no word for a number that is not finite: null stands for it."""
+    finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
+    return json.dumps(finite) + "\n"
+
+
 def write_log(path, record):
-    """Add a line. JSON has no word for a number that is not finite: null stands for it."""
-    record = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
+    """Add a line."""
     with saving(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(line_of(record))
 
 
 def read_log(path):

@@ -258,6 +258,18 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, cod
     assert contents("a run") == contents(whole())
 
 
+@pytest.mark.parametrize("last", [0, 3, 10])
+def test_a_validation_is_made_when_the_step_is_saved_and_made_up_for_if_it_was_not(ckpt, monkeypatch, capsys, last):
+    """Every third step is validated; every second is saved."""
+    with monkeypatch.context() as patch:
+        validations, validate = iter([0, 3, 6, 9, 10]), train.validate
+        patch.setattr(train, "validate", lambda *given: interrupt() if next(validations) == last else validate(*given))
+        assert ends(capsys)[0] == 130
+    assert state()[0]["step"] == last == read_log("out")[-1]["step"] and "val_loss" not in read_log("out")[-1]
+    run("--resume")
+    assert contents() == contents(whole())
+
+
 def test_a_second_signal_ends_a_run_at_once_which_the_first_says(monkeypatch, capfd):
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
@@ -265,7 +277,7 @@ def test_a_second_signal_ends_a_run_at_once_which_the_first_says(monkeypatch, ca
     noting.note_signals()
     handlers[signal.SIGINT](signal.SIGINT, None)
     assert noting.signals == [signal.SIGINT] and handlers == dict.fromkeys(SIGNALS, signal.SIG_DFL)
-    assert "a second time ends it at once, unsaved" in capfd.readouterr().err
+    assert "a second time ends it at once, and then what is saved is step 0\n" in capfd.readouterr().err
 
 
 def test_an_interruption_while_loading_is_a_line(ckpt, monkeypatch, capsys):
@@ -332,8 +344,8 @@ def write_examples(end=""):
 
 
 CHANGES = {
-    "in format 1 and not 2: --overwrite starts anew": ("", forget_format),
-    "in format 3 and not 2: --overwrite starts anew": ("", lambda: rewrite("out/args.json", format=3)),
+    "in format 1 and not 3: --overwrite starts anew": ("", forget_format),
+    "in format 2 and not 3: --overwrite starts anew": ("", lambda: rewrite("out/args.json", format=2)),
     "has --lr 0.01, not 0.02": ("--lr 2e-2", lambda: None),
     "has --dtype float32, not bfloat16": ("--dtype bfloat16", lambda: None),
     "config.json of the checkpoint differ": ("", lambda: rewrite("ckpt/config.json", rope_theta=5e5)),
@@ -419,7 +431,7 @@ def test_what_cannot_be_written_ends_a_run_in_a_line(ckpt, monkeypatch, capsys, 
     with monkeypatch.context() as patch:
         patch.setattr(function, broken)
         assert_stops_in_a_line(capsys, str(error))
-    assert state()[0]["step"] in (2, 4)
+    assert state()[0]["step"] in (2, 3, 4)
     run("--resume")
     assert contents() == contents(whole())
 
