@@ -216,8 +216,8 @@ def answer_prompt(args, model, tokenizer):
 
     prompt = tasks.encode_prompt({"instruction": args.prompt}, tokenizer)
     if (room := model.config.context - len(prompt)) < 1:
-        problem = f"--prompt has {len(prompt)} tokens: no room for an answer is in the model's context of {model.config.context}"
-        raise ValueError(f"{problem}: make it shorter")
+        problem = f"--prompt has {len(prompt)} tokens, the model's context {model.config.context}"
+        raise ValueError(f"{problem}: make it shorter, there is no room for an answer")
     limit, eos = min(args.max_new_tokens, room), eos_tokens(model, tokenizer)
     if args.plain:
         (ids,) = model.generate([prompt], limit, eos)

@@ -147,18 +147,16 @@ def save_adapter(model, directory):
         tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.A.detach().cpu()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
-    config |= {"base_model_name_or_path": getattr(model, "name_or_path", None)}
-    config |= {"r": metadata["rank"], "lora_alpha": metadata["alpha"]}
-    config |= {"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False}
+    config |= {"base_model_name_or_path": getattr(model, "name_or_path", None), "r": metadata["rank"]}
+    config |= {"lora_alpha": metadata["alpha"], "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False}
     config |= {"target_modules": [TARGETS[target].split(".")[1] for target in metadata["targets"]]}
     write_adapter(directory, config, tensors, metadata)
 
 
 def write_adapter(directory, config, tensors, metadata):
-    """Write an adapter's two files, as PEFT names them."""
+    """Write an adapter's two files, as PEFT names them; the metadata under one key, as several have no fixed order."""
     (directory := Path(directory)).mkdir(parents=True, exist_ok=True)
-    metadata = {"rosa": json.dumps(metadata)}  # one key: several have no fixed order
-    save_file(tensors, directory / "adapter_model.safetensors", metadata=metadata)
+    save_file(tensors, directory / "adapter_model.safetensors", metadata={"rosa": json.dumps(metadata)})
     (directory / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -229,6 +227,8 @@ def check_lora(directory, tensors, model, arguments):
             if target in ("q", "k"):
                 heads = linear.out_features // model.config.head_dim
                 rows[f"{name}.lora_B.weight"] = adapted_rows(linear.out_features, heads, ratio, pairs)
+    if others := [name for name in tensors if ".layers." not in name]:
+        raise ValueError(f"{directory} holds {others[0]}, which is in no layer: let PEFT merge it, merge_and_unload()")
     check_tensors(directory, tensors, shapes)
     if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise ValueError(f"{directory}: {integers[0]} is {tensors[integers[0]].dtype}, not floats")

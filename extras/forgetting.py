@@ -16,14 +16,14 @@ from data import tasks
 from data.tokenizer import load_tokenizer
 from extras import checkpoints, peft_methods
 from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, read_json, say_if_bfloat16_is_slow
-from extras.commands import add_model_arguments, command_parser, run_command
+from extras.commands import add_model_arguments, command_parser, count, run_command
 from extras.predictions import fingerprint
 from extras.runs import write_whole
 
 PIECE = 256  # tokens
 
 
-def load_texts(file, tokenizer, limit, skip_empty=False):
+def load_texts(file, tokenizer, limit, skip_empty):
     """A file as pairs (context ids, ids to predict): the examples of a .json or .jsonl, else the text in pieces."""
     if file.suffix in (".json", ".jsonl"):
         examples = tasks.load_examples(file, skip_empty=skip_empty)
@@ -61,10 +61,9 @@ def main(args):
     model = load_model(ckpt, device, dtype)
     for file, pairs in texts.items():
         for i, (context, predicted) in enumerate(pairs):
-            if (count := len(context) + len(predicted) - 1) > model.config.context:
-                raise ValueError(
-                    f"{file}, part {i}: {count} tokens exceed the model's context of {model.config.context}: leave it out"
-                )
+            if (length := len(context) + len(predicted) - 1) > model.config.context:
+                limit = f"the model's context of {model.config.context}"
+                raise ValueError(f"{file}, part {i}: {length} tokens exceed {limit}: leave it out")
     if args.adapter:
         peft_methods.load_adapter(model, args.adapter)
     checkpoints.check_finite(model)
@@ -79,8 +78,8 @@ def main(args):
         losses[name] = mean_loss(model, pairs, file.name)
         if not math.isfinite(losses[name]):
             raise FloatingPointError(f"the loss on {file} is {losses[name]}: try --dtype float32")
-        count = sum(len(predicted) for _, predicted in pairs)
-        print(f"{name:<32}{count:>9,} tokens   {losses[name]:.4f} nats per token")
+        num_tokens = sum(len(predicted) for _, predicted in pairs)
+        print(f"{name:<32}{num_tokens:>9,} tokens   {losses[name]:.4f} nats per token")
     write_whole(out / "losses.json", json.dumps(made_by | {"losses": losses}, indent=2) + "\n")
 
 
@@ -91,12 +90,9 @@ def run(arguments=None):
     )
     add_model_arguments(parser)
     parser.add_argument("--skip-empty", action="store_true", help="leave out examples with an empty field")
-    parser.add_argument("--limit", type=int, help="only the first so many examples or pieces of each file")
+    parser.add_argument("--limit", type=count, help="only the first so many examples or pieces of each file")
     parser.add_argument("--out", help="where losses.json goes (default: the adapter's directory, or runs/<ckpt>-base)")
-    args = parser.parse_args(arguments)
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit must be at least 1, not {args.limit}")
-    run_command("forgetting", main, args)
+    run_command("forgetting", main, parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -12,26 +12,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, no_package, read_log, run
+from conftest import QUICK, ROOT, no_package, read_log, run, write_test_sets
 from rounding import assert_close, near, of_model
 
 import eval as eval_script
 import train
 from data import tasks, toy
-from data.tokenizer import load_tokenizer
-from extras import compare, figure1, forgetting
+from data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from extras import commands, compare, figure1, forgetting, inference, make_tiny
 from extras.checkpoints import NAMES
 from model import Llama
 
 pytestmark = pytest.mark.numeric
 
 
-def test_the_loss_on_anything_else(ckpt):
+def test_the_loss_on_anything_else(ckpt, capsys):
     Path("other.json").write_text(json.dumps(toy.examples("train", 12)))
     sentences = [f"{name} has {n} pears, and no more.\n" for n, name in enumerate(toy.GIRLS * 3)]
     Path("notes.txt").write_text("".join(sentences))
-    forgetting.run("other.json notes.txt --ckpt ckpt --limit 10 --out out --dtype float32".split())
-    losses = json.loads(Path("out/losses.json").read_text())["losses"]
+    forgetting.run("other.json notes.txt --ckpt ckpt --limit 10 --out runs/out --dtype float32".split())
+    losses = json.loads(Path("runs/out/losses.json").read_text())["losses"]
+    printed = capsys.readouterr().out
     model, tokenizer = Llama.from_pretrained("ckpt"), load_tokenizer("ckpt")
     pairs = [tasks.encode_example(example, tokenizer) for example in toy.examples("train", 10)]
     ids = tokenizer.encode("".join(sentences))
@@ -40,13 +41,52 @@ def test_the_loss_on_anything_else(ckpt):
         examples = model.loss(*train.collate(pairs, "cpu")).item()
         text = sum(model.loss(torch.tensor([part[:-1]]), torch.tensor([part[1:]])).item() for part in parts)
     rounding = of_model(model.config)
-    assert losses["other"] == near(examples / sum(len(response) for _, response in pairs), **rounding)
+    num_tokens = sum(len(response) for _, response in pairs)
+    assert losses["other"] == near(examples / num_tokens, **rounding)
     assert len(parts) > 2 and losses["notes"] == near(text / len(ids), **rounding)
+    for name, count in (("other", num_tokens), ("notes", len(ids))):
+        assert f"{count:,} tokens   {losses[name]:.4f} nats per token" in printed
     for folder in "ab":
         Path(folder).mkdir()
         shutil.copy("other.json", folder)
-        forgetting.run(f"{folder}/other.json --ckpt ckpt --limit 3 --out out --dtype float32".split())
-    assert set(json.loads(Path("out/losses.json").read_text())["losses"]) == {"other", "notes", "a/other", "b/other"}
+        forgetting.run(f"{folder}/other.json --ckpt ckpt --limit 1 --out runs/out --dtype float32".split())
+    kept = json.loads(Path("runs/out/losses.json").read_text())["losses"]
+    assert set(kept) == {"other", "notes", "a/other", "b/other"} and kept["other"] == losses["other"]
+
+
+def test_empty_records_are_left_out_where_a_user_says_so(ckpt, capsys):
+    records = toy.examples("train", 6)
+    whole = [*records]
+    records.insert(2, records[0] | {"output": ""})
+    for name, content in (("records", records), ("whole", whole)):
+        Path(f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        forgetting.run("records.json --ckpt ckpt".split())
+    assert "--skip-empty" in capsys.readouterr().err
+    forgetting.run("records.json whole.json --ckpt ckpt --skip-empty --out out".split())
+    losses = json.loads(Path("out/losses.json").read_text())["losses"]
+    assert losses["records"] == losses["whole"]
+    write_test_sets(".", ["gsm8k"])
+    file = Path("dataset/gsm8k/test.json")
+    file.write_text(json.dumps([{"instruction": "", "output": "1", "answer": 1}, *json.loads(file.read_text())]))
+    command = "--ckpt ckpt --task gsm8k --data-dir . --out out --max-new-tokens 1".split()
+    with pytest.raises(ValueError, match="--skip-empty"):
+        run(eval_script, *command)
+    run(eval_script, *command, "--skip-empty")
+    assert json.loads(Path("out/results.json").read_text())["counts"] == {"gsm8k": 5}
+
+
+def test_the_bundled_checkpoint_is_what_make_tiny_makes(tmp_path, capsys):
+    """Its vocabulary; the weights would take half an hour."""
+    make_tiny.run([str(tmp_path / "new" / "tiny"), "--minutes", "0.005"])
+    assert "2,337,216 parameters" in capsys.readouterr().out
+    made, bundled = (Llama.from_pretrained(path) for path in (tmp_path / "new" / "tiny", ROOT / "data" / "tiny"))
+    assert (made.config, made.dtype) == (bundled.config, bundled.dtype)
+    ours, theirs = (load_tokenizer(path).plain for path in (tmp_path / "new" / "tiny", ROOT / "data" / "tiny"))
+    assert [ours.id_to_piece(i) for i in range(1024)] == [theirs.id_to_piece(i) for i in range(1024)]
+    tokens = torch.tensor([[1, *ours.encode("Tom has 3 pens. He buys 4 more. Now he has 7 pens.")]])
+    before, after = (model.float().loss(tokens[:, :-1], tokens[:, 1:]) for model in (Llama(made.config), made))
+    assert after < before  # it has learned something
 
 
 def test_activations_are_the_norms_of_q_and_k(ckpt, monkeypatch, capsys):
@@ -123,11 +163,27 @@ def test_a_result_of_another_adapter_is_not_shown(ckpt, capsys, how):
 
 def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkeypatch):
     run(train, *QUICK, "--max-steps", 1, "--out", "a")
-    screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    monkeypatch.setattr(sys, "stdout", screen)
-    compare.run(["a"])
-    screen.flush()
-    assert b" ? " in screen.buffer.getvalue()  # the arrow between two losses
+    monkeypatch.setattr(inference, "generate", lambda *given, on_token: [on_token(0, [0xF0, 0x9F])] and [[]])
+    monkeypatch.setattr(SentencePieceTokenizer, "decode", lambda self, ids: "\N{HOT SPRINGS} hot")
+    for call, shown in ((compare.run, b" ? "), (eval_script.run, b"? hot")):  # the first the arrow between two losses
+        screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+        monkeypatch.setattr(sys, "stdout", screen)
+        call(["a"] if call is compare.run else ["--prompt", "a"])
+        screen.flush()
+        assert shown in screen.buffer.getvalue()
+
+
+VALUES = {"count": (["1", "99"], ["0", "-1", "1.5", "x"]), "share": (["1", "1e-9"], ["0", "1.01", "nan"])}
+VALUES |= {"positive": (["1e-9", "7"], ["0", "-1", "inf", "nan"]), "seed": (["0", "4294967295"], ["-1", "4294967296"])}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_what_an_option_takes(kind):
+    right, wrong = VALUES[kind]
+    assert [vars(commands)[kind](text) for text in right] == [float(text) for text in right]
+    for text in wrong:
+        with pytest.raises(argparse.ArgumentTypeError, match=f", not {text}$"):
+            vars(commands)[kind](text)
 
 
 def test_the_directory_that_one_is_in_has_a_name(ckpt, monkeypatch):

@@ -80,6 +80,18 @@ def test_padding_on_the_right_changes_nothing_before_it(model):
     assert_close(model(tokens)[:, :20], model(tokens[:, :20]), **of_model(model.config))
 
 
+def test_a_model_begins_with_weights_of_the_usual_size():
+    """Normal with a deviation of 0.02, as in GPT-2; biases 0, norms 1."""
+    config = LlamaConfig(**{name: BASE[name] for name in ("vocab_size", "hidden_size", "num_attention_heads")})
+    config.intermediate_size, config.num_hidden_layers, config.attention_bias = 48, 2, True
+    for name, parameter in Llama(config).named_parameters():
+        if parameter.dim() == 2:
+            deviations = (parameter.std() / 0.02 - 1, parameter.mean() / 0.02)
+            assert max(map(abs, deviations)) < 6 / parameter.numel() ** 0.5, name  # six standard errors
+        else:
+            assert parameter.eq(0 if name.endswith("bias") else 1).all(), name
+
+
 def test_qwen2_has_biases_on_q_k_and_v_alone():
     biased = {name for name, _ in random_model(model_type="qwen2").named_parameters() if name.endswith("bias")}
     assert biased == {f"model.layers.{i}.self_attn.{p}_proj.bias" for i in range(3) for p in "qkv"}

@@ -273,6 +273,18 @@ def test_an_adapter_for_another_model_is_refused_and_nothing_changed(tmp_path, c
     assert torch.equal(other(random_tokens(1, 9)), before) and not adapters(other)
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.lora_A.weight"])
+def test_an_adapter_that_carries_more_than_updates_of_layers_is_called_that(tmp_path, name):
+    """PEFT saves the embeddings where tokens were added, and adapts lm_head where it is told to."""
+    save_adapter(randomise_adapters(attach(random_model(), 4, 8)), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file) | {f"base_model.model.{name}": torch.ones(97, 32)}, file, metadata=metadata)
+    with pytest.raises(ValueError, match=f"holds base_model.model.{name}, which is in no layer: let PEFT merge it"):
+        load_adapter(random_model(), tmp_path)
+
+
 def test_a_peft_lora_from_elsewhere_loads_and_of_our_metadata_pairs_and_ratio_alone_count(tmp_path):
     trained, tokens = randomise_adapters(attach(random_model(), 4, 8, 1.0, "q,v")), random_tokens(1, 9)
     save_adapter(trained, tmp_path)

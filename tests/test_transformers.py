@@ -263,7 +263,7 @@ def test_their_adapters_come_in(tmp_path, theirs, options):
 LACKED = {"use_dora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2}, "bias": "all"}
 LACKED |= {"modules_to_save": ["lm_head"], "layers_to_transform": [0], "lora_bias": True}
 LACKED |= {"trainable_token_indices": [3], "init_lora_weights": "pissa", "target_modules": ["q_proj", "lm_head"]}
-INSTEAD = {"target_modules": "lm_head.base_layer.weight is [97, 32], this one needs absent"}
+INSTEAD = {"target_modules": "holds base_model.model.lm_head.base_layer.weight, which is in no layer: let PEFT"}
 
 
 @pytest.mark.parametrize("name", LACKED)
