@@ -276,7 +276,7 @@ ADAPTERS = {  # name -> (what breaks the adapter, words of the line)
     "pickled": (lambda: ADAPTER.rename("adapter/adapter_model.bin"), NO_ADAPTER, PICKLE),
     "another rank": (says(ADAPTER_CONFIG, r=3), OTHER, "is [4, 32], this one needs [3, 32]"),
     "tensor missing": (tensors(ADAPTER, {"lora_B.weight": ...}), OTHER, "is absent, this one needs"),
-    "tensor extra": (tensors(ADAPTER, {"more": torch.ones(1)}), OTHER, "more is [1], this one needs absent"),
+    "tensor extra": (tensors(ADAPTER, {"more": torch.ones(1)}), "holds more, which is in no layer"),
     "tensor of integers": (tensors(ADAPTER, {Q_B: torch.ones(32, 4, dtype=torch.int32)}), f"{Q_B} is"),
     "config an array": (holds(ADAPTER_CONFIG, "[1]"), f"{ADAPTER_CONFIG} holds list, not a JSON object"),
     "method no text": (says(ADAPTER_CONFIG, peft_type=["LORA"]), SETTING, "the key 'peft_type'", COPY),
