@@ -8,8 +8,8 @@
 A run directory (--out) holds the best adapter (with --method full the whole model, which is a --ckpt), `args.json`,
 and `log.jsonl`: {"step": 0, "val_loss": x}, then a line per optimiser step with step, loss, lr, tokens, seconds,
 active_layers, and val_loss where it was measured.
-`layers.jsonl` has a line per selection of layers, with their scores; at its end the run adds their picture,
-`layers.png`, and `summary.json`, the run in six numbers. `state.safetensors` is what --resume goes on from.
+`layers.jsonl` has a line per selection of layers, with their scores; at its end the run adds its picture, `run.png`,
+and `summary.json`, the run in six numbers. `state.safetensors` is what --resume goes on from.
 """
 
 import argparse

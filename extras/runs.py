@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -63,7 +64,7 @@ class Run:
             self.out.mkdir(parents=True, exist_ok=True)
             if not self.args.resume:  # first: what is left of another run is from here on no run
                 (self.out / "args.json").unlink(missing_ok=True)
-            for file in ("state.safetensors", *LOGS, "layers.png", "summary.json"):
+            for file in ("state.safetensors", *LOGS, "run.png", "summary.json"):
                 (self.out / file).unlink(missing_ok=True)
             clear_partial(self.out)
         write(self.out / "args.json", json.dumps(description, indent=2) + "\n")
@@ -196,7 +197,7 @@ class Run:
         return self.saved
 
     def finish(self, device):
-        """summary.json, the run in six numbers for `python -m extras.compare`, and the picture of the layers."""
+        """summary.json, the run in six numbers for `python -m extras.compare`, and run.png."""
         best = "checkpoint" if self.args.method == "full" else "adapter"
         print(f"best validation loss {self.best:.4f}; its {best} is in {self.out}")
         if processes()[0] > 0:
@@ -217,7 +218,7 @@ class Run:
             unit = 1 if sys.platform == "darwin" else 1024
             summary["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         write(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-        draw_layers(self.out)
+        draw_run(self.out)
 
 
 def describe(args, ckpt, model, train_set, val_set):
@@ -272,34 +273,42 @@ def clear_partial(out):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def draw_layers(out):
-    """layers.png: the score of every layer at every probe, as a share of that probe's highest, and who was selected."""
-    probes = read_log(out / "layers.jsonl")
-    if not probes:  # none was finite
-        return
+def draw_run(out):
+    """run.png: the losses, the learning rate, and of every layer its score at each probe and whether it trained."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return print(
-            f"layers.png needs the package matplotlib: pip install matplotlib; its numbers are in {out}/layers.jsonl"
+            f"run.png needs the package matplotlib: pip install matplotlib; its numbers are in {out}/log.jsonl"
         )
-    scores = torch.tensor([probe["scores"] for probe in probes]).T  # [L, probes]
-    figure = Figure(figsize=(4 + 0.2 * len(probes), 1.5 + 0.15 * len(scores)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(
-        (scores / scores.amax(0)).numpy(), origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1
-    )
-    axes.scatter(
-        *zip(*((i, layer) for i, probe in enumerate(probes) for layer in probe["active_layers"])),
-        s=10,
-        c="white",
-        edgecolors="black",
-    )
-    every = math.ceil(len(probes) / 20)
-    axes.set_xticks(range(0, len(probes), every), [probe["step"] for probe in probes[::every]], rotation=90)
-    axes.set(xlabel="optimiser step", ylabel="layer", title="selected layers (dots)")
-    figure.colorbar(image, label="score, share of the highest")
-    write(out / "layers.png", lambda partial: figure.savefig(partial, format="png", dpi=120))
+    args, log, probes = read_json(out / "args.json"), read_log(out / "log.jsonl"), read_log(out / "layers.jsonl")
+    steps, last = log[1:], log[-1]["step"]
+    validated = [record for record in log if record.get("val_loss") is not None]
+    figure = Figure(figsize=(9.6, 5.4), layout="constrained")  # of a slide's shape
+    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 3])
+    figure.suptitle(f"{Path(args['ckpt']).absolute().name} on {args['task']}: {args['method']}")
+    losses = [math.nan if record["loss"] is None else record["loss"] for record in steps]
+    top.plot([record["step"] for record in steps], losses, color="0.75", label="training batch")
+    held_out = [record["val_loss"] for record in validated]
+    label = f"held out: {held_out[0]:.3f} → {min(held_out):.3f}"
+    top.plot([record["step"] for record in validated], held_out, "o-", markersize=4, clip_on=False, label=label)
+    top.set(ylabel="loss, nats per token", ylim=(0, None))
+    top.legend()
+    middle.plot([record["step"] for record in steps], [record["lr"] for record in steps], color="tab:green")
+    middle.ticklabel_format(axis="y", scilimits=(0, 0))
+    middle.set(ylabel="learning\nrate", ylim=(0, None))
+    bottom.set(xlabel="optimiser step", ylabel="layer", xlim=(0, last))
+    bottom.set_title("DLS: gradient of each layer's norms (blue), and the layers that train (lines)", fontsize="medium")
+    if probes:  # each colours the steps up to the next one
+        edges = [probe["step"] - 1 for probe in probes] + [last]
+        scores = torch.tensor([probe["scores"] for probe in probes]).T  # [L, probes]
+        borders = torch.arange(len(scores) + 1) - 0.5
+        image = bottom.pcolormesh(edges, borders, (scores / scores.amax(0)).numpy(), cmap="Blues", vmin=0, vmax=1)
+        for probe, left, right in zip(probes, edges, edges[1:]):
+            bottom.hlines(probe["active_layers"], left, right, color="tab:orange", linewidth=2.5)
+        bottom.yaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=bottom, label="share of the highest")
+    write(out / "run.png", lambda partial: figure.savefig(partial, format="png", dpi=150))
 
 
 # --- files ---

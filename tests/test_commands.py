@@ -215,7 +215,11 @@ def test_help_fits_on_a_screen_and_help_all_shows_every_option(script, columns, 
     options = {option for action in parser._actions for option in action.option_strings}
     assert options <= words and {f"--{option.replace('_', '-')}" for option in vars(script.parse_args([]))} <= words
     assert options - set(short.replace(",", " ").split()) >= {"--plain", "--device", "--dtype"}
-    assert all(action.help for action in parser._actions)
+    assert all(action.help for action in parser._actions) and "None" not in long
+    for action in parser._actions:  # defaults are said, once
+        if action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help:
+            assert " ".join(f"{action.help} (default: {action.default})".split()) in " ".join(long.split())
+    assert "default: 64) (default" not in " ".join(long.split()) and long.count("(default: ") > 9
 
 
 def test_an_absent_package_is_a_line_with_what_to_install(ckpt, monkeypatch, capsys):

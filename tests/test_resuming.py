@@ -224,7 +224,7 @@ def test_moments_go_by_the_names_of_their_parameters_whatever_the_order_of_these
 
 def test_what_the_end_of_a_run_adds_is_made_up_for(ckpt):
     shutil.copytree(whole(), "out")
-    for name in ("summary.json", "layers.png"):
+    for name in ("summary.json", "run.png"):
         Path("out", name).unlink(missing_ok=True)
     for leftover in ("adapter_config.json.partial", ".tmpa1B2c3"):  # the second as safetensors names what it writes
         Path("out", leftover).write_text("{")

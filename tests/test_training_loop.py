@@ -100,13 +100,21 @@ def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step_and_sel
     assert summary["tokens_per_second"] == pytest.approx(tokens / seconds) and 2**27 < summary["peak_memory"] < 2**36
 
 
-def test_the_selections_are_drawn_without_a_screen_where_matplotlib_is_there(ckpt, monkeypatch, capsys):
+@pytest.mark.parametrize("log, probes", [(0, 0), (0, 3), (2, 0)])
+def test_a_run_is_drawn_without_a_screen_where_matplotlib_is_there(ckpt, monkeypatch, capsys, log, probes):
+    """Also one of which no step was applied, or no probe was finite."""
     run(*QUICK)
-    if (picture := Path("out/layers.png")).exists():
+    if (picture := Path("out/run.png")).exists():
         assert picture.read_bytes().startswith(b"\x89PNG")
+        size = len(picture.read_bytes())
+        lines = [record | {"loss": None} if log < record["step"] < 4 else record for record in read_log("out")]
+        Path("out/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        Path("out/layers.jsonl").write_text("".join(Path("out/layers.jsonl").read_text().splitlines(True)[:probes]))
+        runs.draw_run(Path("out"))
+        assert 10000 < len(picture.read_bytes()) != size
         picture.unlink()
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    runs.draw_layers(Path("out"))
+    runs.draw_run(Path("out"))
     assert "pip install matplotlib" in capsys.readouterr().out and not picture.exists()
 
 
