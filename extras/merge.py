@@ -63,11 +63,14 @@ def merge_checkpoint(ckpt, adapter, out):
                 "weight_map": {name: file for file, names in zip(files, shards) for name in names},
             }
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        config = read_json(ckpt / "config.json") | {"architectures": [FAMILIES[model.config.model_type][0]]}
+        shutil.copyfile(ckpt / "config.json", partial / "config.json")
+        stated = read_json(ckpt / "config.json")
+        config = stated | {"architectures": [FAMILIES[model.config.model_type][0]]}
         if config.get("tie_word_embeddings") and not model.config.tie_word_embeddings:  # its lm_head is another
             print("lm_head is not the embedding to which config.json ties it: both are kept, and untied")
             config["tie_word_embeddings"] = False
-        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if config != stated:
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_companions(ckpt, partial)
         os.rename(partial, out)
     except BaseException:

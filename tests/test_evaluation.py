@@ -74,6 +74,14 @@ def test_scores_predictions_and_absent_sets(ckpt, capsys, monkeypatch):
     assert f"{results['macro']:.1%}" in printed
 
 
+@pytest.mark.parametrize("plain", [False, True])
+def test_weights_are_laid_out_for_inference_unless_it_is_to_be_plain(ckpt, monkeypatch, plain):
+    calls, accelerate = [], kernels.accelerate
+    monkeypatch.setattr(kernels, "accelerate", lambda *given, **how: calls.append(how) or accelerate(*given, **how))
+    evaluate("--limit 1 --max-new-tokens 1" + " --plain" * plain)
+    assert calls == [] if plain else calls == [{"inference": True}]
+
+
 def test_several_sets_separated_by_commas(ckpt):
     write_test_sets("data", ["gsm8k", "SVAMP", "mawps"])
     _, results = evaluate("--task mawps,gsm8k --data-dir data --max-new-tokens 3")

@@ -162,3 +162,9 @@ def test_a_lesser_machine_is_imitated_in_every_python_that_the_command_starts():
         pytest.skip("no operators to take away")
     assert avx2 == ["True False False"] * 2
     assert [line.split()[:2] for line in no_onednn] == [["False", "False"]]
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_gpu_that_emulates_bfloat16_is_said_to_lack_it(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert checkpoints.computes_bfloat16(torch.device("cuda")) == native

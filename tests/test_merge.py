@@ -55,6 +55,8 @@ def test_the_directory_is_complete_and_holds_what_merging_in_memory_gives(ckpt, 
     if shard > 10**9:
         assert weights == ["model.safetensors"] and len(others) == 3
         return
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    assert merge_file.SIZES == {name: dtype.itemsize for name, dtype in dtypes.items()}
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: file for file in weights for name in load_file(out / file)}
     assert index["metadata"]["total_size"] == sum(2 * p.numel() for p in merged.parameters())
