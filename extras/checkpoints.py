@@ -132,10 +132,13 @@ def load_model(ckpt, device="cpu", dtype=None, mapped=False):
 
     mapped: the weights stay in their files, as stored; they take memory as they are read."""
     model, table = meta_model(ckpt)
-    if model.config.context != model.config.max_position_embeddings and processes()[0] == 0:
-        stated = f"config.json has max_position_embeddings {model.config.max_position_embeddings}"
-        reason = f"sliding_window {model.config.sliding_window}, rope_scaling {model.config.rope_scaling}"
-        print(f"context    taken to be {model.config.context} tokens: {stated}, {reason}")
+    config = model.config
+    if config.context != config.max_position_embeddings and processes()[0] == 0:
+        scaled = f"linear scaling by {config.rope_scaling['factor']}" if config.rope_scaling else ""
+        reason = (
+            "the sliding window" if config.context == config.sliding_window else f"{scaled} of what config.json has"
+        )
+        print(f"context    taken to be {config.context} tokens, not {config.max_position_embeddings}: {reason}")
     if not mapped:
         model = Llama.from_pretrained(ckpt, device, dtype)
     for name in table if mapped else ():

@@ -122,12 +122,12 @@ def test_a_context_that_config_json_does_not_state_is_said(tmp_path, capsys):
     scaling = {"rope_type": "linear", "factor": 2.0}
     random_model(rope_scaling=scaling).save_pretrained(tmp_path)
     assert load_model(tmp_path).config.context == 256
-    said = capsys.readouterr().out
-    assert "context    taken to be 256 tokens: config.json has max_position_embeddings 128," in said
-    assert str(scaling) in said
-    random_model().save_pretrained(tmp_path)
-    load_model(tmp_path)
-    assert capsys.readouterr().out == ""
+    said = "context    taken to be 256 tokens, not 128: linear scaling by 2.0 of what config.json has\n"
+    assert capsys.readouterr().out == said
+    for changes, said in (({"sliding_window": 20}, "20 tokens, not 128: the sliding window\n"), ({}, "")):
+        random_model(model_type="mistral", **changes).save_pretrained(tmp_path)
+        load_model(tmp_path)
+        assert capsys.readouterr().out == (said and f"context    taken to be {said}")
 
 
 def test_an_lm_head_other_than_the_embedding_that_it_is_tied_to_counts_here_and_in_what_is_written(tmp_path, capsys):
