@@ -1,0 +1,271 @@
+"""Statements about the README files: what they quote, name, link to and claim is so; their commands run."""
+
+import glob
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run, write_test_sets
+
+import eval as eval_script
+import rosa
+import train
+from data import download, toy
+from model import Llama
+
+READMES = ["README.md", "data/README.md", "extras/README.md", "tests/README.md"]
+TEXT = {name: (ROOT / name).read_text() for name in READMES}
+FENCED = re.compile(
+    r"(?:<!-- from (?P<file>\S+?)(?P<order>, in this order)? -->\n)?```(?P<language>\w*)\n(?P<text>.*?)```", re.S
+)
+SCRIPTS = {"train.py": train, "eval.py": eval_script, "data/download.py": download}
+
+
+def commands():
+    """(README, command) of every command that starts Python, in the order of the files."""
+    for name, text in TEXT.items():
+        lines = [line for block in FENCED.finditer(text) for line in block["text"].split("\n")]
+        lines += re.findall(r"^    (.*)", FENCED.sub("", text), re.M)  # indented code
+        spans = re.findall(r"`([^`]+)`", FENCED.sub("", text))
+        for line in lines + [" ".join(span.split()) for span in spans]:
+            for command in line.split(" && "):
+                command = re.sub(r"  +#.*|  +<-.*", "", command).strip()
+                if re.match(r"(\w+=\w+ )*(python3?|torchrun) ", command):
+                    yield name, command
+
+
+COMMANDS = list(dict.fromkeys(commands()))
+
+
+def taken_apart(command):
+    """(script or module, its arguments) of a command."""
+    words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S+", word)]
+    if "as_machine.py" in command:
+        words = words[words.index("--") + 1 :]
+    if words[0] == "torchrun":
+        words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
+        return words[0], words[1:]
+    return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+
+
+def parses(name, arguments, monkeypatch):
+    """Let a script or a command of extras/ read its arguments, and do nothing."""
+    if name in SCRIPTS:
+        return SCRIPTS[name].parse_args(arguments)
+    module, calls = importlib.import_module(name), []
+    monkeypatch.setattr(module, "run_command", lambda *given: calls.append(given))
+    module.run(arguments)
+    assert calls, name
+
+
+@pytest.mark.parametrize("command", [command for _, command in COMMANDS])
+def test_a_command_is_one_that_exists_with_options_that_exist(command, monkeypatch):
+    name, arguments = taken_apart(command)
+    if name in ("pytest", "venv"):
+        assert all((ROOT / word).exists() for word in arguments if "/" in word)
+        return
+    if not arguments:  # it is only named
+        assert name in SCRIPTS or importlib.import_module(name).run
+        return
+    if "torchrun" in command:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    before = ["", *arguments]  # "..." stands for a value, or for more options
+    parses(name, [word for word, last in zip(arguments, before) if word != "..." or last.startswith("--")], monkeypatch)
+
+
+def test_every_option_that_is_named_exists():
+    """Ours, or that of a program that a README calls."""
+    ours = "".join(
+        (ROOT / file).read_text() for file in ("train.py", "eval.py", "data/download.py", "extras/commands.py")
+    )
+    ours += "".join(path.read_text() for path in (ROOT / "extras").glob("*.py"))
+    others = {"--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--include"}
+    for name, text in TEXT.items():
+        for option in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - others:
+            assert f'"{option}"' in ours, f"{name} names {option}"
+
+
+def test_what_is_quoted_stands_in_the_file():
+    quotes = [match for text in TEXT.values() for match in FENCED.finditer(text) if match["file"]]
+    assert len(quotes) >= 3
+    for quote in quotes:
+        squeezed = " ".join((ROOT / quote["file"]).read_text().split())
+        lines = [re.sub(r"  +#.*", "", line) for line in quote["text"].strip().split("\n")]
+        parts = lines if quote["order"] else [quote["text"]]
+        for part in (" ".join(part.split()) for part in parts):
+            assert part in squeezed, f"{part} is not in {quote['file']}"
+            squeezed = squeezed[squeezed.index(part) + len(part) :] if quote["order"] else squeezed
+
+
+def test_every_link_leads_somewhere_and_every_file_named_is_there():
+    for name, text in TEXT.items():
+        for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+            path = (ROOT / name).parent / target if target else ROOT / name
+            assert path.exists(), f"{name} links to {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)", path.read_text(), re.M)
+                slugs = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+                assert anchor in slugs, f"{name} links to {target}#{anchor}"
+        for file in re.findall(r"`((?:[a-z]+/)*[a-z_0-9]+\.py)`", text):
+            places = (
+                ROOT,
+                (ROOT / name).parent,
+                *(ROOT / folder for folder in ("extras", "tests", "tests/benchmarks")),
+            )
+            assert any((place / file).is_file() for place in places), f"{name} names {file}"
+
+
+def test_the_readme_is_short_and_each_file_of_extras_says_in_its_own_words_what_it_is():
+    lines = TEXT["README.md"].splitlines()
+    assert len(lines) <= 150 and max(map(len, lines)) <= 400
+    said = " ".join(TEXT["extras/README.md"].split())
+    for path in (ROOT / "extras").glob("[a-z]*.py"):
+        owns = path.read_text().split('"""')[1].splitlines()[:3]
+        assert " ".join(owns) in said, path.name
+
+
+def number(pattern, text=TEXT["README.md"]):
+    """The numbers that a sentence states."""
+    match = re.search(pattern, " ".join(text.split()))
+    assert match, f"README.md no longer says {pattern}"
+    return [float(group.replace(",", "")) for group in match.groups()]
+
+
+def test_numbers_are_those_of_the_code():
+    model = Llama.from_pretrained(ROOT / "data" / "tiny")
+    parameters = sum(p.numel() for p in model.parameters())
+    assert number(r"([\d.]+) million parameters\) was pre") == [round(parameters / 1e6, 1)]
+    adapters = [p for adapter in rosa.adapters(rosa.attach(model)).values() for p in (adapter.A, adapter.B)]
+    trained = sum(p.numel() for p in adapters)
+    assert number(r"trainable params: ([\d,]+) \|\| all params: ([\d,]+)") == [trained, trained + parameters]
+    args = train.parse_args([])
+    assert number(r"--rank (\d+) --alpha (\d+) --select-every (\d+)") == [args.rank, args.alpha, args.select_every]
+    assert number(r"`--low-freq-ratio` \(([\d.]+)\)") == [args.low_freq_ratio]
+    assert number(r"Every (\d+)th step") == [args.select_every] and number(r"every (\d+) steps") == [args.eval_every]
+    assert len((ROOT / "requirements.txt").read_text().split()) == 5 and "five packages" in TEXT["README.md"]
+
+
+# --- what takes longer ---
+
+
+@pytest.mark.slow
+def test_the_first_command_teaches_what_it_says(tmp_path):
+    """The run that it has left in runs/, or one made anew."""
+    out = ROOT / "runs" / "tiny-toy-rosa"
+    if not (out / "results.json").is_file():
+        out = tmp_path / "out"
+        for script in (["train.py", "--out"], ["eval.py", "--adapter"]):
+            subprocess.run([sys.executable, *script, out], cwd=ROOT, check=True, capture_output=True)
+    assert json.loads((out / "args.json").read_text())["max_steps"] is None
+    low, high = number(r"\*\*(\d+) to (\d+) %\*\* after")
+    assert low / 100 <= json.loads((out / "results.json").read_text())["micro"] <= high / 100
+    lines = ROOT / "runs" / "tiny-toy-base" / "results.json"
+    if lines.is_file():
+        assert json.loads(lines.read_text())["micro"] <= number(r"\*\*under (\d+) %\*\* of")[0] / 100
+
+
+@pytest.mark.slow
+def test_every_command_runs_on_the_bundled_model(tmp_path, monkeypatch):
+    """Those that are whole, in their order: other checkpoints by tiny, and few steps and questions of each."""
+    monkeypatch.chdir(tmp_path)
+    write_test_sets("LLM-Adapters", ["gsm8k", "SVAMP"])
+    Path("LLM-Adapters/ft-training_set").mkdir()
+    Path("LLM-Adapters/ft-training_set/math_10k.json").write_text(json.dumps(toy.examples("train", 40)))
+    (block,) = [match["text"] for match in FENCED.finditer(TEXT["data/README.md"]) if '"instruction"' in match["text"]]
+    Path("mine.jsonl").write_text(block)
+    kinds = {"extras.figure1": ["--limit", "2"], "extras.make_tiny": ["--minutes", "0.005"]}
+    kinds |= {"train.py": [], "eval.py": [], "extras.merge": [], "extras.compare": []}
+    ran = 0
+    for name, words in (
+        taken_apart(command) for _, command in COMMANDS if not re.search("FILE|torchrun|help", command)
+    ):
+        if name not in kinds or "..." in words or not words:
+            continue
+        ckpt = "tiny"
+        if "--ckpt" in words:
+            place = words.index("--ckpt") + 1
+            ckpt, words[place] = words[place], "tiny"
+        if name == "train.py":
+            out = str(train.parse_args(words).out).replace("tiny", ckpt, 1)
+            run(train, *words, *f"--out {out} --overwrite --max-steps 2 --eval-every 2 --val-size 1".split())
+        elif name == "eval.py":
+            run(eval_script, *words, *"--limit 2 --max-new-tokens 2".split())
+        else:
+            words = [path for word in words for path in (sorted(glob.glob(word)) if "*" in word else [word])]
+            importlib.import_module(name).run([*words, *kinds[name]])
+        shutil.rmtree("merged", ignore_errors=True)
+        ran += 1
+    assert ran > 8
+
+
+DIFFS = {
+    match["text"].split("\n")[0]: match["text"]
+    for match in FENCED.finditer(TEXT["extras/README.md"])
+    if match["language"] == "diff"
+}
+
+
+def apply(diff, root):
+    """Change the files of a copy as a diff says; each place must be there, once."""
+    for part in re.split(r"^--- a/.*\n\+\+\+ b/", diff, flags=re.M)[1:]:
+        file, *hunks = re.split(r"^@@.*\n|\n(?=@@)", part, flags=re.M)
+        path = root / file.strip()
+        for hunk in filter(str.strip, hunks):
+            lines = [line for line in hunk.split("\n") if line]
+            old, new = ("\n".join(line[1:] for line in lines if line[0] in f" {sign}") for sign in "-+")
+            text = path.read_text()
+            assert text.count(old + "\n") == 1, f"{file.strip()} has not, or not once: {old}"
+            path.write_text(text.replace(old + "\n", new + "\n"))
+
+
+TRIED = {
+    "method": """import train, eval; train.run("--method norms --max-steps 3 --val-size 9 --out n".split())
+eval.run("--ckpt n --limit 2 --max-new-tokens 2".split())
+from extras.runs import read_log; from pathlib import Path
+log = read_log(Path("n/log.jsonl")); assert log[-1]["val_loss"] < log[0]["val_loss"]""",
+    "task": """from data import tasks; assert tasks.test_sets("strategy") == ["strategyqa"]
+assert [tasks.is_correct("strategyqa", said, "yes") for said in ("I say yes, not no", "So no.")] == [True, False]""",
+    "family": """import torch; from model import Llama, LlamaConfig; from extras import kernels; import rosa
+torch.manual_seed(0); model = Llama(LlamaConfig(model_type="qwen3", vocab_size=97, hidden_size=32, intermediate_size=48,
+num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)); tokens = torch.randint(97, (2, 9))
+before = model(tokens); model.model.layers[1].self_attn.q_proj.weight.data.mul_(7)
+torch.testing.assert_close(model(tokens), before, rtol=1e-3, atol=1e-3)  # normalised: its size says nothing
+model.save_pretrained("q"); again = Llama.from_pretrained("q"); kernels.accelerate(again)
+torch.testing.assert_close(again(tokens), model(tokens)); rosa.attach(again)""",
+    "score": """from data import tasks; assert tasks.is_correct("capitals", "I know. The answer is Paris.", "paris")
+assert not tasks.is_correct("capitals", "The answer is Rome.", "Paris")""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TRIED)
+def test_a_change_of_each_kind_is_a_short_diff_that_runs(tmp_path, kind):
+    (diff,) = [text for text in DIFFS.values() if f"# {kind}" in text.split("\n")[0]]
+    assert len(diff.strip().split("\n")) < 30
+    for name in ("model.py", "rosa.py", "train.py", "eval.py", "data", "extras"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    apply(diff, tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", TRIED[kind]], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_diffs_fit_the_files(tmp_path):
+    assert len(DIFFS) == len(TRIED)
+    for diff in DIFFS.values():
+        for name in set(re.findall(r"^\+\+\+ b/(.*)", diff, re.M)):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+        apply(diff, tmp_path)
+        for name in set(re.findall(r"^\+\+\+ b/(.*)", diff, re.M)):
+            compile((tmp_path / name).read_text(), name, "exec")
