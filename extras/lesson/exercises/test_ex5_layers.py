@@ -152,5 +152,9 @@ def test_a_layer_that_rested_trains_again():
     parameters = layers_with_gradients()
     activate(parameters, [1, 3]), activate(parameters, [0, 1])
     found = [all(parameter.requires_grad for parameter in layer) for layer in parameters]
-    mistakes = {"a frozen layer stays frozen: set requires_grad in both cases": [0, 1, 0, 0]}
+    mistakes = {
+        "a frozen layer stays frozen: set requires_grad in both cases": [0, 1, 0, 0],
+        "a layer that trained goes on: set requires_grad in both cases": [1, 1, 0, 1],
+        "nothing was frozen: requires_grad_(False)": [1, 1, 1, 1],
+    }
     check("requires_grad, layers 0 and 1 after 1 and 3", found, [1, 1, 0, 0], mistakes)
