@@ -1,0 +1,37 @@
+"""Exercise 2: the rows that RoAE adapts.
+
+A query is q = W x with W [H * d, D]: H = num_heads, d = head_dim, D = hidden_size. Row r of W makes number r of q, and
+the rows of the heads lie one after the other: head h has the rows h * d, ..., h * d + d - 1.
+
+In a head, pair i is the rows i and i + d/2 (exercise 1), and the last pairs turn slowest. RoAE adapts the last n pairs
+of every head, both rows of each:
+
+    n = max(1, round(low_freq_ratio * d / 2))
+
+Two heads of d = 8, low_freq_ratio = 0.5: four pairs a head, n = 2.
+
+    row           0  1  2  3 | 4  5  6  7 || 8  9 10 11 | 12 13 14 15
+    head          0          |            || 1          |
+    pair          0  1  2  3 | 0  1  2  3 || 0  1  2  3 |  0  1  2  3
+    adapted             x  x |       x  x ||       x  x |        x  x
+
+    adapted_rows(16, 2, 0.5)  ->  [2, 3, 6, 7, 10, 11, 14, 15]
+
+The share is one of pairs, not of dimensions: of d/2, not of d. Because every pair has two rows, half of the pairs are
+half of the rows. However small the ratio, one pair remains; with low_freq_ratio = 1 these are all rows, and what
+follows is plain LoRA.
+
+To do: return the rows as a LongTensor in ascending order. num_heads * 2 * n of them. One way: torch.arange seen as
+[num_heads, 2, d/2], of which you keep the last n columns. Nested loops are just as good.
+To avoid: int(...) in place of round(...), which cuts 1.6 to 1; the slice [-n:] with n = 0, which is everything.
+Keys have fewer heads than queries in some models: whoever calls gives the number of heads of the projection at hand.
+
+Run: python -m pytest extras/lesson/exercises -q -k ex2
+"""
+
+import torch  # noqa: F401 - for your code
+
+
+def adapted_rows(out_features, num_heads, low_freq_ratio):
+    """The rows of a weight [out_features, D], out_features = num_heads * d, that adapt: LongTensor, ascending."""
+    raise NotImplementedError("exercise 2: the last n pairs of every head; see the drawing")
