@@ -171,13 +171,14 @@ def modules(monkeypatch):
 
 
 @pytest.fixture
-def failures(monkeypatch):
+def failures(monkeypatch, tmp_path):
     """Calls an exercise's tests with this code in the reader's place. Returns how they failed, in order."""
     monkeypatch.syspath_prepend(FOLDER)
 
     def call(exercise, code):
         reader, found = ModuleType(exercise), []
-        exec(IMPORTS + code, vars(reader))
+        (tmp_path / "reader.py").write_text(IMPORTS + code)
+        vars(reader).update(runpy.run_path(tmp_path / "reader.py"))
         monkeypatch.setitem(sys.modules, exercise, reader)
         for name, test in runpy.run_path(FOLDER / f"test_{exercise}.py").items():
             if name.startswith("test_"):
