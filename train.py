@@ -46,10 +46,10 @@ def parse_args(arguments=None):
 
     add = parser.add_argument_group("model and data").add_argument
     add("--ckpt", default="tiny", help="directory, or a name such as llama2-7b or org/name")
-    add("--task", default="toy", help="toy, arithmetic, commonsense, or any test set with --train-file")
+    add("--task", help="toy, arithmetic, commonsense, or any test set with --train-file (default: toy)")
     add("--data-dir", default=tasks.DATA_DIR, help="laid out as LLM-Adapters' repository")
     add("--train-file", help="JSON to train on, here or in --data-dir (default: the task's)")
-    add("--out", type=Path, help="run directory (default: runs/<ckpt>-<task>-<method>)")
+    add("--out", type=Path, help="run directory (default: runs/<ckpt>-<task, or the train file>-<method>)")
     add = parser.add_argument_group("method").add_argument
     add("--method", default="rosa", help="rosa, lora, full, or peft:NAME such as peft:IA3")
     add("--rank", type=count, **of_method, help="of each low-rank update (default: 64)")
@@ -128,7 +128,9 @@ def check_args(args):
     if args.resume and args.overwrite:
         raise ValueError("--resume goes on with a run, --overwrite starts anew: choose one")
     if args.out is None:
-        args.out = Path("runs") / f"{Path(args.ckpt).absolute().name}-{args.task}-{args.method.replace(':', '-')}"
+        trained_on = args.task or Path(args.train_file or "toy").stem
+        args.out = Path("runs") / f"{Path(args.ckpt).absolute().name}-{trained_on}-{args.method.replace(':', '-')}"
+    args.task = args.task or "toy"
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     if args.batch_size % args.micro_batch_size:
         sizes = f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size}"

@@ -278,9 +278,7 @@ def draw_run(out):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print(
-            f"run.png needs the package matplotlib: pip install matplotlib; its numbers are in {out}/log.jsonl"
-        )
+        return print("run.png needs the package matplotlib: pip install matplotlib, and --resume draws it")
     args, log, probes = read_json(out / "args.json"), read_log(out / "log.jsonl"), read_log(out / "layers.jsonl")
     steps, last = log[1:], log[-1]["step"]
     validated = [record for record in log if record.get("val_loss") is not None]

@@ -118,6 +118,12 @@ def test_a_run_is_drawn_without_a_screen_where_matplotlib_is_there(ckpt, monkeyp
     assert "pip install matplotlib" in capsys.readouterr().out and not picture.exists()
 
 
+def test_a_run_is_named_by_what_it_trains_on():
+    for options, name in (("", "toy"), ("--train-file a/mine.jsonl", "mine"), ("--task gsm8k --train-file m", "gsm8k")):
+        args = train.parse_args(options.split())
+        assert args.out == Path(f"runs/tiny-{name}-rosa") and args.task == ("gsm8k" if "gsm8k" in name else "toy")
+
+
 def test_full_training_leaves_a_checkpoint_with_its_tokenizer(ckpt, capsys):
     args = run(*SHORT, *"--method full --k-ratio 0.5 --lr 1e-3".split())
     first, *log = read_log("out")
