@@ -300,7 +300,7 @@ def draw_run(out):
     if probes:  # each colours the steps up to the next one
         edges = [probe["step"] - 1 for probe in probes] + [last]
         scores = torch.tensor([probe["scores"] for probe in probes]).T  # [L, probes]
-        borders = torch.arange(len(scores) + 1) - 0.5
+        borders = [layer - 0.5 for layer in range(len(scores) + 1)]
         image = bottom.pcolormesh(edges, borders, (scores / scores.amax(0)).numpy(), cmap="Blues", vmin=0, vmax=1)
         for probe, left, right in zip(probes, edges, edges[1:]):
             bottom.hlines(probe["active_layers"], left, right, color="tab:orange", linewidth=2.5)
