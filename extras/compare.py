@@ -10,6 +10,7 @@ from pathlib import Path
 from extras.checkpoints import read_json
 from extras.commands import command_parser, run_command
 from extras.predictions import adapter_hash
+from extras.runs import read_log
 
 ABSENT = "–"
 
@@ -27,12 +28,15 @@ def row_of(run):
     settings = ("targets", "rank", "alpha", "low_freq_ratio", "pairs", "k_ratio", "lr")
     method = [
         options.get("method", "base"),
-        *(f"{name.replace('_', ' ')} {options[name]}" for name in settings if name in options),
+        *(f"{name.replace('_', ' ')} {short(options[name])}" for name in settings if name in options),
     ]
     row = {"run": run.name, "method": ", ".join(method)}
     if summary:
         row["trainable"] = f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})"
-        row["validation loss"] = f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}"
+        untrained = " (untrained)" if summary["val_loss"] == summary["val_loss_before"] else ""
+        row["validation loss"] = f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}{untrained}"
+    elif log := read_log(run / "log.jsonl"):
+        row["validation loss"] = f"not finished: at step {log[-1]['step']}"
     for name, score in results.get("scores", {}).items():
         low, high = results["intervals"][name]
         row[f"{name} (n = {results['counts'][name]:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"
@@ -41,6 +45,11 @@ def row_of(run):
         row["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
         row["peak memory"] = f"{summary['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in summary else ABSENT
     return row
+
+
+def short(value):
+    """128.0 as 128, and what is no number as it is."""
+    return f"{value:g}" if isinstance(value, float) else value
 
 
 def is_of(result, run):

@@ -1,4 +1,4 @@
-"""Owns faster or smaller equals of the formulas in model.py and rosa.py, exchanged by one line: `accelerate(model)`.
+"""Owns faster or smaller versions of the formulas in model.py and rosa.py, put in by one line: `accelerate(model)`.
 It makes training a quarter faster (SmolLM2, bfloat16, a CPU), with two thirds as much kept for the backward pass.
 Without it: leave the line out, or type --plain; model.py and rosa.py compute the same.
 

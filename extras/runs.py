@@ -278,7 +278,8 @@ def draw_run(out):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return print("run.png needs the package matplotlib: pip install matplotlib, and --resume draws it")
+        message = "run.png is not drawn: pip install matplotlib, then the same command with --resume draws it"
+        return print(message)
     args, log, probes = read_json(out / "args.json"), read_log(out / "log.jsonl"), read_log(out / "layers.jsonl")
     steps, last = log[1:], log[-1]["step"]
     validated = [record for record in log if record.get("val_loss") is not None]

@@ -130,10 +130,21 @@ def test_runs_side_by_side(ckpt, capsys):
     assert b["validation loss"] == f"{read_log('runs/b')[0]['val_loss']:.4f} → {summary['val_loss']:.4f}"
     share = 100 * summary["trainable"] / summary["parameters"]
     assert b["trainable"] == f"{summary['trainable']:,} ({share:.2f}%)" and b["toy (n = 8)"] == "–"
-    settings = "rosa, targets q,k, rank 4, alpha 8.0, low freq ratio 0.5, pairs low, k ratio 0.5"
+    settings = "rosa, targets q,k, rank 4, alpha 8, low freq ratio 0.5, pairs low, k ratio 0.5"
     assert a["method"].startswith(settings) and b["peak memory"] == f"{summary['peak_memory'] / 2**20:,.0f} MiB"
     assert a["toy (n = 8)"].startswith("0.0% (0.0–32.4)")
     assert (base["method"], base["tokens/s"]) == ("base", "–") and float(base["loss on other"]) > 1
+
+
+def test_a_run_that_was_stopped_or_has_learned_nothing_says_so_in_the_table(ckpt, capsys):
+    run(train, *QUICK, "--out", "stopped", "--max-steps", 2)
+    Path("stopped/summary.json").unlink()
+    run(train, *QUICK, "--out", "nothing", "--max-steps", 1, "--lr", 1e-30)
+    capsys.readouterr()
+    compare.run(["stopped", "nothing"])
+    *_, stopped, nothing = capsys.readouterr().out.splitlines()
+    before = f"{read_log('nothing')[0]['val_loss']:.4f}"
+    assert "| not finished: at step 2 |" in stopped and f"| {before} → {before} (untrained) |" in nothing
 
 
 @pytest.mark.parametrize("how", ["trained anew", "of an earlier version"])

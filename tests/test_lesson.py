@@ -57,4 +57,5 @@ def test_it_runs_from_top_to_bottom_and_shows_what_it_says(tmp_path, monkeypatch
     assert max(found["rises"]["tiny"][2:]) < 0.2 * min(found["rises"]["tiny"][:2])
     assert found["strip"].sum(1).tolist()[1:] == [3] * 159 and found["strip"].any(0).sum() > 3
     assert found["losses"][-1] < 0.2 * found["losses"][0]
+    assert found["curves"]["all layers (k_ratio 1)"][-1] < 0.6 * found["losses"][-1]
     assert found["accuracy"]["before"] < 0.1 and found["accuracy"]["after"] > 0.5

@@ -29,7 +29,7 @@ def check(what, found, expected, mistakes=None, hint="compare with the equation 
     if same(found, expected):
         return
     fitting = [hint for hint, numbers in (mistakes or {}).items() if same(found, as_array(what, numbers))]
-    fail(f"{what}: {difference(found, expected)}", "; or: ".join(fitting[:2]) or hint)
+    fail(f"{what}: {difference(found, expected)}", (fitting or [hint])[0])
 
 
 def fail(message, hint):

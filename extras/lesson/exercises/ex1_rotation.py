@@ -36,7 +36,7 @@ angles in degrees; changing x itself.
 Why it works: the dot product of a query at position m and a key at position n depends on m - n alone; the last test
 looks at that.
 
-Run: python -m pytest extras/lesson/exercises -q -k ex1
+Run: python -m pytest extras/lesson/exercises -q -k ex1      (pip install pytest, if it is not there)
 """
 
 import torch  # noqa: F401 - for your code

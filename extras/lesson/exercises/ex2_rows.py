@@ -21,12 +21,12 @@ The share is one of pairs, not of dimensions: of d/2, not of d. Because every pa
 half of the rows. However small the ratio, one pair remains; with low_freq_ratio = 1 these are all rows, and what
 follows is plain LoRA.
 
-To do: return the rows as a LongTensor in ascending order. num_heads * 2 * n of them. One way: torch.arange seen as
-[num_heads, 2, d/2], of which you keep the last n columns. Nested loops are just as good.
+To do: return the rows as a LongTensor in ascending order, num_heads * 2 * n of them. Nested loops will do; a .view of
+torch.arange needs none.
 To avoid: int(...) in place of round(...), which cuts 1.6 to 1; the slice [-n:] with n = 0, which is everything.
 Keys have fewer heads than queries in some models: whoever calls gives the number of heads of the projection at hand.
 
-Run: python -m pytest extras/lesson/exercises -q -k ex2
+Run: python -m pytest extras/lesson/exercises -q -k ex2      (pip install pytest, if it is not there)
 """
 
 import torch  # noqa: F401 - for your code

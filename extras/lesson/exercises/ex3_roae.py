@@ -29,7 +29,7 @@ linear layer in __init__ (weight, and bias where there is one). In forward, F.li
 y.index_add(-1, rows, update) or y[..., rows] += update adds to some of the outputs.
 To avoid: computing W x without the bias (call self.linear); alpha without rank; torch.randn for A.
 
-Run: python -m pytest extras/lesson/exercises -q -k ex3
+Run: python -m pytest extras/lesson/exercises -q -k ex3      (pip install pytest, if it is not there)
 """
 
 import math  # noqa: F401 - for your code

@@ -28,7 +28,7 @@ rounds the update and then the sum rounds twice, and loses small updates more of
 To avoid: W += with a matrix of all rows; linear.weight = nn.Parameter(...), which is another tensor; alpha alone;
 calling it twice on the same layer, for then the update counts double.
 
-Run: python -m pytest extras/lesson/exercises -q -k ex4
+Run: python -m pytest extras/lesson/exercises -q -k ex4      (pip install pytest, if it is not there)
 """
 
 import torch  # noqa: F401 - for your code

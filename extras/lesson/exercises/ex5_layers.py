@@ -30,7 +30,7 @@ largest train until the next probe. Norm weights are few, and all that attention
 To do: the three functions below. `weight.grad.norm()` is an L2 norm; torch.stack([a, b]).norm() that of two of them.
 To avoid: .grad.sum() or .abs().sum(); sorted(scores)[:count], which are the lowest, and no indices.
 
-Run: python -m pytest extras/lesson/exercises -q -k ex5
+Run: python -m pytest extras/lesson/exercises -q -k ex5      (pip install pytest, if it is not there)
 """
 
 import torch  # noqa: F401 - for your code

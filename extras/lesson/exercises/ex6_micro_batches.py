@@ -31,7 +31,7 @@ To avoid: reduction="mean" (the micro-batch's own mean; without any response tok
 of micro-batches or by B * T; zero_grad between the passes, which throws away what was added up; keeping the losses,
 with all activations, for one backward pass at the end; an optimizer's step, which is the caller's business.
 
-Run: python -m pytest extras/lesson/exercises -q -k ex6
+Run: python -m pytest extras/lesson/exercises -q -k ex6      (pip install pytest, if it is not there)
 """
 
 import torch  # noqa: F401 - for your code
