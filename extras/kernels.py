@@ -194,7 +194,7 @@ def attend(self, q, k, v, mask):
             probabilities = scores.add_(mask[:, :, None]).softmax(-1).to(v.dtype)
             return (probabilities.view(B, K, -1, S) @ v).view(B, H, T, d)
         mask = mask.expand(-1, H // K, -1, -1).flatten(1, 2)[:, None]  # [B, 1, H/K * T, S]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, d)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, d)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT:
         return CausalAttention.apply(q, k, v)
     dtype = q.dtype

@@ -377,7 +377,7 @@ def misplaced(rank):
         train.load_tokenizer = eval_script.load_tokenizer = load_tokenizer
 
 
-ABSENT, EVAL = "--ckpt absent", "--ckpt ckpt --max-new-tokens 9"
+ABSENT, EVAL = "--ckpt absent", "--ckpt ckpt --max-new-tokens 9 --device cpu"
 MISTAKES = [  # (script, arguments, what one process lacks, words of the line)
     (train, f"{RUN} --rnak 3", None, "unrecognized"),
     (train, f"{RUN} {ABSENT}", None, "no checkpoint 'absent'"),
@@ -404,7 +404,7 @@ def test_several_processes_answer_what_one_answers(ckpt):
     prompts = [tasks.encode_prompt(example, load_tokenizer("ckpt")) for example in tasks.test_examples("toy", "")]
     model = decisive_model(prompts, 12, vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256)
     model.save_pretrained("ckpt")
-    command = "--ckpt ckpt --max-new-tokens 12 --batch-size 2 --dtype float32 --out"
+    command = "--ckpt ckpt --max-new-tokens 12 --batch-size 2 --device cpu --dtype float32 --out"
     eval_script.run(f"{command} one".split())
     together(3, eval_script, f"{command} many")
     lines = Path("many/predictions.jsonl").read_text().splitlines(keepends=True)

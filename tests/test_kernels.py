@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import generator_of, random_model, random_tokens, randomise_adapters, without_operators
 from rounding import assert_close, assert_greedy, assert_no_worse, bound, of_model
 from torch import nn
@@ -245,6 +246,23 @@ def test_a_kernel_is_its_plain_method(monkeypatch, case, dtype, operators):
             # Of one number, the loss, the usual error may be none, by luck.
             share = bound(dtype if result.numel() == 1 else torch.float32, 97, 3)
             assert off <= 4 * usual + share * expected.double().norm(), (scale, asking, off, usual)
+
+
+@pytest.mark.parametrize("kind", ["no", "bool", "float"])
+def test_attention_takes_a_result_in_any_layout(monkeypatch, kind):
+    """On a GPU PyTorch's result [B, H, T, d] may lie in memory as [B, T, H, d]."""
+    monkeypatch.setattr(kernels, "SHORT", 0)
+    attention = F.scaled_dot_product_attention
+
+    def as_on_a_gpu(*inputs, **options):
+        return attention(*inputs, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    q, k, v = (torch.randn(2, heads, 5, 8, generator=generator_of(heads)) for heads in (4, 2, 2))
+    model = adapted(num_hidden_layers=1)
+    accelerate(model)
+    expected = attend(kind, model, q, k, v)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", as_on_a_gpu)
+    assert torch.equal(attend(kind, model, q, k, v), expected)
 
 
 def test_the_statistic_of_a_norm_is_float32():
