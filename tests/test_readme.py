@@ -195,7 +195,8 @@ def test_every_command_runs_on_the_bundled_model(tmp_path, monkeypatch):
             ckpt, words[place] = words[place], "tiny"
         if name == "train.py":
             out = str(train.parse_args(words).out).replace("tiny", ckpt, 1)
-            run(train, *words, *f"--out {out} --overwrite --max-steps 2 --eval-every 2 --val-size 1".split())
+            words += [] if "--resume" in words else ["--overwrite"]
+            run(train, *words, *f"--out {out} --max-steps 2 --eval-every 2 --val-size 1".split())
         elif name == "eval.py":
             run(eval_script, *words, *"--limit 2 --max-new-tokens 2".split())
         else:
