@@ -25,7 +25,7 @@ def row_of(run):
             print(f"{run / name}.json is not shown: what made it is not the adapter that is there now, or not known")
             held[name] = {}
     options, summary, results = held["args"], held["summary"], held["results"]
-    settings = ("targets", "rank", "alpha", "low_freq_ratio", "pairs", "k_ratio", "lr")
+    settings = ("targets", "rank", "alpha", "low_freq_ratio", "pairs", "k_ratio", "select", "lr", "seed")
     method = [
         options.get("method", "base"),
         *(f"{name.replace('_', ' ')} {short(options[name])}" for name in settings if name in options),

@@ -243,7 +243,8 @@ def describe(args, ckpt, model, train_set, val_set):
 def check_out(args, ckpt):
     """Raise ValueError where --out cannot be this run's directory."""
     if (args.out / "args.json").exists() and not (args.resume or args.overwrite):
-        raise ValueError(f"--out {args.out} holds a run already: --resume goes on with it, --overwrite starts anew")
+        message = f"--out {args.out} holds a run already: --resume goes on with it, --overwrite starts anew"
+        raise ValueError(f"{message}, --out NAME keeps both")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file: choose a directory for the run")
     if args.out.resolve() == ckpt.resolve():
@@ -285,7 +286,8 @@ def draw_run(out):
     validated = [record for record in log if record.get("val_loss") is not None]
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")  # of a slide's shape
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 3])
-    figure.suptitle(f"{Path(args['ckpt']).absolute().name} on {args['task']}: {args['method']}")
+    trained_on = Path(args["train_file"]).stem if args["train_file"] else args["task"]
+    figure.suptitle(f"{Path(args['ckpt']).absolute().name} on {trained_on}: {args['method']}")
     losses = [math.nan if record["loss"] is None else record["loss"] for record in steps]
     top.plot([record["step"] for record in steps], losses, color="0.75", label="training batch")
     held_out = [record["val_loss"] for record in validated]

@@ -300,7 +300,9 @@ def test_a_run_is_not_begun_over_another_unless_asked_to(ckpt, monkeypatch, caps
     before = files()
     code, line = ends(capsys, "--seed", 1)
     assert code == 2 and files() == before
-    assert line.endswith("--out out holds a run already: --resume goes on with it, --overwrite starts anew")
+    assert line.endswith(
+        "--out out holds a run already: --resume goes on with it, --overwrite starts anew, --out NAME keeps both"
+    )
     # A run that starts anew and dies before its first step leaves nothing of the old one to resume.
     with monkeypatch.context() as patch:
         patch.setattr(train, "validate", interrupt)
