@@ -237,8 +237,7 @@ def test_every_stub_is_red_and_says_what_is_missing(run_pytest):
 def test_what_is_wrong_is_said_in_a_few_lines(run_pytest):
     wrong = {"ex2_rows": PLAIN["ex2_rows"].replace("-n:]", ":n]"), "ex4_merge": "def merge(*layer):\n    layer[9]"}
     status, lines = run_pytest(ex1_rotation=SOLUTIONS["ex1_rotation"], **wrong)
-    assert any(line.startswith("ex4_merge.py:5: IndexError: tuple index out of range") for line in lines)
-    assert "    in: layer[9]" in lines
+    assert "ex4_merge.py:5: IndexError: tuple index out of range" in lines and "    in: layer[9]" in lines
     assert lines.count("    hint: these are the first pairs, which turn fast: take the last") == 1
-    assert "(and 6 more like it)" in " ".join(lines)
+    assert "    and 6 more like it" in lines
     assert status == 1 and re.fullmatch(r"\d+ passed, \d+ wrong.*", lines[-1]) and len(lines) < 60

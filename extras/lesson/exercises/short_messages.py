@@ -18,7 +18,6 @@ def pytest_runtest_makereport(item, call):
     if item.path.parent == HERE and call.excinfo is not None and report.failed:
         exercise = item.path.name.removeprefix("test_")
         report.longrepr = message(exercise, call.excinfo.value)
-        report.path = item.path
         report.exercise = "to do" if isinstance(call.excinfo.value, NotImplementedError) else "wrong"
     return report
 
@@ -51,9 +50,10 @@ def pytest_terminal_summary(terminalreporter):
         alike = {}  # one mistake, many tests: what the first of them says, with its hint
         for report in reports:
             first, _, hint = report.longrepr.partition("\n")
-            alike.setdefault((report.path.name, hint or first), []).append((first, hint))
+            alike.setdefault((report.fspath, hint or first), []).append((first, hint))
         for (first, hint), *others in alike.values():
-            first += f" (and {len(others)} more like it)" if hint and others else ""
             terminalreporter.line(textwrap.fill(first, width, subsequent_indent="    "))
-            for line in hint.splitlines():
-                terminalreporter.line(textwrap.fill(line, width, initial_indent="    ", subsequent_indent="    "))
+            if hint:
+                terminalreporter.line(textwrap.fill(hint, width, initial_indent="    ", subsequent_indent="    "))
+            if hint and others:
+                terminalreporter.line(f"    and {len(others)} more like it")
