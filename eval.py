@@ -21,7 +21,7 @@ from tqdm import tqdm
 import rosa
 from data import tasks
 from data.tokenizer import load_tokenizer
-from extras import inference, kernels, peft_methods
+from extras import inference, kernels, peft_methods, runs
 from extras.checkpoints import (
     check_finite,
     choose_device_and_dtype,
@@ -85,6 +85,7 @@ def main(args):
     if not args.plain:
         kernels.accelerate(model, inference=True)
     say_if_bfloat16_is_slow(device, dtype)
+    runs.say_if_unfinished(args.adapter or ckpt)
     if args.prompt:
         return answer_prompt(args, model, tokenizer) if rank == 0 else None
     adapter = args.adapter or "none"

@@ -225,6 +225,7 @@ def main(args):
         # Validate, first of all the model before training. The step is saved by then.
         if step % args.eval_every == 0 or step == total_steps:
             run.keep_best(step, validate(model, val_set, args))
+            bar.unpause()  # the time that is left is told from steps alone
         if step == total_steps:
             break
 
@@ -273,11 +274,11 @@ def main(args):
         record = {"step": step, "loss": loss, "lr": lr, "tokens": token_count, "seconds": seconds}
         record["active_layers"] = selector.active
         run.log(record)
-        run.save(step, total_steps, stop_requested=signals > 0)  # after a Ctrl-C it ends the run here
         layers = "".join("█" if i in selector.active else "·" for i in range(num_layers))
         status = f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {layers}"
         bar.set_postfix_str(status, refresh=False)
         bar.update()
+        run.save(step, total_steps, stop_requested=signals > 0)  # after a Ctrl-C it ends the run here
     bar.close()
     run.finish(device)
 

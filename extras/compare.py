@@ -31,12 +31,17 @@ def row_of(run):
         *(f"{name.replace('_', ' ')} {short(options[name])}" for name in settings if name in options),
     ]
     row = {"run": run.name, "method": ", ".join(method)}
+    log = read_log(run / "log.jsonl")
+    if log:
+        data = Path(options["train_file"]).stem if options.get("train_file") else options.get("task", ABSENT)
+        row["model"] = Path(options.get("ckpt", ABSENT)).name
+        row["trained on"] = f"{data}, {log[-1]['step']:,} steps of {options.get('batch_size', ABSENT)}"
     if summary:
         row["trainable"] = f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})"
         untrained = " (untrained)" if summary["val_loss"] == summary["val_loss_before"] else ""
         row["validation loss"] = f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}{untrained}"
-    elif log := read_log(run / "log.jsonl"):
-        row["validation loss"] = f"not finished: at step {log[-1]['step']}"
+    elif log:
+        row["validation loss"] = "not finished"
     for name, score in results.get("scores", {}).items():
         low, high = results["intervals"][name]
         row[f"{name} (n = {results['counts'][name]:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"

@@ -18,7 +18,7 @@ from extras import checkpoints, peft_methods
 from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, read_json, say_if_bfloat16_is_slow
 from extras.commands import add_model_arguments, command_parser, count, run_command
 from extras.predictions import fingerprint
-from extras.runs import write_whole
+from extras.runs import say_if_unfinished, write_whole
 
 PIECE = 256  # tokens
 
@@ -68,6 +68,7 @@ def main(args):
         peft_methods.load_adapter(model, args.adapter)
     checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
+    say_if_unfinished(Path(args.adapter or ckpt))
     out = Path(args.out or args.adapter or f"runs/{ckpt.absolute().name}-base")
     out.mkdir(parents=True, exist_ok=True)
     made_by = fingerprint(ckpt, args.adapter and Path(args.adapter), dtype)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import rosa
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
-from extras import peft_methods
+from extras import peft_methods, runs
 from extras.checkpoints import copy_companions, find_checkpoint, meta_model, read_json, read_tensor
 from extras.commands import command_parser, run_command
 from extras.inference import pad
@@ -138,6 +138,7 @@ def updater(model, directory):
 
 def main(args):
     """Merge, and say what it has cost."""
+    runs.say_if_unfinished(args.adapter)
     before, after = merge_checkpoint(find_checkpoint(args.ckpt), args.adapter, args.out)
     same = (before.argmax(-1) == after.argmax(-1)).sum()
     moved, largest = (after - before).abs().max(), before.abs().max()

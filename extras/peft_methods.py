@@ -43,6 +43,8 @@ def check_files(directory):
     if absent := [name for name in ADAPTER_FILES if not (directory / name).is_file()]:
         pickled = (directory / "adapter_model.bin").is_file()
         instead = ", only adapter_model.bin, a pickle, which can run code" if pickled else ""
+        if (directory / "config.json").is_file():
+            instead = f"; it is a whole checkpoint: --ckpt {directory}"
         raise FileNotFoundError(f"{directory} is no adapter directory: it has no {absent[0]}{instead}")
     config, weights = (directory / name for name in ADAPTER_FILES)
     if not isinstance(read_json(config).get("peft_type"), str):

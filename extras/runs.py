@@ -45,6 +45,7 @@ class Run:
         self.args, self.out, self.ckpt, self.model = args, args.out, ckpt, model
         self.trainable, self.optimizer, self.selector = trainable, optimizer, selector
         self.best = math.inf  # validation loss, nats per token
+        self.kept = "checkpoint" if args.method == "full" else "adapter"
         self.saved = 0  # the step that the state on disk is of
         self.skipped = 0  # steps in a row that were not applied
         self.signals = []  # SIGINT and SIGTERM, as they come
@@ -115,7 +116,8 @@ class Run:
             self.save_state(step)
             self.saved = step
         if stop_requested and not last:
-            raise Stop(f"stopped after step {step}", 128 + (self.signals or [signal.SIGTERM])[0])
+            kept = f"the {self.kept} kept is the best so far, of step {best_step(self.out)}"
+            raise Stop(f"stopped after step {step}; {kept}", 128 + (self.signals or [signal.SIGTERM])[0])
 
     def note_signals(self):
         """From here on SIGINT and SIGTERM let the step end first; a second one ends the process at once."""
@@ -140,7 +142,7 @@ class Run:
         with saving(new):
             shutil.rmtree(new, ignore_errors=True)
             new.mkdir()
-            if self.args.method == "full":
+            if self.kept == "checkpoint":
                 self.model.save_pretrained(new)
                 copy_companions(self.ckpt, new)
             else:
@@ -198,13 +200,12 @@ class Run:
 
     def finish(self, device):
         """summary.json, the run in six numbers for `python -m extras.compare`, and run.png."""
-        best = "checkpoint" if self.args.method == "full" else "adapter"
-        print(f"best validation loss {self.best:.4f}; its {best} is in {self.out}")
+        print(f"best validation loss {self.best:.4f}; its {self.kept} is in {self.out}")
         if processes()[0] > 0:
             return
         before, *steps = read_log(self.out / "log.jsonl")
         if self.best == before["val_loss"]:
-            print(f"nothing improved on the loss before training: the {best} kept is the untrained one")
+            print(f"nothing improved on the loss before training: the {self.kept} kept is the untrained one")
         summary = {
             "trainable": sum(p.numel() for p in self.trainable.values()),
             "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -268,6 +269,23 @@ def check_same(args, description):
             raise ValueError(f"--resume: the {name} differ from those that the run in {args.out} began with")
 
 
+def best_step(out):
+    """The step that the adapter in a run directory is of; None where no run is."""
+    validated = [record for record in read_log(out / "log.jsonl") if record.get("val_loss") is not None]
+    return min(validated, key=lambda record: record["val_loss"])["step"] if validated else None
+
+
+def say_if_unfinished(out):
+    """A line where what a run directory holds is not what a whole run has made of it."""
+    step = best_step(out)
+    if step is None or processes()[0] > 0:
+        return
+    if not (out / "summary.json").exists():
+        print(f"unfinished {out}: its run has not ended; what it holds is the best so far, of step {step}")
+    elif step == 0:
+        print(f"untrained  {out}: no step of its run improved on the loss before training")
+
+
 def clear_partial(out):
     """Delete what a save that was cut short has left, ours or, as .tmp and six letters, safetensors' own."""
     for leftover in (*out.glob("*.partial"), *out.glob(".tmp??????")):
@@ -292,21 +310,23 @@ def draw_run(out):
     top.plot([record["step"] for record in steps], losses, color="0.75", label="training batch")
     held_out = [record["val_loss"] for record in validated]
     label = f"held out: {held_out[0]:.3f} → {min(held_out):.3f}"
-    top.plot([record["step"] for record in validated], held_out, "o-", markersize=4, clip_on=False, label=label)
-    top.set(ylabel="loss, nats per token", ylim=(0, None))
+    top.plot([record["step"] for record in validated], held_out, "o", markersize=5, clip_on=False, label=label)
+    top.set(ylabel="loss, nats per token", yscale="log" if held_out[0] > 5 * min(held_out) else "linear")
     top.legend()
     middle.plot([record["step"] for record in steps], [record["lr"] for record in steps], color="tab:green")
     middle.ticklabel_format(axis="y", scilimits=(0, 0))
     middle.set(ylabel="learning\nrate", ylim=(0, None))
     bottom.set(xlabel="optimiser step", ylabel="layer", xlim=(0, last))
     bottom.set_title("DLS: gradient of each layer's norms (blue), and the layers that train (lines)", fontsize="medium")
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     if probes:  # each colours the steps up to the next one
         edges = [probe["step"] - 1 for probe in probes] + [last]
         scores = torch.tensor([probe["scores"] for probe in probes]).T  # [L, probes]
         borders = [layer - 0.5 for layer in range(len(scores) + 1)]
+        line = min(2.5, 40 / len(scores))  # points: a third of a layer's height, so that its scores stay visible
         image = bottom.pcolormesh(edges, borders, (scores / scores.amax(0)).numpy(), cmap="Blues", vmin=0, vmax=1)
         for probe, left, right in zip(probes, edges, edges[1:]):
-            bottom.hlines(probe["active_layers"], left, right, color="tab:orange", linewidth=2.5)
+            bottom.hlines(probe["active_layers"], left, right, color="tab:orange", linewidth=line)
         bottom.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=bottom, label="share of the highest")
     write(out / "run.png", lambda partial: figure.savefig(partial, format="png", dpi=150))

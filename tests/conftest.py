@@ -177,6 +177,12 @@ def read_log(out, name="log.jsonl"):
     return [json.loads(line) for line in (Path(out) / name).read_text().splitlines()]
 
 
+def best_step(directory):
+    """The step of the lowest validation loss of a run."""
+    validated = [record for record in read_log(directory) if "val_loss" in record]
+    return min(validated, key=lambda record: record["val_loss"])["step"]
+
+
 def no_package(monkeypatch, name):
     """As on a machine where an optional package is absent."""
     for module in [module for module in sys.modules if module.split(".")[0] == name]:

@@ -4,6 +4,7 @@ import argparse
 import functools
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, no_package, read_log, run, write_test_sets
+from conftest import QUICK, ROOT, best_step, no_package, read_log, run, write_test_sets
 from rounding import assert_close, near, of_model
 
 import eval as eval_script
 import train
 from data import tasks, toy
 from data.tokenizer import SentencePieceTokenizer, load_tokenizer
-from extras import commands, compare, figure1, forgetting, inference, make_tiny
+from extras import commands, compare, figure1, forgetting, inference, make_tiny, merge
 from extras.checkpoints import NAMES
 from model import Llama
 
@@ -144,7 +145,28 @@ def test_a_run_that_was_stopped_or_has_learned_nothing_says_so_in_the_table(ckpt
     compare.run(["stopped", "nothing"])
     *_, stopped, nothing = capsys.readouterr().out.splitlines()
     before = f"{read_log('nothing')[0]['val_loss']:.4f}"
-    assert "| not finished: at step 2 |" in stopped and f"| {before} → {before} (untrained) |" in nothing
+    assert "| toy, 2 steps of 8 | – | not finished |" in stopped and f"| {before} → {before} (untrained) |" in nothing
+
+
+def test_an_adapter_of_a_run_that_was_stopped_or_has_learned_nothing_is_used_with_a_line_that_says_so(ckpt, capsys):
+    for out, more in (("whole", []), ("nothing", ["--max-steps", 1, "--lr", 1e-30])):
+        run(train, *QUICK, "--out", out, *more)
+    shutil.copytree("whole", "stopped")
+    Path("stopped/summary.json").unlink()
+    best = best_step("stopped")
+    assert best > 0
+    expected = {"whole": "", "nothing": "untrained  nothing: no step", "stopped": f"best so far, of step {best}\n"}
+    Path("other.json").write_text(json.dumps(toy.examples("train", 5)))
+    for out, line in expected.items():
+        for script, more in (
+            (eval_script, "--limit 1 --max-new-tokens 1"),
+            (merge, f"--out merged-{out}"),
+            (forgetting, "other.json"),
+        ):
+            capsys.readouterr()
+            script.run(f"{more} --ckpt ckpt --adapter {out}".split())
+            shown = capsys.readouterr().out
+            assert line in shown and (line or not re.search("unfinished|untrained", shown))
 
 
 @pytest.mark.parametrize("how", ["trained anew", "of an earlier version"])

@@ -300,7 +300,8 @@ def test_a_signal_to_one_ends_all_after_their_step_and_other_numbers_of_processe
     train.run(f"{command} one".split())
     codes, _, errors = end(start(2, train, f"{command} many", partial(during, 4, (1, terminated))))
     assert codes == [143, 143] and len(errors) == 1
-    assert errors[0].startswith("train.py: stopped after step 5. To go on: torchrun ... ")
+    assert errors[0].startswith("train.py: stopped after step 5; the adapter kept is the best so far, of step ")
+    assert ". To go on: torchrun ... " in errors[0]
     codes, *_ = end(start(3, train, f"{command} many --resume", partial(during, 7, (0, terminated))))
     assert codes == [143] * 3 and len(read_log("many")) == 1 + 8
     train.run(f"{command} many --resume".split())
@@ -443,4 +444,4 @@ def test_torchrun(ckpt):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     steps = len(read_log("many")) - 1
-    assert process.returncode and f"train.py: stopped after step {steps}. To go on: torchrun ... " in error
+    assert process.returncode and f"train.py: stopped after step {steps}; " in error and ": torchrun ... " in error

@@ -102,7 +102,7 @@ MISTAKES = {
     "--out half": "half.partial exists already",
     "--ckpt absent": "no checkpoint 'absent'",
     "--adapter absent": "absent is no adapter directory",
-    "--adapter ckpt": "ckpt is no adapter directory",
+    "--adapter ckpt": "it has no adapter_config.json; it is a whole checkpoint: --ckpt ckpt",
     "--adapter ia3": "of type IA3: only peft can merge it",
     "--adapter other": "other was trained on another model: base_model.model.model.layers.2",
     "--rank 3": "unrecognized arguments: --rank 3",

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import forkserver, random_model, read_log
+from conftest import best_step, forkserver, random_model, read_log
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -251,7 +251,12 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, cod
         stopped, line = ends(capsys, "--out", "a run")
     assert stopped == code and len(read_log("a run")) == 1 + last
     assert [signal.getsignal(n) for n in SIGNALS] == handlers  # as they were
-    python, script, *resuming = shlex.split(line.removeprefix(f"train.py: stopped after step {last}. To go on: "))
+    stop, _, command = line.partition(". To go on: ")
+    assert (
+        stop
+        == f"train.py: stopped after step {last}; the adapter kept is the best so far, of step {best_step('a run')}"
+    )
+    python, script, *resuming = shlex.split(command)
     assert (python, Path(script).resolve()) == ("python", Path(train.__file__).resolve())
     assert resuming == [*RUN, "--out", "a run", "--resume"]
     train.run(resuming)
@@ -273,7 +278,7 @@ def test_a_validation_is_made_when_the_step_is_saved_and_made_up_for_if_it_was_n
 def test_a_second_signal_ends_a_run_at_once_which_the_first_says(monkeypatch, capfd):
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    noting = runs.Run(SimpleNamespace(out=None), *[None] * 5)
+    noting = runs.Run(SimpleNamespace(out=None, method="rosa"), *[None] * 5)
     noting.note_signals()
     handlers[signal.SIGINT](signal.SIGINT, None)
     assert noting.signals == [signal.SIGINT] and handlers == dict.fromkeys(SIGNALS, signal.SIG_DFL)
