@@ -78,7 +78,10 @@ def main(args):
         try:
             print(f"{file:<39}{fetch(file, args.dir, args.url.rstrip('/'))}")
         except (ValueError, OSError, HTTPException) as error:  # one file's trouble is not the others'
-            complain(f"{file}: {error.reason if type(error) is URLError else error}")
+            if type(error) is URLError:  # but for this one: no server has answered
+                complain(f"{args.url} cannot be reached ({error.reason}): is there a network? --url takes a mirror")
+                sys.exit(1)
+            complain(f"{file}: {error}")
             failed += 1
     if failed:
         complain(f"{failed} of {len(files)} files failed; the same command again resumes what is missing")

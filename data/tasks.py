@@ -96,7 +96,9 @@ def train_examples(task, data_dir, train_file=None, skip_empty=False):
         )
     file = Path(data_dir) / "ft-training_set" / TRAIN_FILES[task]
     if not file.is_file():
-        raise FileNotFoundError(f"{file} is absent. To get it: {how_to_get(data_dir)}")
+        others = ", ".join(sorted(other.name for other in file.parent.glob("*.json*")))
+        instead = f". There, for --train-file: {others}" if others else ""
+        raise FileNotFoundError(f"{file} is absent. To get it: {how_to_get(data_dir)}{instead}")
     return load_examples(file, skip_empty=skip_empty)
 
 

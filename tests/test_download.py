@@ -242,13 +242,18 @@ def test_a_part_with_nothing_left_to_add_starts_over(server, capsys):
     assert server.requests[:2] == [(MATH, f"bytes={size}-"), (MATH, None)]
 
 
-@pytest.mark.parametrize("option, what", [("--dir=a file", "a file"), ("--url=http://127.0.0.1:1", "refused")])
-def test_no_server_and_no_room_are_one_line_a_file(server, capsys, option, what):
+def test_no_room_is_one_line_a_file(server, capsys):
     Path("a file").write_text("")
-    status, _, err = run(server, capsys, "arithmetic", option)
+    status, _, err = run(server, capsys, "arithmetic", "--dir=a file")
     assert status == 1 and len(err) == 9 and "8 of 8 files failed" in err[-1]
     for line, file in zip(err, download.files_of("arithmetic")):
-        assert line.startswith(f"download.py: {file}: ") and what in line and "urlopen" not in line
+        assert line.startswith(f"download.py: {file}: ") and "a file" in line
+
+
+def test_no_server_is_one_line(server, capsys):
+    status, out, err = run(server, capsys, "all", "--url=http://127.0.0.1:1")
+    assert (status, out, len(err)) == (1, [], 1) and "urlopen" not in err[0]
+    assert err[0].startswith("download.py: http://127.0.0.1:1 cannot be reached (") and "a network?" in err[0]
 
 
 # --- a user's mistakes ---
