@@ -1,5 +1,5 @@
-"""Owns where a checkpoint lies, what is wrong with it, and what it runs on: names, Hugging Face's cache, device, dtype.
-It makes possible `--ckpt llama2-7b`, and one line on what to download or fix where something is absent or broken.
+"""Where a checkpoint lies, what is wrong with it, and what it runs on: names, Hugging Face's cache, device, dtype.
+`--ckpt llama2-7b` finds its files; what is absent or broken is one line that says what to download or fix.
 Without it: Llama.from_pretrained(directory, device, dtype) with the directory's own path; a mistake is a traceback.
 """
 

@@ -1,5 +1,5 @@
-"""Owns how scripts and commands are called: their help, their options' values, one-line errors, exit statuses.
-It makes a mistake end in one line that says what to type instead, and `--help` fit on a screen.
+"""How scripts and commands are called: their help, their options' values, one-line errors, exit statuses.
+A mistake ends in one line that says what to type instead, and `--help` fits on a screen.
 Without it: argparse alone, and a traceback for a mistake.
 """
 

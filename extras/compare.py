@@ -1,5 +1,5 @@
-"""Owns the table of runs side by side: what trained, validation loss, scores with their intervals, speed, memory.
-It makes runs comparable at a glance, as Markdown.
+"""The table of runs side by side: what trained, validation loss, scores with their intervals, speed, memory.
+It is Markdown, which goes into a report as it is.
 Without it one reads args.json, summary.json, results.json and losses.json of each run directory.
 
     python -m extras.compare runs/*

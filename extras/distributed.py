@@ -1,6 +1,6 @@
-"""Owns the processes that torchrun starts: what each computes, how gradients are summed, how all end with one; FSDP2.
-It makes possible a run on several devices or machines, and a model larger than one of them.
-Without it: one process, of which this file says that it is all there is.
+"""The processes that torchrun starts: what each computes, how gradients are summed, how all end with one; FSDP2.
+With them a run may use several devices or machines, and a model may be larger than one of them.
+Without it: one process on one device, which is all there is for this file too unless torchrun has started it.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""Owns Figure 1 of the paper: how large Q and K are in each dimension of a head, layer by layer.
-It makes visible why RoAE adapts the low-frequency pairs, of a model of one's own.
+"""Figure 1 of the paper: how large Q and K are in each dimension of a head, layer by layer.
+It shows, for a model of one's own, whether the slow pairs that RoAE adapts are the large ones.
 Without it: a forward hook on q_proj and k_proj, and a norm over the tokens.
 
     python -m extras.figure1 figure1.png --ckpt tiny --task toy

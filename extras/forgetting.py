@@ -1,5 +1,5 @@
-"""Owns the loss on what was not trained: before and after fine-tuning it says what a model has forgotten.
-It makes forgetting a number: nats per token of the responses of another task, or of any text.
+"""The loss on what was not trained: called without and with --adapter it says what a model has forgotten.
+Its numbers are nats per token, of the responses of another task or of any text.
 Without it: model.loss(tokens, labels) on text of one's own.
 
     python -m extras.forgetting other_task.json notes.txt --ckpt tiny --adapter runs/tiny-toy-rosa

@@ -1,5 +1,5 @@
-"""Owns answers to many prompts at a time: a cache of many rows, continuous batching, likelihoods of options.
-It makes evaluation ten times as fast, and lets an answer be shown token by token.
+"""Answers to many prompts at a time: a cache of many rows, continuous batching, likelihoods of options.
+With it evaluation is ten times as fast, and an answer can be shown token by token.
 Without it: model.generate(prompts, max_new_tokens, eos_id), one prompt after the other, or --plain.
 
 It calls model.hidden_states and model.logits as they are; its cache has the two names that model.py's own has.

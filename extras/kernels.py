@@ -1,5 +1,5 @@
-"""Owns faster or smaller versions of the formulas in model.py and rosa.py, put in by one line: `accelerate(model)`.
-It makes training a quarter faster (SmolLM2, bfloat16, a CPU), with two thirds as much kept for the backward pass.
+"""Faster or smaller versions of the formulas in model.py and rosa.py, put in by one line: `accelerate(model)`.
+Training is a quarter faster with them (SmolLM2, bfloat16, a CPU), and keeps two thirds as much for the backward pass.
 Without it: leave the line out, or type --plain; model.py and rosa.py compute the same.
 
 A kernel trusts nothing. It stands for one method as it was written: its fingerprint is a hash of that method's tokens,

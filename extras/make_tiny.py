@@ -1,5 +1,5 @@
-"""Owns how the bundled checkpoint `data/tiny` was made: a SentencePiece tokenizer, a LLaMA of 2.3 million parameters.
-It makes possible a first command that needs no download.
+"""How the bundled checkpoint `data/tiny` was made: a SentencePiece tokenizer, a LLaMA of 2.3 million parameters.
+Thanks to it the first command needs no download.
 Without it: any other checkpoint.
 
     python -m extras.make_tiny OUT_DIR --minutes 30

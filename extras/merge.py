@@ -1,5 +1,5 @@
-"""Owns the checkpoint with an adapter folded in: its weights in the dtype in which they are stored, 5 GB a file.
-It makes a model that everything reads which reads Hugging Face's, in little memory, and says what rounding has cost.
+"""A checkpoint with an adapter folded in, each weight in the dtype in which it is stored, in files of at most 5 GB.
+What reads Hugging Face's models reads it; little memory is enough, and what rounding has cost is said.
 Without it: rosa.merge(model) and model.save_pretrained(directory), with the whole model in memory.
 
     python -m extras.merge --ckpt tiny --adapter runs/tiny-toy-rosa --out merged

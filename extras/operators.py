@@ -1,5 +1,5 @@
-"""Owns what PyTorch has and does not document: a few operators, each tried before it is used.
-It makes the kernels a few per cent faster on a CPU, and safe on processors and versions that lack an operator.
+"""What PyTorch has and does not document: a few operators, each tried before it is used.
+They make the kernels a few per cent faster on a CPU; where a processor or a version lacks one, nothing breaks.
 Without it: the plain formulas that stand beside the operators here.
 """
 

@@ -1,5 +1,5 @@
-"""Owns what the package peft can train in our model: IA3, OFT, DoRA, tuned LayerNorms and whatever else it has.
-It makes possible --method peft:NAME, in the same loop and with the same layer selection, and adapters from elsewhere.
+"""What the package peft can train in our model: IA3, OFT, DoRA, tuned LayerNorms and whatever else it has.
+--method peft:NAME trains it in the same loop, with the same layer selection; its adapters are read, too.
 Without it: rosa.attach, rosa.save_adapter and rosa.load_adapter, which know RoAE and LoRA.
 """
 

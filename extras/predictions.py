@@ -1,5 +1,5 @@
-"""Owns predictions.jsonl and results.json: a line per answered question, and the scores.
-It makes possible that an evaluation that was stopped goes on where it was, and asks nothing twice.
+"""predictions.jsonl and results.json: a line per answered question, and the scores.
+An evaluation that was stopped goes on where it was, and asks nothing twice.
 Without it: print(response) in the loop of eval.py.
 """
 

@@ -1,5 +1,5 @@
-"""Owns what a run of train.py leaves on disk: whole files, logs, the best adapter, the state to resume from; signals.
-It makes possible that a run killed at any moment and resumed ends in the same bytes as one that never was.
+"""What a run of train.py leaves on disk: whole files, logs, the best adapter, the state to resume from; signals.
+A run killed at any moment and resumed ends in the same bytes as one that never was.
 Without it: rosa.save_adapter(model, directory) after the last step.
 """
 

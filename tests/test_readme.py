@@ -128,8 +128,8 @@ def test_the_readme_is_short_and_each_file_of_extras_says_in_its_own_words_what_
     assert len(lines) <= 150 and max(map(len, lines)) <= 400
     said = " ".join(TEXT["extras/README.md"].split())
     for path in (ROOT / "extras").glob("[a-z]*.py"):
-        owns = path.read_text().split('"""')[1].splitlines()[:3]
-        assert " ".join(owns) in said, path.name
+        first_lines = path.read_text().split('"""')[1].splitlines()[:3]
+        assert " ".join(first_lines) in said, path.name
 
 
 def number(pattern, text=TEXT["README.md"]):
