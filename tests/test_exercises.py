@@ -108,6 +108,14 @@ NEIGHBOURS = (
     "a, b = x[..., ::2], x[..., 1::2]; return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)"
 )
 ROTATED = "return model.rotate(x, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))"
+READ = NEIGHBOURS.replace("stack", "cat").replace(".flatten(-2)", "")
+FREQUENCIES = "model.rope_inverse_frequencies(model.LlamaConfig(head_dim=head_dim, rope_theta=theta))"
+FORGETS = "in losses:\n        for first, second in norms:\n            first.grad = second.grad = None\n"
+LOWEST = "return scores.argsort()[:count].tolist()"
+PIECE = """d = 2 * half
+    return torch.tensor([r for r in range(out_features) if r % d >= d - int(low_freq_ratio * d)])
+    """
+LOSES = "for i, (prompt, _) in enumerate(examples):\n        labels[i, len(prompt) - 1] = -100\n    return"
 MEAN = "labels != -100).sum() / len(micro_batches"
 # (exercise, what stands in PLAIN, the mistake in its place, words of the hint)
 WRONG = [
@@ -117,6 +125,9 @@ WRONG = [
     ("ex1_rotation", "model.rope_table(positions", "model.rope_table(positions + 1", "positions are off by one"),
     ("ex1_rotation", "rope_theta=theta))", "rope_theta=theta)).flip(0)", "in reverse order"),
     ("ex1_rotation", "rope_theta=theta))", "rope_theta=theta)).sqrt()", "the exponent is -2i / d, not -i / d"),
+    ("ex1_rotation", ROTATED, READ, "read as neighbours (0::2, 1::2) and written as halves"),
+    ("ex1_rotation", FREQUENCIES, "theta ** (-1.0 * (torch.arange(head_dim // 2) // head_dim))", "// cuts"),
+    ("ex1_rotation", "rope_theta=theta", "rope_theta=10000.0", "theta is an argument"),
     ("ex2_rows", "-n:]", ":n]", "these are the first pairs"),
     ("ex2_rows", "[:, :, -n:]", "[:, 1:, -n:]", "one half only"),
     ("ex2_rows", "[:, :, -n:]", "[:1, :, -n:]", "these are the rows of head 0 alone"),
@@ -124,6 +135,9 @@ WRONG = [
     ("ex2_rows", "num_heads, 2, half)[:, :, -n:]", "num_heads, half, 2)[:, -n:]", "the end of each head in one piece"),
     ("ex2_rows", "round(", "int(", "n was rounded down"),
     ("ex2_rows", "max(1, round(low_freq_ratio * half))", "int(low_freq_ratio * half)", "the slice [-n:] is everything"),
+    ("ex2_rows", "return", f"{PIECE}return", "the end of each head in one piece: RoAE adapts pairs"),
+    ("ex2_rows", ".flatten()", ".flatten().flip(0).tolist()", "one list in ascending order"),
+    ("ex3_roae", "zeros(len(rows)", "zeros(linear.out_features", "B has a row for each of `rows`"),
     ("ex3_roae", "rank, alpha, low", "rank, alpha * rank, low", "scaled by alpha alone"),
     ("ex3_roae", "torch.zeros(", "torch.randn(", "B is zero at the start"),
     ("ex3_roae", "self.rows,", "self.A.data.zero_(); self.rows,", "with A and B both zero"),
@@ -144,8 +158,10 @@ WRONG = [
     ("ex5_layers", "torch.cat([weight.grad for", "sum([weight.grad.norm() for", "the sum of two norms"),
     ("ex5_layers", "pair]).norm()", "pair]).abs().sum()", "the sum of absolute values"),
     ("ex5_layers", "in losses:", "in losses[:-1] or losses:", "read before the last micro-batch"),
+    ("ex5_layers", "in losses:\n", FORGETS, "only the last micro-batch"),
     ("ex5_layers", "first.grad = second.grad = None", "pass", "the gradients of the probe before"),
     ("ex5_layers", "descending=True", "descending=False", "these are the lowest scores"),
+    ("ex5_layers", "return sorted(scores", f"{LOWEST}  # (scores", "lowest scores, and not in the order"),
     ("ex5_layers", "sorted(", "(", "sort the indices"),
     ("ex5_layers", "max(1, round(k_ratio * len(scores)))", "int(k_ratio * len(scores))", "no layer: max(1, ...)"),
     ("ex5_layers", "round(", "int(", "the count was rounded down"),
@@ -156,6 +172,7 @@ WRONG = [
     ("ex6_micro_batches", "/ response_tokens", "", "a sum: divide"),
     ("ex6_micro_batches", "(labels != -100).sum()", "labels.numel()", "padding and prompt were counted"),
     ("ex6_micro_batches", "loss.backward()", "network.zero_grad(); loss.backward()", "no zero_grad between the passes"),
+    ("ex6_micro_batches", "return tokens", f"{LOSES} tokens", "the first response token is lost"),
     ("ex6_micro_batches", "tokens, labels\n", "tokens, labels.clamp(min=0)\n", "its label is -100"),
     ("ex6_micro_batches", "tokens, labels\n", "tokens, labels.roll(1, 1) - 0 * tokens\n", "not shifted"),
 ]
@@ -172,7 +189,8 @@ def modules(monkeypatch):
 
 @pytest.fixture
 def failures(monkeypatch, tmp_path):
-    """Calls an exercise's tests with this code in the reader's place. Returns how they failed, in order."""
+    """Calls an exercise's tests with this code in the reader's place. Returns how they failed, in order: (whether the
+    hint is no guess, what was said)."""
     monkeypatch.syspath_prepend(FOLDER)
 
     def call(exercise, code):
@@ -185,7 +203,7 @@ def failures(monkeypatch, tmp_path):
                 try:
                     test()
                 except (Exception, pytest.fail.Exception) as error:
-                    found.append(f"{name}: {error}")
+                    found.append((getattr(error, "sure", False), f"{name}: {error}"))
         return found
 
     return call
@@ -200,7 +218,7 @@ def test_our_own_code_solves_it_and_so_does_what_is_broken_below(exercise, failu
 def test_a_mistake_is_called_by_its_name(exercise, right, wrong, hint, failures):
     assert right in PLAIN[exercise]
     found = failures(exercise, PLAIN[exercise].replace(right, wrong))
-    assert any(hint in message.partition("hint: ")[2] for message in found), "\n".join(found)
+    assert any(sure and hint in message.partition("hint: ")[2] for sure, message in found), found
 
 
 @pytest.fixture
@@ -241,3 +259,11 @@ def test_what_is_wrong_is_said_in_a_few_lines(run_pytest):
     assert lines.count("    hint: these are the first pairs, which turn fast: take the last") == 1
     assert "    and 6 more like it" in lines
     assert status == 1 and re.fullmatch(r"\d+ passed, \d+ wrong.*", lines[-1]) and len(lines) < 60
+
+
+def test_where_a_mistake_is_known_no_guess_is_shown(run_pytest):
+    code = PLAIN["ex5_layers"].replace("return sorted(scores", f"{LOWEST}  # (scores")
+    _, lines = run_pytest(ex5_layers=code.replace("torch.stack(", "3 * torch.stack("))
+    hints = [line.strip() for line in lines if "hint" in line]
+    assert hints == ["hint: these are the lowest scores, and not in the order of the layers"]
+    assert "ex5_layers.py: 9 more tests fail, perhaps by the same mistake" in lines

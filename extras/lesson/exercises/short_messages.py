@@ -5,6 +5,7 @@ It is no conftest.py because the project's own tests have one: of two with this 
 import shutil
 import textwrap
 import traceback
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ def pytest_runtest_makereport(item, call):
     if item.path.parent == HERE and call.excinfo is not None and report.failed:
         exercise = item.path.name.removeprefix("test_")
         report.longrepr = message(exercise, call.excinfo.value)
+        report.sure = getattr(call.excinfo.value, "sure", False)
         report.exercise = "to do" if isinstance(call.excinfo.value, NotImplementedError) else "wrong"
     return report
 
@@ -47,8 +49,13 @@ def pytest_terminal_summary(terminalreporter):
         reports = terminalreporter.getreports(kind)
         if reports:
             terminalreporter.section(kind)
+        # Where a mistake is known, a guess at what else may be wrong in that file would only mislead.
+        known = {report.fspath for report in reports if report.sure}
+        guesses = Counter(report.fspath for report in reports if report.fspath in known and not report.sure)
         alike = {}  # one mistake, many tests: what the first of them says, with its hint
         for report in reports:
+            if report.fspath in guesses and not report.sure:
+                continue
             first, _, hint = report.longrepr.partition("\n")
             alike.setdefault((report.fspath, hint or first), []).append((first, hint))
         for (first, hint), *others in alike.values():
@@ -57,3 +64,6 @@ def pytest_terminal_summary(terminalreporter):
                 terminalreporter.line(textwrap.fill(hint, width, initial_indent="    ", subsequent_indent="    "))
             if hint and others:
                 terminalreporter.line(f"    and {len(others)} more like it")
+        for path, count in guesses.items():
+            exercise = Path(path).name.removeprefix("test_")
+            terminalreporter.line(f"{exercise}: {count} more tests fail, perhaps by the same mistake")

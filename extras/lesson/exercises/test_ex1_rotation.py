@@ -10,43 +10,58 @@ pytest_plugins = ["short_messages"]
 NEIGHBOURS = "these pairs are neighbours, (2i, 2i + 1); here pair i is (i, i + d/2)"
 CLOCKWISE = "this turns clockwise, as by -angle: the minus belongs to b * sin in a'"
 BOTH = "neighbours for pairs, and clockwise: see the drawing, then the equations"
+READ = "pairs are read as neighbours (0::2, 1::2) and written as halves: in both places they are (i, i + d/2)"
+WRITTEN = "pairs are read as halves and written as neighbours: in both places they are (i, i + d/2)"
+NO_MINUS = "nothing turns without a minus: a' = a * cos - b * sin"
 
 
-def turn(x, angles, neighbours=False, sign=1):
+def turn(x, angles, read="halves", written="halves", signs=(-1, 1)):
     """The rotation, number by number: x [.., T, d], angles [T, d/2]."""
-    y, (T, pairs) = np.zeros_like(x), angles.shape
+    y, (T, pairs) = np.zeros(x.shape), angles.shape
     for t in range(T):
         for i in range(pairs):
-            first, second = (2 * i, 2 * i + 1) if neighbours else (i, i + pairs)
-            cos, sin = np.cos(angles[t, i]), sign * np.sin(angles[t, i])
-            a, b = x[..., t, first], x[..., t, second]
-            y[..., t, first], y[..., t, second] = a * cos - b * sin, a * sin + b * cos
+            places = {"halves": (i, i + pairs), "neighbours": (2 * i, 2 * i + 1)}
+            cos, sin = np.cos(angles[t, i]), np.sin(angles[t, i])
+            a, b = (x[..., t, place] for place in places[read])
+            first, second = places[written]
+            y[..., t, first], y[..., t, second] = a * cos + signs[0] * b * sin, signs[1] * a * sin + b * cos
     return y
 
 
 def mistakes_in(x, angles):
     return {
-        NEIGHBOURS: turn(x, angles, neighbours=True),
-        CLOCKWISE: turn(x, angles, sign=-1),
-        BOTH: turn(x, angles, True, -1),
+        NEIGHBOURS: turn(x, angles, "neighbours", "neighbours"),
+        CLOCKWISE: turn(x, angles, signs=(1, -1)),
+        BOTH: turn(x, angles, "neighbours", "neighbours", (1, -1)),
+        READ: turn(x, angles, read="neighbours"),
+        WRITTEN: turn(x, angles, written="neighbours"),
+        NO_MINUS: turn(x, angles, signs=(1, 1)),
+    }
+
+
+def mistakes_in_frequencies(d, theta):
+    i, dimensions = np.arange(d // 2), np.arange(d)
+    return {
+        "in reverse order: pair 0 is the fastest": theta ** (-2 * i[::-1] / d),
+        "the exponent is -2i / d, not -i / d: a head has d/2 pairs": theta ** (-i / d),
+        "the exponent is negative": theta ** (2 * i / d),
+        "pairs are counted from 0": theta ** (-2 * (i + 1) / d),
+        "a frequency for each pair, not for each dimension": theta ** (-2 * dimensions / d),
+        "a frequency for each pair, not for each dimension: i goes from 0 to d/2 - 1": theta ** (-dimensions / d),
+        "/ divides; // cuts the fraction off": np.ones(d // 2),
+        "/ divides; // cuts the fraction off, downwards": theta ** (-2.0 * i // d),
     }
 
 
 def test_frequencies_of_a_head_of_8():
-    i = np.arange(4)
-    mistakes = {
-        "in reverse order: pair 0 is the fastest": 10000.0 ** (-2 * (3 - i) / 8),
-        "the exponent is -2i / d, not -i / d: a head has d/2 pairs": 10000.0 ** (-i / 8),
-        "the exponent is negative": 10000.0 ** (2 * i / 8),
-        "pairs are counted from 0": 10000.0 ** (-2 * (i + 1) / 8),
-        "a frequency for each pair, not for each dimension": 10000.0 ** (-2 * np.arange(8) / 8),
-    }
+    mistakes = mistakes_in_frequencies(8, 10000.0)
     check("inv_freq of d = 8", rope_inverse_frequencies(8), [1, 0.1, 0.01, 0.001], mistakes)
 
 
 def test_frequencies_depend_on_theta():
-    hint = "theta is an argument; models have other ones than 10000"
-    check("inv_freq of d = 4, theta = 100", rope_inverse_frequencies(4, 100.0), [1, 0.1], hint=hint)
+    mistakes = {"theta is an argument; models have other ones than 10000": 10000.0 ** (-2 * np.arange(3) / 6)}
+    mistakes |= mistakes_in_frequencies(6, 1000.0)
+    check("inv_freq of d = 6, theta = 1000", rope_inverse_frequencies(6, 1000.0), [1, 0.1, 0.01], mistakes)
 
 
 def test_the_table_has_a_column_for_each_pair():
@@ -78,9 +93,9 @@ def test_a_point_turns_by_a_right_angle():
 
 
 def test_a_pair_is_half_a_head_apart():
-    found = rotate(tensor([[1, 0, 0, 0]]), tensor([[0, 1]]), tensor([[1, 0]]))[0]  # pair 0 by 90 degrees, 1 rests
-    mistakes = {NEIGHBOURS: [0, 1, 0, 0], CLOCKWISE: [0, 0, -1, 0], BOTH: [0, -1, 0, 0]}
-    check("[1, 0, 0, 0], pair 0 turned by 90 degrees", found, [0, 0, 1, 0], mistakes)
+    found = rotate(tensor([[1, 2, 0, 0]]), tensor([[0, 1]]), tensor([[1, 0]]))[0]  # pair 0 by 90 degrees, 1 rests
+    mistakes = {hint: y[0] for hint, y in mistakes_in(np.array([[1, 2, 0, 0]]), np.array([[np.pi / 2, 0]])).items()}
+    check("[1, 2, 0, 0], pair 0 turned by 90 degrees", found, [0, 2, 1, 0], mistakes)
 
 
 def test_every_number_of_many_heads():

@@ -1,7 +1,7 @@
 """Exercise 2, from one head with two pairs to any projection."""
 
 import torch
-from checking import check, fail
+from checking import as_array, check, fail
 from ex2_rows import adapted_rows
 
 pytest_plugins = ["short_messages"]
@@ -29,6 +29,9 @@ def check_rows(num_heads, d, ratio, n):
             r for r in rows if r % d >= d - 2 * n
         ],
         "the end of the whole projection: every head has its last pairs": rows[-2 * n * num_heads :],
+        "the end of each head in one piece: RoAE adapts pairs, and a pair's rows are i and i + d/2": [
+            r for r in rows if r % d >= d - int(ratio * d)
+        ],
         "n counts pairs: a share of d/2, not of d": rows_of(last(round(ratio * d), pairs), d, heads),
         "no row: n is at least 1, max(1, ...)": [],
         "n was rounded down: round(1.6) is 2, int(1.6) is 1": rows_of(last(max(1, n - 1), pairs), d, heads),
@@ -37,8 +40,9 @@ def check_rows(num_heads, d, ratio, n):
     }
     found = adapted_rows(num_heads * d, num_heads, ratio)
     expected, what = rows_of(right, d, heads), f"{num_heads} head(s) of d = {d}, low_freq_ratio {ratio}"
-    if isinstance(found, torch.Tensor) and found.tolist() != expected == sorted(found.flatten().tolist()):
-        fail(f"{what}: the right rows, shape {list(found.shape)}", "one list in ascending order: flatten, sort")
+    numbers = as_array(what, found)
+    if numbers.tolist() != expected == sorted(numbers.flatten().tolist()):
+        fail(f"{what}: the right rows, shape {list(numbers.shape)}", "one list in ascending order: flatten, sort")
     check(what, found, expected, mistakes, hint="compare with the drawing in the text")
 
 
@@ -71,11 +75,14 @@ def test_all_pairs_are_all_rows():
 
 
 def test_the_sizes_of_real_heads():
-    for num_heads, d, ratio, n in ((4, 16, 0.5, 4), (9, 64, 0.25, 8), (1, 128, 0.35, 22)):
+    for num_heads, d, ratio, n in ((9, 64, 0.25, 8), (4, 16, 0.5, 4), (1, 128, 0.35, 22)):
         check_rows(num_heads, d, ratio, n)
 
 
 def test_rows_can_index():
     found = adapted_rows(16, 2, 0.5)
     if getattr(found, "dtype", None) != torch.long:
-        fail(f"expected a LongTensor, came {getattr(found, 'dtype', type(found).__name__)}", "torch.arange makes one")
+        fail(
+            f"expected a LongTensor, came {getattr(found, 'dtype', type(found).__name__)}",
+            "torch.tensor(rows) makes one",
+        )

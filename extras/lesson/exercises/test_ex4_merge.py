@@ -105,9 +105,9 @@ def test_the_same_function():
 def test_bfloat16_is_rounded_once():
     """From 1 on bfloat16 goes in steps of 1/128. 1 + 1/256 + 1/131072 is just above the middle of the first step; the
     update alone rounds to 1/256, and the sum, now in the middle, to the even neighbour, 1."""
-    linear = linear_of(np.ones((1, 1)), dtype=torch.bfloat16)
-    merge(linear, torch.tensor([0]), tensor([[1]]), tensor([[1 / 256 + 1 / 131072]]), 1)
+    linear = linear_of(np.ones((2, 1)), dtype=torch.bfloat16)
+    merge(linear, torch.tensor([0, 1]), tensor([[1]]), tensor([[1 / 256 + 1 / 131072], [1]]), 1)
     if linear.weight.dtype != torch.bfloat16:
         fail(f"weight: expected torch.bfloat16, came {linear.weight.dtype}", "a merged weight keeps its dtype")
-    mistakes = {"rounded twice: add in float32, then cast the sum": [1]}
-    check("weight 1 in bfloat16, a little more than 1/256", linear.weight[0], [1 + 1 / 128], mistakes)
+    mistakes = {"rounded twice: add in float32, then cast the sum": [1, 2], NOT_IN_PLACE: [1, 1]}
+    check("1 + a little more than 1/256, and 1 + 1, in bfloat16", linear.weight[:, 0], [1 + 1 / 128, 2], mistakes)

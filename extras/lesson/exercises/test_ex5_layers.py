@@ -28,10 +28,9 @@ def length(vectors):
     return np.array([np.sqrt(sum(number**2 for number in layer.flatten())) for layer in vectors])
 
 
-def check_scores(what, gradients):
-    gradients = np.array(gradients, dtype=np.float64)
+def mistakes_in_scores(gradients):
     total = gradients.sum(0)  # [layers, 2, D]
-    mistakes = {
+    return {
         "the sum of two norms: take the norm of both weights together": np.sqrt((total**2).sum(-1)).sum(-1),
         "one norm weight only: both count": np.sqrt((total**2).sum(-1))[:, 0],
         "one norm weight only, the second: both count": np.sqrt((total**2).sum(-1))[:, 1],
@@ -45,7 +44,12 @@ def check_scores(what, gradients):
         "a mean over the micro-batches: .grad as it is": length(total) / len(gradients),
         "read after each micro-batch and added up: .grad is a sum already": sum(map(length, gradients.cumsum(0))),
     }
-    check(what, layer_scores(*probe(gradients)), length(total), mistakes, hint="see 1 in the text")
+
+
+def check_scores(what, gradients):
+    gradients = np.array(gradients, dtype=np.float64)
+    mistakes, expected = mistakes_in_scores(gradients), length(gradients.sum(0))
+    check(what, layer_scores(*probe(gradients)), expected, mistakes, hint="see 1 in the text")
 
 
 def test_one_layer_by_hand():
@@ -68,9 +72,10 @@ def test_the_next_probe_begins_anew():
     gradients = random_numbers(2, 3, 2, 4, seed=2)
     losses, norms = probe(gradients)
     layer_scores(losses, norms)
-    mistakes = {"the gradients of the probe before are still in .grad": length(2 * gradients.sum(0))}
+    before = "the gradients of the probe before are still in .grad: start from .grad = None"
+    mistakes = mistakes_in_scores(gradients) | {before: length(2 * gradients.sum(0))}
     found = layer_scores(losses_of(tensor(gradients), norms), norms)
-    check("the same probe once more", found, length(gradients.sum(0)), mistakes, hint="start from .grad = None")
+    check("the same probe once more", found, length(gradients.sum(0)), mistakes, hint="see 1 in the text")
 
 
 def check_selection(scores, k_ratio, count):
@@ -78,6 +83,7 @@ def check_selection(scores, k_ratio, count):
     best = list(order[-count:])
     mistakes = {
         "these are the lowest scores": sorted(order[:count]),
+        "these are the lowest scores, and not in the order of the layers": order[:count],
         "by score: sort the indices": best[::-1],
         "by score, the highest last: sort the indices": best,
         "these are scores, not indices of layers": sorted(np.array(scores)[best]),

@@ -73,6 +73,7 @@ def test_labels_of_one_example():
             "not shifted, and one too long: a position's label is the token after it": [NONE, NONE, NONE, 8, 9],
             "the last position predicts nothing: leave it out": [NONE, NONE, 8, 9, NONE],
             "the prompt is not learnt: -100": [6, 7, 8, 9],
+            "the prompt is not learnt: its label is -100, not 0": [0, 0, 8, 9],
             "the first response token is lost: the prompt's last token predicts it": [NONE, NONE, NONE, 9],
         },
     )
@@ -92,6 +93,7 @@ def test_padding_is_on_the_right_and_not_learnt():
         [3, NONE, NONE, NONE],
         {
             "padding is not learnt: its label is -100": [3, 0, 0, 0],
+            "the first response token is lost: the prompt's last token predicts it": [NONE] * 4,
             "this is padded on the left": [NONE, NONE, NONE, 3],
             "not shifted: a position's label is the token after it": [NONE, 3, NONE, NONE],
         },
