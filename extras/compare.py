@@ -45,7 +45,9 @@ def row_of(run):
     for name, score in results.get("scores", {}).items():
         low, high = results["intervals"][name]
         row[f"{name} (n = {results['counts'][name]:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"
-    row |= {f"loss on {name}": f"{loss:.4f}" for name, loss in held["losses"].get("losses", {}).items()}
+    for name, loss in held["losses"].get("losses", {}).items():
+        alone = held["losses"].get("losses_alone", {})
+        row[f"loss on {name}"] = (f"{alone[name]:.4f} → " if name in alone else "") + f"{loss:.4f}"
     if summary:
         row["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
         row["peak memory"] = f"{summary['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in summary else ABSENT

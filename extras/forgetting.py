@@ -1,4 +1,4 @@
-"""The loss on what was not trained: called without and with --adapter it says what a model has forgotten.
+"""The loss on what was not trained, without an adapter and with it: what fine-tuning has made the model forget.
 Its numbers are nats per token, of the responses of another task or of any text.
 Without it: model.loss(tokens, labels) on text of one's own.
 
@@ -53,7 +53,7 @@ def mean_loss(model, pairs, name=""):
 
 
 def main(args):
-    """Print the loss on each file, and add it to losses.json in --out."""
+    """Print the loss on each file, with --adapter that of the model alone too; add them to losses.json in --out."""
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
@@ -64,7 +64,11 @@ def main(args):
             if (length := len(context) + len(predicted) - 1) > model.config.context:
                 limit = f"the model's context of {model.config.context}"
                 raise ValueError(f"{file}, part {i}: {length} tokens exceed {limit}: leave it out")
+    alone = {}
     if args.adapter:
+        peft_methods.check_files(Path(args.adapter))  # before the work
+        checkpoints.check_finite(model)
+        alone = {file: mean_loss(model, pairs, f"{file.name}, without the adapter") for file, pairs in texts.items()}
         peft_methods.load_adapter(model, args.adapter)
     checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
@@ -73,15 +77,22 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
     made_by = fingerprint(ckpt, args.adapter and Path(args.adapter), dtype)
     before = read_json(out / "losses.json", missing={})
-    losses = before.get("losses", {}) if made_by.items() <= before.items() else {}  # those of the same adapter
+    same = made_by.items() <= before.items()  # then those of other files stay
+    losses, losses_alone = (before.get(name, {}) if same else {} for name in ("losses", "losses_alone"))
     for file, pairs in texts.items():
         name = file.with_suffix("").as_posix()
         losses[name] = mean_loss(model, pairs, file.name)
         if not math.isfinite(losses[name]):
             raise FloatingPointError(f"the loss on {file} is {losses[name]}: try --dtype float32")
         num_tokens = sum(len(predicted) for _, predicted in pairs)
-        print(f"{name:<32}{num_tokens:>9,} tokens   {losses[name]:.4f} nats per token")
-    write_whole(out / "losses.json", json.dumps(made_by | {"losses": losses}, indent=2) + "\n")
+        change = ""
+        if file in alone:
+            losses_alone[name] = alone[file]
+            change = f", without the adapter {alone[file]:.4f}: {losses[name] - alone[file]:+.4f}"
+        print(f"{name:<32}{num_tokens:>9,} tokens   {losses[name]:.4f} nats per token{change}")
+    write_whole(
+        out / "losses.json", json.dumps(made_by | {"losses": losses, "losses_alone": losses_alone}, indent=2) + "\n"
+    )
 
 
 def run(arguments=None):

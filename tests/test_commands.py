@@ -17,6 +17,7 @@ from conftest import QUICK, ROOT, best_step, no_package, read_log, run, write_te
 from rounding import assert_close, near, of_model
 
 import eval as eval_script
+import rosa
 import train
 from data import tasks, toy
 from data.tokenizer import SentencePieceTokenizer, load_tokenizer
@@ -53,6 +54,25 @@ def test_the_loss_on_anything_else(ckpt, capsys):
         forgetting.run(f"{folder}/other.json --ckpt ckpt --limit 1 --out runs/out --dtype float32".split())
     kept = json.loads(Path("runs/out/losses.json").read_text())["losses"]
     assert set(kept) == {"other", "notes", "a/other", "b/other"} and kept["other"] == losses["other"]
+
+
+def test_what_was_forgotten_is_the_loss_with_the_adapter_beside_that_without_it(ckpt, capsys):
+    adapter = rosa.attach(Llama.from_pretrained("ckpt"), 4, 8)
+    with torch.no_grad():
+        for each in rosa.adapters(adapter).values():
+            each.B.normal_(std=0.3)
+    rosa.save_adapter(adapter, "a")
+    Path("notes.txt").write_text("Tom has 3 pears, and no more. " * 20)
+    losses = {}
+    for model, options in (("ckpt", ""), ("a", "--adapter a")):
+        forgetting.run(f"notes.txt --ckpt ckpt --dtype float32 --out out/{model} {options}".split())
+        losses[model] = json.loads(Path(f"out/{model}/losses.json").read_text())
+    alone, changed = losses["ckpt"]["losses"]["notes"], losses["a"]["losses"]["notes"]
+    assert alone != changed and losses["ckpt"]["losses_alone"] == {} and losses["a"]["losses_alone"] == {"notes": alone}
+    change = f"{changed:.4f} nats per token, without the adapter {alone:.4f}: {changed - alone:+.4f}"
+    assert change in capsys.readouterr().out
+    compare.run(["out/a"])
+    assert f"| {alone:.4f} → {changed:.4f} |" in capsys.readouterr().out
 
 
 def test_empty_records_are_left_out_where_a_user_says_so(ckpt, capsys):
