@@ -106,7 +106,6 @@ def fetch(file, directory, url):
         if (found := blob_id(final)) != BLOB_IDS[file]:
             raise ValueError(f"another version is there, with blob id {found}: delete it, or choose another --dir")
         return "already there"
-    final.parent.mkdir(parents=True, exist_ok=True)
     download(f"{url}/{file}", partial)
     if (found := blob_id(partial)) != BLOB_IDS[file]:
         partial.unlink()
@@ -140,6 +139,7 @@ def download(url, partial):
             disable=None,
             leave=False,
         )
+        partial.parent.mkdir(parents=True, exist_ok=True)
         with bar, open(partial, "ab" if done else "wb") as out:
             while chunk := response.read1(1 << 16):  # read would lose the chunk in which the connection breaks
                 bar.update(out.write(chunk))

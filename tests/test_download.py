@@ -254,6 +254,7 @@ def test_no_server_is_one_line(server, capsys):
     status, out, err = run(server, capsys, "all", "--url=http://127.0.0.1:1")
     assert (status, out, len(err)) == (1, [], 1) and "urlopen" not in err[0]
     assert err[0].startswith("download.py: http://127.0.0.1:1 cannot be reached (") and "a network?" in err[0]
+    assert not list(Path().iterdir())
 
 
 # --- a user's mistakes ---
