@@ -10,7 +10,7 @@ from pathlib import Path
 from extras.checkpoints import read_json
 from extras.commands import command_parser, run_command
 from extras.predictions import adapter_hash
-from extras.runs import read_log
+from extras.runs import read_log, trained_on
 
 ABSENT = "–"
 
@@ -32,10 +32,9 @@ def row_of(run):
     ]
     row = {"run": run.name, "method": ", ".join(method)}
     log = read_log(run / "log.jsonl")
-    if log:
-        data = Path(options["train_file"]).stem if options.get("train_file") else options.get("task", ABSENT)
-        row["model"] = Path(options.get("ckpt", ABSENT)).name
-        row["trained on"] = f"{data}, {log[-1]['step']:,} steps of {options.get('batch_size', ABSENT)}"
+    if log and options:
+        row["model"] = Path(options["ckpt"]).name
+        row["trained on"] = f"{trained_on(options)}, {log[-1]['step']:,} steps of {options['batch_size']}"
     if summary:
         row["trainable"] = f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})"
         untrained = " (untrained)" if summary["val_loss"] == summary["val_loss_before"] else ""
@@ -45,8 +44,8 @@ def row_of(run):
     for name, score in results.get("scores", {}).items():
         low, high = results["intervals"][name]
         row[f"{name} (n = {results['counts'][name]:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f})"
+    alone = held["losses"].get("losses_alone", {})
     for name, loss in held["losses"].get("losses", {}).items():
-        alone = held["losses"].get("losses_alone", {})
         row[f"loss on {name}"] = (f"{alone[name]:.4f} → " if name in alone else "") + f"{loss:.4f}"
     if summary:
         row["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"

@@ -39,16 +39,18 @@ def load_texts(file, tokenizer, limit, skip_empty):
 
 
 @torch.inference_mode()
-def mean_loss(model, pairs, name=""):
-    """Mean cross-entropy of the predicted tokens, in nats per token."""
+def mean_loss(model, pairs, file, note=""):
+    """Mean cross-entropy of the predicted tokens, in nats per token. Raises FloatingPointError naming file and note."""
     total = 0.0
     for context, predicted in tqdm(
-        sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1])), desc=name, leave=False
+        sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1])), desc=f"{file.name}{note}", leave=False
     ):
         ids = torch.tensor([context + predicted], device=model.device)
         labels = ids[:, 1:].clone()
         labels[:, : len(context) - 1] = -100
         total += model.loss(ids[:, :-1], labels).item()
+    if not math.isfinite(total):
+        raise FloatingPointError(f"the loss on {file}{note} is {total}: try --dtype float32")
     return total / sum(len(predicted) for _, predicted in pairs)
 
 
@@ -64,13 +66,13 @@ def main(args):
             if (length := len(context) + len(predicted) - 1) > model.config.context:
                 limit = f"the model's context of {model.config.context}"
                 raise ValueError(f"{file}, part {i}: {length} tokens exceed {limit}: leave it out")
+    checkpoints.check_finite(model)
     alone = {}
     if args.adapter:
         peft_methods.check_files(Path(args.adapter))  # before the work
-        checkpoints.check_finite(model)
-        alone = {file: mean_loss(model, pairs, f"{file.name}, without the adapter") for file, pairs in texts.items()}
+        alone = {file: mean_loss(model, pairs, file, ", without the adapter") for file, pairs in texts.items()}
         peft_methods.load_adapter(model, args.adapter)
-    checkpoints.check_finite(model)
+        checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
     say_if_unfinished(Path(args.adapter or ckpt))
     out = Path(args.out or args.adapter or f"runs/{ckpt.absolute().name}-base")
@@ -81,18 +83,15 @@ def main(args):
     losses, losses_alone = (before.get(name, {}) if same else {} for name in ("losses", "losses_alone"))
     for file, pairs in texts.items():
         name = file.with_suffix("").as_posix()
-        losses[name] = mean_loss(model, pairs, file.name)
-        if not math.isfinite(losses[name]):
-            raise FloatingPointError(f"the loss on {file} is {losses[name]}: try --dtype float32")
+        losses[name] = mean_loss(model, pairs, file)
         num_tokens = sum(len(predicted) for _, predicted in pairs)
         change = ""
         if file in alone:
             losses_alone[name] = alone[file]
             change = f", without the adapter {alone[file]:.4f}: {losses[name] - alone[file]:+.4f}"
         print(f"{name:<32}{num_tokens:>9,} tokens   {losses[name]:.4f} nats per token{change}")
-    write_whole(
-        out / "losses.json", json.dumps(made_by | {"losses": losses, "losses_alone": losses_alone}, indent=2) + "\n"
-    )
+    result = made_by | {"losses": losses, "losses_alone": losses_alone}
+    write_whole(out / "losses.json", json.dumps(result, indent=2) + "\n")
 
 
 def run(arguments=None):

@@ -292,20 +292,23 @@ def clear_partial(out):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
+def trained_on(args):
+    """The training data of a run's args.json, in a word."""
+    return Path(args["train_file"]).stem if args["train_file"] else args["task"]
+
+
 def draw_run(out):
     """run.png: the losses, the learning rate, and of every layer its score at each probe and whether it trained."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        message = "run.png is not drawn: pip install matplotlib, then the same command with --resume draws it"
-        return print(message)
+        return print("run.png is not drawn: pip install matplotlib, then the same command with --resume draws it")
     args, log, probes = read_json(out / "args.json"), read_log(out / "log.jsonl"), read_log(out / "layers.jsonl")
     steps, last = log[1:], log[-1]["step"]
     validated = [record for record in log if record.get("val_loss") is not None]
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")  # of a slide's shape
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 3])
-    trained_on = Path(args["train_file"]).stem if args["train_file"] else args["task"]
-    figure.suptitle(f"{Path(args['ckpt']).absolute().name} on {trained_on}: {args['method']}")
+    figure.suptitle(f"{Path(args['ckpt']).absolute().name} on {trained_on(args)}: {args['method']}")
     losses = [math.nan if record["loss"] is None else record["loss"] for record in steps]
     top.plot([record["step"] for record in steps], losses, color="0.75", label="training batch")
     held_out = [record["val_loss"] for record in validated]

@@ -56,7 +56,7 @@ def test_the_loss_on_anything_else(ckpt, capsys):
     assert set(kept) == {"other", "notes", "a/other", "b/other"} and kept["other"] == losses["other"]
 
 
-def test_what_was_forgotten_is_the_loss_with_the_adapter_beside_that_without_it(ckpt, capsys):
+def test_what_was_forgotten_is_the_loss_with_the_adapter_beside_that_without_it(ckpt, monkeypatch, capsys):
     adapter = rosa.attach(Llama.from_pretrained("ckpt"), 4, 8)
     with torch.no_grad():
         for each in rosa.adapters(adapter).values():
@@ -73,6 +73,10 @@ def test_what_was_forgotten_is_the_loss_with_the_adapter_beside_that_without_it(
     assert change in capsys.readouterr().out
     compare.run(["out/a"])
     assert f"| {alone:.4f} → {changed:.4f} |" in capsys.readouterr().out
+    monkeypatch.setattr(Llama, "loss", lambda self, tokens, labels: torch.tensor(torch.inf))
+    with pytest.raises(SystemExit):
+        forgetting.run("notes.txt --ckpt ckpt --adapter a".split())
+    assert "the loss on notes.txt, without the adapter is inf: try --dtype" in capsys.readouterr().err
 
 
 def test_empty_records_are_left_out_where_a_user_says_so(ckpt, capsys):
