@@ -5,6 +5,7 @@ Without it: rosa.merge(model) and model.save_pretrained(directory), with the who
     python -m extras.merge --ckpt tiny --adapter runs/tiny-toy-rosa --out merged
 """
 
+import copy
 import json
 import math
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 import rosa
 from data import tasks, toy
@@ -114,8 +116,9 @@ def logits_layer_by_layer(model, tokens, read):
 
 
 def updater(model, directory):
-    """A function from a weight's name and the weight to the weight plus its update by the adapter in a directory, in
-    float32; a weight that has none is returned as it is. The model may be on the meta device."""
+    """A function from a weight's name and the weight to the weight plus its update by the adapter in a directory, as
+    rosa.merge adds it up but not rounded; a weight that has none is returned as it is. The model may be on the meta
+    device."""
     peft_methods.check_files(directory)
     arguments, tensors = rosa.read_adapter(directory, as_lora=True)
     if "peft" in arguments:
@@ -125,13 +128,20 @@ def updater(model, directory):
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise FloatingPointError(f"{directory}: {name} holds numbers that are not finite: train it again")
+    without_memory = rosa.adapters(rosa.attach(copy.deepcopy(model).to("meta"), **arguments))
 
+    @torch.no_grad()
     def updated(name, weight):
-        name = f"base_model.model.{name.removesuffix('.weight')}"
-        if f"{name}.lora_A.weight" not in tensors:
+        name = name.removesuffix(".weight")
+        if name not in without_memory:
             return weight
-        A, B = (tensors[f"{name}.lora_{factor}.weight"].float() for factor in "AB")
-        return weight.float() + (arguments["alpha"] / arguments["rank"]) * B @ A
+        like = without_memory[name]
+        linear = nn.Linear(like.linear.in_features, like.linear.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        adapter = rosa.RoAE(linear, like.num_heads, like.rank, like.alpha, like.low_freq_ratio, like.pairs)
+        adapter.A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
+        adapter.B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"][adapter.rows])
+        return adapter.merged_weight()
 
     return updated
 

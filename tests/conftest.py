@@ -87,6 +87,16 @@ def random_tokens(*shape, seed=0, vocab_size=97):
     return torch.randint(vocab_size, shape, generator=generator_of(seed))
 
 
+def assert_same_tensors(model, expected):
+    """Two models have the same parameters, to the bit: reading and writing round nothing. What the two compute is the
+    same to rounding only: where a tensor lies in memory, as one mapped from a file does, may decide in which order a
+    product is added up."""
+    tensors, others = model.state_dict(), expected.state_dict()
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]), name
+
+
 def randomise_adapters(model, seed=1):
     """As if trained: B is no longer zero."""
     from rosa import adapters

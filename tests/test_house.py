@@ -1,4 +1,4 @@
-"""Statements about the house: what is read in an evening stays as short, and knows nothing of what serves it."""
+"""Statements about the house: what is read in an evening knows nothing of what serves it."""
 
 import ast
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-WALLS = {"model.py": 440, "rosa.py": 330, "train.py": 370, "eval.py": 290}
 EXTRAS = {path.stem: path for path in (ROOT / "extras").glob("*.py")}
 
 
@@ -19,20 +18,6 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
     return {name for name in names if name.split(".")[0] in ("model", "rosa", "train", "eval", "data", "extras")}
-
-
-def length(path):
-    return len(path.read_text().splitlines())
-
-
-@pytest.mark.parametrize("name", WALLS)
-def test_a_file_stays_within_its_walls(name):
-    assert length(ROOT / name) <= WALLS[name]
-
-
-def test_data_and_each_file_of_extras_stay_within_theirs():
-    assert sum(map(length, (ROOT / "data").glob("*.py"))) <= 900
-    assert {name for name, path in EXTRAS.items() if not 40 <= length(path) <= 400} == {"__init__"}
 
 
 @pytest.mark.parametrize("name", ["train.py", "eval.py"])

@@ -126,7 +126,7 @@ def test_k_ratio_1_is_training_without_selection_to_the_bit(setup):
     with_selector, without = setup(k_ratio=1.0), setup()
     assert train(*with_selector) == train(*without[:2], None)
     for a, b in zip(with_selector[0].parameters(), without[0].parameters()):
-        assert torch.equal(a, b)
+        assert torch.equal(a, b)  # the same operations on the same values
     assert train(*setup(k_ratio=0.5)) != train(*setup()[:2], None)
 
 
@@ -175,14 +175,14 @@ def test_frozen_adapters_still_act(setup):
     tokens = random_tokens(1, 10)
     with_all = model(tokens)
     selector.activate([0])
-    assert torch.equal(model(tokens), with_all)
+    assert_close(model(tokens), with_all, **of_model(model.config))  # what needs a gradient may run by another kernel
 
 
 def test_scores_are_smoothed_over_probes(setup):
     plain, smooth = setup(select_every=1), setup(select_every=1, score_ema=0.75)
     step(*plain, 0), step(*smooth, 0)
     first = plain[2].scores
-    assert torch.equal(smooth[2].scores, first)
+    assert torch.equal(smooth[2].scores, first)  # the same step of two equal models; nothing is smoothed yet
     smooth[2].activate(plain[2].active)
     step(*plain, 1), step(*smooth, 1)
     assert_close(smooth[2].scores, 0.75 * first + 0.25 * plain[2].scores)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model, random_tokens, randomise_adapters
+from conftest import assert_same_tensors, random_model, random_tokens, randomise_adapters
 from rounding import assert_close, bound, of_model
 from safetensors.torch import load_file
 
@@ -46,8 +46,7 @@ def test_the_directory_is_complete_and_holds_what_merging_in_memory_gives(ckpt, 
     out, merged = Path("a/b/out"), Llama.from_pretrained("a/b/out")
     expected = rosa.merge(rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"))
     assert merged.config == expected.config and merged.config.eos_token_id == [2, 7]
-    for name, tensor in expected.state_dict().items():
-        assert torch.equal(merged.state_dict()[name], tensor), name
+    assert_same_tensors(merged, expected)  # both by RoAE.merged_weight
     assert (out / "config.json").read_bytes() == Path("ckpt/config.json").read_bytes()
     weights = sorted(file.name for file in out.glob("*.safetensors"))
     others = {file.name for file in out.iterdir()} - set(weights)
@@ -93,8 +92,7 @@ def test_an_lm_head_other_than_the_embedding_that_it_is_tied_to_is_kept_and_unti
     merge()
     assert "both are kept, and untied" in capsys.readouterr().out
     assert not json.loads(Path("out/config.json").read_text())["tie_word_embeddings"]
-    tokens = random_tokens(1, 9)
-    assert torch.equal(Llama.from_pretrained("out")(tokens), expected(tokens))
+    assert_same_tensors(Llama.from_pretrained("out"), expected)
 
 
 MISTAKES = {

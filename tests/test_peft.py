@@ -82,6 +82,7 @@ def test_a_method_of_peft_trains_layer_by_layer_and_comes_back_from_its_files(tm
 
     peft_methods.save_adapter(model, tmp_path)
     again, base = peft_methods.load_adapter(random_model(dtype=dtype), tmp_path), random_model(dtype=dtype)
+    # The same operations on the same values: the files hold all that trains, in float32.
     assert torch.equal(again(tokens), model(tokens)) and not torch.equal(again(tokens), base(tokens))
     with pytest.raises(ValueError, match="was trained on another model: model.layers.3.* is absent, this one needs"):
         peft_methods.load_adapter(random_model(num_hidden_layers=4), tmp_path)

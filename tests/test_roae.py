@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OFFSET, random_model, random_tokens, randomise_adapters, seed_torch
+from conftest import OFFSET, assert_same_tensors, random_model, random_tokens, randomise_adapters, seed_torch
 from rounding import assert_close, of_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -89,7 +89,7 @@ def test_at_step_0_the_adapted_model_is_the_base_model_to_the_bit(dtype, ratio, 
     base, model, tokens = random_model(dtype=dtype), random_model(dtype=dtype), random_tokens(2, 30)
     attach(model, rank=4, alpha=8, low_freq_ratio=ratio, targets=targets)
     faster(base), faster(model)
-    assert torch.equal(model(tokens), base(tokens))
+    assert torch.equal(model(tokens), base(tokens))  # B = 0: sums of zeros, and y + 0 is y
     randomise_adapters(model)
     assert not torch.equal(model(tokens), base(tokens))
 
@@ -160,7 +160,19 @@ def test_merging_into_bfloat16_rounds_each_weight_once():
         if a.shape == (32, 32) or a.shape == (16, 32):
             assert torch.equal(a.to(torch.bfloat16), b) or (a - b.float()).abs().max() <= a.abs().max() / 2**8
     q = rounded.model.layers[0].self_attn.q_proj.weight
-    assert torch.equal(q, exact.model.layers[0].self_attn.q_proj.weight.to(torch.bfloat16))
+    assert torch.equal(q, exact.model.layers[0].self_attn.q_proj.weight.to(torch.bfloat16))  # both sums in float32
+
+
+def test_merging_into_float64_adds_up_in_float64_and_leaves_the_other_rows_as_they_are():
+    model = randomise_adapters(attach(random_model(dtype=torch.float64), 4, 8, 0.25))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 1e-12  # digits that float32 does not have
+    adapter = next(iter(adapters(model).values()))
+    weight, expected = adapter.linear.weight, adapter.linear.weight.clone()
+    expected[adapter.rows] += ((adapter.alpha / adapter.rank) * adapter.B @ adapter.A).detach()
+    merge(model)
+    assert torch.equal(weight, expected)  # the same operations on the same values
 
 
 class Float32Outputs(TorchDispatchMode):
@@ -232,7 +244,8 @@ def test_a_saved_adapter_loads_to_the_bit(tmp_path, ratio, targets):
     save_adapter(trained, tmp_path)
     tokens = random_tokens(2, 20)
     for model in (random_model(), attach(random_model(), 4, 6.5, ratio, targets)):
-        assert torch.equal(load_adapter(model, tmp_path)(tokens), trained(tokens))
+        assert_same_tensors(load_adapter(model, tmp_path), trained)
+        assert torch.equal(model(tokens), trained(tokens))  # the same operations on the same values
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 

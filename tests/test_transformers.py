@@ -256,7 +256,7 @@ def test_their_adapters_come_in(tmp_path, theirs, options):
         assert_close(model(tokens), adapted(tokens).logits)
         rosa.save_adapter(model, tmp_path / "again")  # and out again: rsLoRA's scaling is in alpha now
         again = rosa.load_adapter(Llama.from_pretrained(tmp_path / "base"), tmp_path / "again")
-        assert torch.equal(again(tokens), model(tokens))
+        assert torch.equal(again(tokens), model(tokens))  # the same operations on the same values
         assert_close(rosa.merge(model)(tokens), adapted(tokens).logits)
 
 
