@@ -56,15 +56,6 @@ class RoAE(nn.Module):
         update = F.linear(F.linear(x, self.A.to(x.dtype)), B.to(x.dtype))  # [.., rows]
         return y.index_add(-1, self.rows, update)
 
-    @torch.no_grad()
-    def merged_weight(self):
-        """W + (alpha/rank) B A, the weight [out, in] of the linear layer that alone computes what this module does. The
-        sum is made in float32, or float64 where W is, and not yet rounded to the dtype of W."""
-        weight = self.linear.weight
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        merged[self.rows] += (self.alpha / self.rank) * self.B @ self.A
-        return merged
-
 
 def adapted_rows(out_features, num_heads, low_freq_ratio, pairs="low"):
     """The rows of a weight [num_heads * d, in] that adapt, as a LongTensor; all of them where low_freq_ratio is 1.
@@ -124,10 +115,12 @@ def adapters(model):
 
 @torch.no_grad()
 def merge(model):
-    """Fold every adapter into its base weight, in place, and remove it. Returns the model. Each sum is rounded once:
-    to the 8 bits of a bfloat16 weight, where an update much smaller than the weight loses some."""
+    """Fold every adapter into its base weight, in place, and remove it. Returns the model. The sum is made in float32
+    and rounded once: to the 8 bits of a bfloat16 weight, where an update much smaller than the weight loses some."""
     for name, adapter in adapters(model).items():
-        adapter.linear.weight.copy_(adapter.merged_weight())
+        weight, rows = adapter.linear.weight, adapter.rows
+        update = (adapter.alpha / adapter.rank) * adapter.B @ adapter.A  # [rows, in], float32
+        weight[rows] = (weight[rows] + update).to(weight.dtype)
         model.set_submodule(name, adapter.linear)
     return model
 

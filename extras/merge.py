@@ -116,8 +116,8 @@ def logits_layer_by_layer(model, tokens, read):
 
 
 def updater(model, directory):
-    """A function from a weight's name and the weight to the weight plus its update by the adapter in a directory, as
-    rosa.merge adds it up but not rounded; a weight that has none is returned as it is. The model may be on the meta
+    """A function from a weight's name and the weight to the weight that rosa.merge makes of it with the adapter in a
+    directory, in float32 at least; a weight that has no adapter is returned as it is. The model may be on the meta
     device."""
     peft_methods.check_files(directory)
     arguments, tensors = rosa.read_adapter(directory, as_lora=True)
@@ -137,11 +137,12 @@ def updater(model, directory):
             return weight
         like = without_memory[name]
         linear = nn.Linear(like.linear.in_features, like.linear.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        linear.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
         adapter = rosa.RoAE(linear, like.num_heads, like.rank, like.alpha, like.low_freq_ratio, like.pairs)
         adapter.A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
         adapter.B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"][adapter.rows])
-        return adapter.merged_weight()
+        return rosa.merge(nn.ModuleDict({"adapted": adapter})).adapted.weight
 
     return updated
 

@@ -46,7 +46,7 @@ def test_the_directory_is_complete_and_holds_what_merging_in_memory_gives(ckpt, 
     out, merged = Path("a/b/out"), Llama.from_pretrained("a/b/out")
     expected = rosa.merge(rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"))
     assert merged.config == expected.config and merged.config.eos_token_id == [2, 7]
-    assert_same_tensors(merged, expected)  # both by RoAE.merged_weight
+    assert_same_tensors(merged, expected)  # both by rosa.merge
     assert (out / "config.json").read_bytes() == Path("ckpt/config.json").read_bytes()
     weights = sorted(file.name for file in out.glob("*.safetensors"))
     others = {file.name for file in out.iterdir()} - set(weights)
