@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import rosa
 from data import tasks
+from data.errors import UserError
 from data.tokenizer import load_tokenizer
-from extras import inference, kernels, peft_methods, runs
+from extras import inference, kernels, merge, peft_methods, runs
 from extras.checkpoints import (
     check_finite,
     choose_device_and_dtype,
@@ -31,7 +31,7 @@ from extras.checkpoints import (
 )
 from extras.commands import count, run_script, script_parser
 from extras.distributed import gather, gather_rounds, processes
-from extras.predictions import Predictions, fingerprint
+from extras.predictions import Predictions, fingerprint, result_code
 
 MOVED = {"--loss": "forgetting FILE ...", "--activations": "figure1 PNG", "--compare": "compare RUN ..."}
 
@@ -39,7 +39,7 @@ MOVED = {"--loss": "forgetting FILE ...", "--activations": "figure1 PNG", "--com
 def parse_args(arguments=None):
     for argument in sys.argv[1:] if arguments is None else arguments:
         if command := MOVED.get(argument.split("=")[0]):
-            raise ValueError(f"{argument.split('=')[0]} is a command of its own now: python -m extras.{command}")
+            raise UserError(f"{argument.split('=')[0]} is a command of its own now: python -m extras.{command}")
     parser = script_parser("eval.py", "\n".join(__doc__.split("\n")[:5]))
     add = parser.add_argument_group("model and data").add_argument
     add("--ckpt", default="tiny", help="directory, or a name such as llama2-7b or org/name")
@@ -72,18 +72,19 @@ def main(args):
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
     if args.prompt is not None and not (args.prompt.strip() and tasks.is_unicode(args.prompt)):
-        raise ValueError("--prompt is empty, or not text in UTF-8")
+        raise UserError("--prompt is empty, or not text in UTF-8")
     names, absent, questions = ([], [], []) if args.prompt else load_questions(args, tokenizer)
     model = load_model(ckpt, device, dtype)
     too_long = check_lengths(args, questions, model.config, tokenizer)
     if args.adapter:
         peft_methods.load_adapter(model, args.adapter)  # one of RoSA's, by rosa.load_adapter, or of PEFT's own
         if dtype == torch.float32:  # bfloat16 weights would round the adapter's part away; PEFT's own stay as they are
-            rosa.merge(model)
+            merge.merge_if_unedited(model)
     check_finite(model)
     gather()  # wait: none begins before all are set up
     if not args.plain:
-        kernels.accelerate(model, inference=True)
+        exchanged, _ = kernels.accelerate(model, inference=True)
+        kernels.say_what_runs(exchanged, inference.stand_ins(args.score))
     say_if_bfloat16_is_slow(device, dtype)
     runs.say_if_unfinished(args.adapter or ckpt)
     if args.prompt:
@@ -93,10 +94,14 @@ def main(args):
 
     # --- the loop ---
     limit = args.max_new_tokens if args.score == "generate" else None
-    made_by = fingerprint(ckpt, args.adapter, [args.score, limit, dtype])
-    predictions = Predictions(args.out, "-".join(map(str, made_by.values())), questions)  # what is answered already
+    respond = choose_options if args.score == "likelihood" else generate_responses
+    code = result_code(args.score, args.adapter, own=[respond])
+    made_by = fingerprint(ckpt, args.adapter, [args.score, limit, dtype], code)
+    predictions = Predictions(args.out, made_by, questions)  # what is answered already
+    for number, line in predictions.lines.items():  # the response is kept, what it is worth is judged anew
+        line |= judge(questions[number], line["response"])
     for number in too_long - predictions.lines.keys():
-        predictions.add(number, "", "", False, "no room")
+        predictions.add(number, "", "no room", judge(questions[number], ""))
     right, new_tokens = sum(line["correct"] for line in predictions.lines.values()), 0
     bar = tqdm(
         total=len(questions), initial=len(predictions.lines), unit="example", dynamic_ncols=True, disable=rank > 0
@@ -110,11 +115,10 @@ def main(args):
     # A round hands every process the answers of all; the first alone writes them.
     for answered in gather_rounds(answers, per_round, math.ceil(len(numbers) / (per_round * world))):
         for number, response, num_tokens in answered:
-            name, _, example, _ = questions[number]
-            correct = tasks.is_correct(name, response, example["answer"])
+            judged = judge(questions[number], response)
             finish_reason = "length" if num_tokens == limit else "stop"
-            predictions.add(number, response, tasks.extract_answer(name, response), correct, finish_reason)
-            right += correct
+            predictions.add(number, response, finish_reason, judged)
+            right += judged["correct"]
             new_tokens += num_tokens
         speed = f"  {new_tokens / (time.perf_counter() - start):,.0f} new tokens/s" if new_tokens else ""
         bar.set_postfix_str(f"accuracy {right / len(predictions.lines):.1%}{speed}", refresh=False)
@@ -134,18 +138,29 @@ def main(args):
     predictions.finish(results)
 
 
-def respond(args, model, tokenizer, questions):
+def judge(question, response):
+    """What a response answers to a question, (test set, index, example, prompt ids), and whether that is right."""
+    name, _, example, _ = question
+    extracted = tasks.extract_answer(name, response)
+    return {"extracted": extracted, "correct": tasks.is_correct(name, response, example["answer"])}
+
+
+def choose_options(args, model, tokenizer, questions):
+    """For --score likelihood: yield (place in `questions`, the likeliest option as text, 0) as questions, (test set,
+    index, example, prompt ids), are answered."""
+    # The faster way asks for all options at once; where a method that it replaces was edited, a line says so.
+    stood_for = inference.LIKELIHOODS | {(sys.modules[__name__], "log_likelihood"): inference.LOG_LIKELIHOOD}
+    instead = "asking Llama.loss, one option after the other"
+    plain = args.plain or inference.stands_aside(stood_for, instead)
+    for first in range(0, len(questions), args.batch_size):
+        responses = most_likely(plain, model, tokenizer, questions[first : first + args.batch_size])
+        yield from ((i, response, 0) for i, response in enumerate(responses, first))
+
+
+def generate_responses(args, model, tokenizer, questions):
     """Yield (place in `questions`, response, its new tokens) as questions, (test set, index, example, prompt ids),
     are answered."""
     prompts = [prompt for *_, prompt in questions]
-    if args.score == "likelihood":
-        # The faster way asks for all options at once; where a method that it replaces was edited, a line says so.
-        instead = "asking Llama.loss, one option after the other"
-        plain = args.plain or inference.stands_aside(inference.LIKELIHOODS, instead)
-        for first in range(0, len(questions), args.batch_size):
-            responses = most_likely(plain, model, tokenizer, questions[first : first + args.batch_size])
-            yield from ((i, response, 0) for i, response in enumerate(responses, first))
-        return
     limit, eos = args.max_new_tokens, eos_tokens(model, tokenizer)
     if args.plain:
         answers = ((i, model.generate([prompt], limit, eos)[0]) for i, prompt in enumerate(prompts))
@@ -218,7 +233,7 @@ def answer_prompt(args, model, tokenizer):
     prompt = tasks.encode_prompt({"instruction": args.prompt}, tokenizer)
     if (room := model.config.context - len(prompt)) < 1:
         problem = f"--prompt has {len(prompt)} tokens, the model's context {model.config.context}"
-        raise ValueError(f"{problem}: make it shorter, there is no room for an answer")
+        raise UserError(f"{problem}: make it shorter, there is no room for an answer")
     limit, eos = min(args.max_new_tokens, room), eos_tokens(model, tokenizer)
     if args.plain:
         (ids,) = model.generate([prompt], limit, eos)
@@ -248,12 +263,12 @@ def load_questions(args, tokenizer):
             questions.append((name, i, example, tasks.encode_prompt(example, tokenizer)))
     if not questions:
         advice = tasks.how_to_get(args.data_dir)
-        raise FileNotFoundError(f"{args.data_dir} has no test set of {args.task}. To get them: {advice}")
+        raise UserError(f"{args.data_dir} has no test set of {args.task}. To get them: {advice}")
     return names, absent, questions
 
 
 def check_lengths(args, questions, config, tokenizer):
-    """The numbers of the questions that leave no room for their answer. Raises ValueError for these unless asked to
+    """The numbers of the questions that leave no room for their answer. Raises UserError for these unless asked to
     score them as wrong."""
     too_long, problem = set(), ""
     for number, (name, i, example, prompt) in enumerate(questions):
@@ -265,7 +280,7 @@ def check_lengths(args, questions, config, tokenizer):
             too_long.add(number)
     if too_long and not args.long_is_wrong:
         more = f" ({len(too_long)} of {len(questions)} prompts do; --long-is-wrong scores the others)"
-        raise ValueError(f"{problem} it exceeds the model's context of {config.context}{more}")
+        raise UserError(f"{problem} it exceeds the model's context of {config.context}{more}")
     return too_long
 
 

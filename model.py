@@ -105,7 +105,7 @@ class LlamaConfig:
         try:
             return cls(**implemented_fields(raw))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+            raise ValueError(f"{path}: {error}") from error
 
 
 def implemented_fields(raw):

@@ -23,10 +23,11 @@ from tqdm import tqdm
 
 import rosa
 from data import tasks
+from data.errors import UserError
 from data.tokenizer import load_tokenizer
 from extras import kernels, peft_methods, runs
 from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, read_json, say_if_bfloat16_is_slow
-from extras.commands import count, positive, resume_command, run_script, script_parser, seed, share
+from extras.commands import below_one, count, positive, resume_command, run_script, script_parser, seed, share
 from extras.distributed import all_reduce_gradients, gather, gradient_group, own_micro_batches, processes, shard
 
 ADAPTER = {"targets": "q,k", "rank": 64, "alpha": None, "lr": 1e-3}  # alpha: twice the rank
@@ -88,7 +89,7 @@ def parse_args(arguments=None):
     select = ("grad", "random", "static", "all")
     add("--select", default="grad", choices=select, help="how layers are selected; all but grad are ablations")
     add("--select-every", type=count, default=25, help="optimiser steps between selections of layers")
-    add("--score-ema", type=float, default=0.0, help="share of the old score in a layer's new one")
+    add("--score-ema", type=below_one, default=0.0, help="share of the old score in a layer's new one")
     add("--micro-batch-size", type=count, default=4, help="examples per forward pass")
     add("--seed", type=seed, default=0, help="of the adapters, the held-out examples and the order")
     add("--val-size", type=count, help="examples held out for validation (default: a tenth, at most 300)")
@@ -108,25 +109,23 @@ def check_args(args):
     """Fill in the method's defaults; refuse what does not go together."""
     kind = "peft" if args.method.startswith("peft:") else args.method
     if kind not in METHODS or args.method == "peft":
-        raise ValueError(
-            f"--method {args.method!r} is unknown: choose rosa, lora, full, or peft:NAME, such as peft:IA3"
-        )
+        raise UserError(f"--method {args.method!r} is unknown: choose rosa, lora, full, or peft:NAME, such as peft:IA3")
     for name in sorted(set().union(*METHODS.values()) - set(METHODS[kind])):
         if hasattr(args, name):
             advice = ": give its own options with --peft-config FILE.json" if kind == "peft" else ""
-            raise ValueError(f"--{name.replace('_', '-')} is no option of --method {args.method}{advice}")
+            raise UserError(f"--{name.replace('_', '-')} is no option of --method {args.method}{advice}")
     for name, value in METHODS[kind].items():
         vars(args).setdefault(name, value)
     if kind in ("rosa", "lora") and args.alpha is None:
         args.alpha = 2.0 * args.rank
     if args.method == "full" and args.dtype == "bfloat16":
-        raise ValueError(
+        raise UserError(
             "--method full needs --dtype float32: a bfloat16 weight does not see updates below 1/256 of itself"
         )
     if args.method == "full":
         args.dtype = "float32"
     if args.resume and args.overwrite:
-        raise ValueError("--resume goes on with a run, --overwrite starts anew: choose one")
+        raise UserError("--resume goes on with a run, --overwrite starts anew: choose one")
     if args.out is None:
         trained_on = args.task or Path(args.train_file or "toy").stem
         args.out = Path("runs") / f"{Path(args.ckpt).absolute().name}-{trained_on}-{args.method.replace(':', '-')}"
@@ -134,17 +133,17 @@ def check_args(args):
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     if args.batch_size % args.micro_batch_size:
         sizes = f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size}"
-        raise ValueError(f"{sizes}: choose sizes that waste no forward pass")
+        raise UserError(f"{sizes}: choose sizes that waste no forward pass")
     for target in getattr(args, "targets", "q").split(","):
         if target not in rosa.TARGETS:
-            raise ValueError(f"--targets has the unknown target {target!r}: choose from {','.join(rosa.TARGETS)}")
+            raise UserError(f"--targets has the unknown target {target!r}: choose from {','.join(rosa.TARGETS)}")
     if args.shard:
         if processes()[1] == 1:
-            raise ValueError("--shard needs several processes: torchrun --nproc_per_node=N train.py ...")
+            raise UserError("--shard needs several processes: torchrun --nproc_per_node=N train.py ...")
         if kind not in ("rosa", "lora"):
-            raise ValueError(f"--shard shards frozen weights, with --method rosa or lora: not with {args.method}")
+            raise UserError(f"--shard shards frozen weights, with --method rosa or lora: not with {args.method}")
         if args.compile or args.checkpoint_activations:
-            raise ValueError("--shard goes with neither --compile nor --checkpoint-activations")
+            raise UserError("--shard goes with neither --compile nor --checkpoint-activations")
     return args
 
 
@@ -158,7 +157,7 @@ def main(args):
     train_set, val_set, places_in_file, too_long = load_data(args, load_tokenizer(ckpt))
     model = load_model(ckpt, device, dtype, mapped=args.shard)  # mapped: on the CPU, in its files, until `shard`
     if args.max_len > model.config.context:
-        raise ValueError(f"--max-len {args.max_len} exceeds the model's context of {model.config.context}")
+        raise UserError(f"--max-len {args.max_len} exceeds the model's context of {model.config.context}")
     description = runs.describe(args, ckpt, model, train_set, val_set)
     if args.resume:
         runs.check_same(args, description)
@@ -193,7 +192,8 @@ def main(args):
 
     # --- faster, and where to begin ---
     if not args.plain:
-        kernels.accelerate(model)
+        exchanged, _ = kernels.accelerate(model)
+        kernels.say_what_runs(exchanged)
     if args.compile:
         kernels.compile_layers(model)
     if args.checkpoint_activations:
@@ -309,7 +309,7 @@ def load_data(args, tokenizer):
     val_size = args.val_size or min(300, max(1, len(kept) // 10))
     if len(kept) <= val_size:
         fitting = f"{len(kept)} of {len(encoded)} examples have at most --max-len {args.max_len} tokens"
-        raise ValueError(f"{fitting}: too few to hold --val-size {val_size} of them out and train on the rest")
+        raise UserError(f"{fitting}: too few to hold --val-size {val_size} of them out and train on the rest")
     random.Random(args.seed).shuffle(kept)
     held_out, places = kept[:val_size], kept[val_size:]
     return [encoded[i] for i in places], [encoded[i] for i in held_out], places, len(encoded) - len(kept)

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from data import toy
+from data.errors import UserError, user_file
 
 # Test sets by task: what data/download.py fetches, but toy. How a set's answers are read: `extract_answer`.
 TASKS = {
@@ -63,13 +64,13 @@ def encode_example(example, tokenizer):
 
 
 def test_sets(task):
-    """The names of a task's test sets; one set, or several separated by commas, are a task too. Raises ValueError for
+    """The names of a task's test sets; one set, or several separated by commas, are a task too. Raises UserError for
     an unknown name."""
     every = [name for names in TASKS.values() for name in names]
     names = TASKS.get(task) or task.split(",")
     for name in names:
         if name not in every:
-            raise ValueError(
+            raise UserError(
                 f"unknown task {name!r}: choose from {', '.join(TASKS)}, or test sets of {', '.join(every)}"
             )
     return list(dict.fromkeys(names))
@@ -81,8 +82,7 @@ def how_to_get(data_dir):
 
 
 def train_examples(task, data_dir, train_file=None, skip_empty=False):
-    """The training examples of a task; `skip_empty` as in `load_examples`. Raises ValueError or OSError with a line for
-    the user."""
+    """The training examples of a task; `skip_empty` as in `load_examples`. Raises UserError."""
     if train_file:
         beside = Path(data_dir) / "ft-training_set" / train_file
         file = beside if beside.is_file() and not Path(train_file).is_file() else train_file
@@ -90,7 +90,7 @@ def train_examples(task, data_dir, train_file=None, skip_empty=False):
     if task == "toy":
         return toy.examples("train", TOY_SIZES["train"])
     if task not in TRAIN_FILES:
-        raise ValueError(
+        raise UserError(
             f"task {task!r} has no training file of its own: give one with --train-file, "
             f"or choose from toy, {', '.join(TRAIN_FILES)}"
         )
@@ -98,7 +98,7 @@ def train_examples(task, data_dir, train_file=None, skip_empty=False):
     if not file.is_file():
         others = ", ".join(sorted(other.name for other in file.parent.glob("*.json*")))
         instead = f". There, for --train-file: {others}" if others else ""
-        raise FileNotFoundError(f"{file} is absent. To get it: {how_to_get(data_dir)}{instead}")
+        raise UserError(f"{file} is absent. To get it: {how_to_get(data_dir)}{instead}")
     return load_examples(file, skip_empty=skip_empty)
 
 
@@ -121,7 +121,7 @@ def test_examples(name, data_dir, skip_empty=False):
             possible = False
         if not possible:
             kind = "choice" if choice else "number"
-            raise ValueError(f"{file}, {place}: the answer {answer!r:.50} is not a {kind} of {name}: fix it")
+            raise UserError(f"{file}, {place}: the answer {answer!r:.50} is not a {kind} of {name}: fix it")
     return [example for _, example in placed]
 
 
@@ -131,7 +131,7 @@ PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answ
 def load_examples(file, needed=("instruction", "output"), skip_empty=False):
     """The examples in a JSON array, or in JSON Lines, as dicts: their fields `needed`, of "instruction", "output" and
     "answer", are text, as is "input" where there is one; whatever else a record holds is not looked at. A question and
-    its response may go by any names in PAIRS. Raises ValueError naming file and record, unless `skip_empty` leaves out
+    its response may go by any names in PAIRS. Raises UserError naming file and record, unless `skip_empty` leaves out
     the records in which a needed field is empty or null."""
     return [example for _, example in placed_examples(file, needed, skip_empty)]
 
@@ -141,7 +141,7 @@ def placed_examples(file, needed, skip_empty):
     examples, empty = [], []
     for place, record in read_records(file):
         if not isinstance(record, dict):
-            raise ValueError(f"{file}, {place}: not an object but {type(record).__name__}")
+            raise UserError(f"{file}, {place}: not an object but {type(record).__name__}")
         texts = {name: as_text(value) for name, value in record.items()}
         there = [name for name, text in texts.items() if text is not None]
         choices = [{"instruction": p, "input": "input", "output": r, "answer": "answer"} for p, r in PAIRS]
@@ -149,16 +149,16 @@ def placed_examples(file, needed, skip_empty):
         names = max(choices, key=lambda names: [sum(names[f] in held for f in needed) for held in (there, record)])
         if missing := [repr(names[field]) for field in needed if names[field] not in record]:
             listed = ", ".join(map(repr, there)) or "{}"
-            raise ValueError(
+            raise UserError(
                 f"{file}, {place} has no {' and no '.join(missing)}, only {listed:.200}: rename or add fields"
             )
         used = {field: texts[names[field]] for field in (*needed, "input") if names[field] in record}
         for field, text in used.items():
             what = f"{file}, {place}: the field {names[field]!r}"
             if not isinstance(text, (str, type(None))):
-                raise ValueError(f"{what} is not text but {text!r:.50}")
+                raise UserError(f"{what} is not text but {text!r:.50}")
             if not is_unicode(text or ""):
-                raise ValueError(f"{what} holds half a character, which cannot be encoded: fix it")
+                raise UserError(f"{what} holds half a character, which cannot be encoded: fix it")
         if blank := [repr(names[field]) for field in needed if not used[field]]:
             empty.append((place, blank))
         else:
@@ -167,10 +167,10 @@ def placed_examples(file, needed, skip_empty):
         fields, first = " or ".join(dict.fromkeys(name for _, blank in empty for name in blank)), empty[0][0]
         where, them = (f"{len(empty)} records, the first is {first}", "them") if len(empty) > 1 else (first, "it")
         advice = f"delete {them}, or leave {them} out with --skip-empty"
-        raise ValueError(f"{file}: the field {fields} is empty in {where}: {advice}")
+        raise UserError(f"{file}: the field {fields} is empty in {where}: {advice}")
     if not examples:
         kind = "at least one example" + " without an empty field" * bool(empty)
-        raise ValueError(f"{file} must hold {kind}: a JSON array of them, or one a line")
+        raise UserError(f"{file} must hold {kind}: a JSON array of them, or one a line")
     return examples
 
 
@@ -184,14 +184,15 @@ def as_text(value):
 def read_records(file):
     """(place, value) of every element of a JSON array, or of every line of JSON Lines; a place is "record 0"."""
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
+        with user_file(file):
+            text = Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+        raise UserError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
     if text.lstrip().startswith("["):
         return [(f"record {i}", value) for i, value in enumerate(parse(text, file))]
     if goes_over_lines(text.lstrip()):
         advice = "put it in [ ], with a comma between objects, or each object on one line"
-        raise ValueError(f"{file} holds a JSON object over several lines: {advice}")
+        raise UserError(f"{file} holds a JSON object over several lines: {advice}")
     # Not splitlines: a string in JSON may hold what Unicode takes for the end of a line.
     lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     return [(place, parse(line, f"{file}, {place}")) for place, line in lines]
@@ -209,7 +210,7 @@ def parse(text, place):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # the second: a thousand brackets
-        raise ValueError(f"{place}: not JSON: {error}") from None
+        raise UserError(f"{place}: not JSON: {error}") from None
 
 
 def is_unicode(text):
@@ -267,17 +268,17 @@ def options(name, example):
     """The responses that a multiple-choice example of test set `name` admits, worded as in the training data.
 
     They stand in the instruction: "Answer format: answer1/answer2/...", in AQuA "Answer Choices: (A) ... (B) ...".
-    Raises ValueError where fewer than two do."""
+    Raises UserError where fewer than two do."""
     if name == "AQuA":
         marker, pattern, wording = "Answer Choices:", r"\(([A-E])\)", "The answer is ({})."
     elif name in CHOICES:
         marker, pattern, wording = "Answer format:", CHOICES[name], "the correct answer is {}"
     else:
-        raise ValueError(f"{name} is not multiple choice: choose from AQuA, {', '.join(CHOICES)}")
+        raise UserError(f"{name} is not multiple choice: choose from AQuA, {', '.join(CHOICES)}")
     _, marked, listed = example["instruction"].rpartition(marker)
     choices = dict.fromkeys(re.findall(pattern, listed))  # each once: "(E) both (A) and (B)"
     if not marked or len(choices) < 2:
-        raise ValueError(f"{name}: fewer than two options stand after {marker!r} in {example['instruction'][-60:]!r}")
+        raise UserError(f"{name}: fewer than two options stand after {marker!r} in {example['instruction'][-60:]!r}")
     return [wording.format(choice) for choice in choices]
 
 

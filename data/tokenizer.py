@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 from sentencepiece import SentencePieceProcessor
 
+from data.errors import UserError, user_file
+
 HERE = Path(__file__).resolve().parent
 FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}
 
@@ -22,42 +24,46 @@ def load_tokenizer(ckpt):
 
     It has .encode(text) -> list[int], no special token added and none recognised in the text; .decode(ids) -> str,
     special tokens left out; .bos_id, the id that starts every sequence, or None where the model has none; .eos_id;
-    .vocab_size. Raises ValueError, OSError or ImportError with a line for the user."""
+    .vocab_size. Raises UserError."""
     directory = Path(ckpt) if Path(ckpt).is_dir() else HERE / ckpt  # `tiny` lies beside this file
     settings = read_settings(directory)
     model, serialized = directory / "tokenizer.model", directory / "tokenizer.json"
     if not model.is_file() and not serialized.is_file():
-        raise FileNotFoundError(f"{directory} has no tokenizer.model and no tokenizer.json: download the model's own")
+        raise UserError(f"{directory} has no tokenizer.model and no tokenizer.json: download the model's own")
     try:
         readers = {serialized: JsonTokenizer, model: SentencePieceTokenizer}
         tokenizer = next(reader(file, settings) for file, reader in readers.items() if file.is_file())
-    except ImportError as error:
+    except ModuleNotFoundError:
+        needed = f"{serialized} needs the package tokenizers: pip install tokenizers"
         try:
             tokenizer = SentencePieceTokenizer(model, settings)
-        except (ValueError, OSError):  # there is none, or it is LLaMA 3's, which is tiktoken's
-            raise error from None
+        except UserError:  # there is none, or it is LLaMA 3's, which is tiktoken's
+            raise UserError(needed) from None
         if may_differ(serialized, tokenizer):
-            print(f"{error}; {model} is read instead, which may give other ids", file=sys.stderr)
+            print(f"{needed}; {model} is read instead, which may give other ids", file=sys.stderr)
 
     rows = settings.rows or tokenizer.vocab_size
     if tokenizer.text_size > rows:  # a <pad> beyond the rows does no harm: no text produces it
         problem = f"the tokenizer has {tokenizer.text_size} tokens, the model only {rows}"
-        raise ValueError(f"{directory}: {problem}: download the model's own")
+        raise UserError(f"{directory}: {problem}: download the model's own")
     if tokenizer.bos_id is not None and tokenizer.bos_id >= max(rows, tokenizer.vocab_size):
         tokenizer.bos_id = None  # the name of a token that there is not
     for side, i, name in (("begin", tokenizer.bos_id, settings.bos), ("end", tokenizer.eos_id, settings.eos)):
         if i is not None and not 0 <= i < rows:
             problem = f"{i} is no {side}-of-sequence token: it is named {name!r}, the model has {rows} tokens"
-            raise ValueError(f"{directory}: {problem}: fix tokenizer_config.json")
+            raise UserError(f"{directory}: {problem}: fix tokenizer_config.json")
     return tokenizer
 
 
 def read_json(file):
     """The object in a JSON file; an empty one where there is no file."""
+    if not file.is_file():
+        return {}
     try:
-        return {**json.loads(file.read_text(encoding="utf-8"))} if file.is_file() else {}
+        with user_file(file):
+            return {**json.loads(file.read_text(encoding="utf-8"))}
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{file} is not a JSON object ({error}): fix or download it") from None
+        raise UserError(f"{file} is not a JSON object ({error}): fix or download it") from None
 
 
 def read_settings(directory):
@@ -75,7 +81,7 @@ def read_settings(directory):
         extra = stated.get("extra_special_tokens") or stated.get("additional_special_tokens") or ()
         extra = [content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory}: its list of added tokens is broken ({error}): download it again") from None
+        raise UserError(f"{directory}: its list of added tokens is broken ({error}): download it again") from None
     named = {name: content(stated.get(name)) for name in ("bos_token", "eos_token", *stated) if name.endswith("_token")}
     special = [*named.values(), *extra, *(token for token in added if added[token]["special"])]
     tokenizer_class = str(stated.get("tokenizer_class") or config.get("tokenizer_class") or "").removesuffix("Fast")
@@ -110,7 +116,8 @@ class SentencePieceTokenizer:
     does, put a second there. After an added token they put one where the config says `legacy`."""
 
     def __init__(self, file, settings):
-        proto = file.read_bytes()
+        with user_file(file):
+            proto = file.read_bytes()
         for token in settings.special:  # a piece of type 4, a user's own, is found in every text; of type 3 in none
             before = rb"(?<=\n." + re.escape(token.encode()) + rb"\x15.{4}\x18)"  # length, piece, score
             proto = re.sub(before + rb"\x04", b"\x03", proto, flags=re.DOTALL)
@@ -120,7 +127,7 @@ class SentencePieceTokenizer:
             self.prefixing = SentencePieceProcessor(model_proto=proto)
             self.plain = model = SentencePieceProcessor(model_proto=proto + no_prefix)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{file} is not a SentencePiece model ({str(error).strip()}): download it again") from None
+            raise UserError(f"{file} is not a SentencePiece model ({str(error).strip()}): download it again") from None
         llama = settings.tokenizer_class in ("LlamaTokenizer", "")
         if llama and settings.add_prefix_space is False:
             self.prefixing = self.plain
@@ -184,15 +191,13 @@ class JsonTokenizer:
     """Whatever a tokenizer.json describes (LLaMA 3, Qwen, SmolLM, ...), through the optional package `tokenizers`."""
 
     def __init__(self, file, settings):
-        try:
-            from tokenizers import AddedToken, Tokenizer
-        except ImportError:
-            raise ImportError(f"{file} needs the package tokenizers: pip install tokenizers") from None
+        from tokenizers import AddedToken, Tokenizer
+
         try:
             self.model = model = Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
             problem = f"is no tokenizer that the package tokenizers reads ({error})"
-            raise ValueError(f"{file} {problem}: download it again") from None
+            raise UserError(f"{file} {problem}: download it again") from None
         if settings.tokenizer_class == "LlamaTokenizer" and "ByteLevel" not in f"{model.pre_tokenizer}{model.decoder}":
             self.follow_llama(settings)
         model.encode_special_tokens = True  # "</s>" in somebody's text is four characters

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from data.errors import UserError, refusals_of, user_file
 from extras.distributed import processes
 from model import Llama, LlamaConfig, full_name
 
@@ -39,18 +40,16 @@ NAMES = {  # short names of repositories on the Hugging Face Hub
 
 def find_checkpoint(ckpt):
     """The directory that `ckpt` names: itself, `checkpoints/<ckpt>`, the bundled `data/<ckpt>`, or what Hugging Face's
-    cache holds of the repository `ckpt`, an org/name or a key of NAMES. Raises FileNotFoundError with how to get it."""
+    cache holds of the repository `ckpt`, an org/name or a key of NAMES. Raises UserError with how to get it."""
     for directory in (Path(ckpt), Path("checkpoints") / ckpt, HERE / "data" / ckpt):
         if (directory / "config.json").is_file():
             return directory
     if Path(ckpt).is_dir():
-        raise FileNotFoundError(
-            f"the directory {str(ckpt)!r} has no config.json: give that of a Hugging Face checkpoint"
-        )
+        raise UserError(f"the directory {str(ckpt)!r} has no config.json: give that of a Hugging Face checkpoint")
     repository = NAMES.get(str(ckpt), str(ckpt))
     absent = f"no checkpoint {str(ckpt)!r}: neither a directory of that name nor checkpoints/{ckpt}"
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise FileNotFoundError(
+        raise UserError(
             f"{absent}; the names known are tiny, {', '.join(NAMES)}, and any org/name on the Hugging Face Hub"
         )
     cache = hub_cache() / ("models--" + repository.replace("/", "--"))
@@ -59,7 +58,7 @@ def find_checkpoint(ckpt):
     directory = cache / "snapshots" / Path(head.read_text(errors="replace").strip()).name if head.is_file() else cache
     if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
         return directory
-    raise FileNotFoundError(
+    raise UserError(
         f"{absent}, and Hugging Face's cache {hub_cache()} does not hold {repository}. To download it (hf comes "
         f"with pip install huggingface_hub): hf download {repository} --include '*.json' "
         f"--include 'tokenizer*' --include 'model*.safetensors'"
@@ -102,7 +101,7 @@ def choose_device_and_dtype(device="auto", dtype="auto"):
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0][:100]
-        raise ValueError(f"device {device!r} is not available ({reason}): choose auto, cpu, cuda or mps") from None
+        raise UserError(f"device {device!r} is not available ({reason}): choose auto, cpu, cuda or mps") from None
     device = torch.device(device)
     if dtype != "auto":
         return device, getattr(torch, dtype)
@@ -128,7 +127,7 @@ def say_if_bfloat16_is_slow(device, dtype):
 
 
 def load_model(ckpt, device="cpu", dtype=None, mapped=False):
-    """Llama.from_pretrained of a checkpoint directory. Raises ValueError or OSError with a line for the user.
+    """Llama.from_pretrained of a checkpoint directory. Raises UserError for what is wrong with its files.
 
     mapped: the weights stay in their files, as stored; they take memory as they are read."""
     model, table = meta_model(ckpt)
@@ -181,7 +180,7 @@ OPTIONAL_WHOLE_NUMBERS = dict.fromkeys(("num_key_value_heads", "head_dim", "slid
 
 
 def check_config(directory):
-    """LlamaConfig.from_file, with each value looked at first. Raises ValueError naming the file and the field."""
+    """LlamaConfig.from_file, with each value looked at first. Raises UserError naming the file and the field."""
     path = Path(directory) / "config.json"
     raw = read_json(path)
     generation = read_json(path.with_name("generation_config.json"), missing={})
@@ -190,32 +189,33 @@ def check_config(directory):
             value = raw.get(name, 1)
             optional = name in OPTIONAL_WHOLE_NUMBERS and value is None
             if not optional and (type(value) is not int or not 1 <= value <= largest):
-                raise ValueError(f"{name} must be a whole number from 1 to {largest:,}, not {value!r}")
+                raise UserError(f"{name} must be a whole number from 1 to {largest:,}, not {value!r}")
         if raw.get("num_attention_heads", 1) * (raw.get("head_dim") or 1) > 2**24:
-            raise ValueError("num_attention_heads x head_dim is more than 2^24")
+            raise UserError("num_attention_heads x head_dim is more than 2^24")
         for name in ("architectures", "layer_types"):
             if not isinstance(raw.get(name), list | None):
-                raise ValueError(f"{name} must be a list, not {raw[name]!r}")
+                raise UserError(f"{name} must be a list, not {raw[name]!r}")
         for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
             if raw.get(name) not in (True, False, None):
-                raise ValueError(f"{name} must be true or false, not {raw[name]!r}")
+                raise UserError(f"{name} must be true or false, not {raw[name]!r}")
         eos = raw.get("eos_token_id") if generation.get("eos_token_id") is None else generation["eos_token_id"]
         if any(token is not None and type(token) is not int for token in (eos if isinstance(eos, list) else [eos])):
             where = "eos_token_id, here or in generation_config.json,"
-            raise ValueError(f"{where} must be a token id or a list of them, not {eos!r}")
+            raise UserError(f"{where} must be a token id or a list of them, not {eos!r}")
         if not isinstance(raw.get("model_type", ""), str):
-            raise ValueError(f"model_type {raw['model_type']!r} is not implemented")
+            raise UserError(f"model_type {raw['model_type']!r} is not implemented")
         check_positive("rms_norm_eps", raw.get("rms_norm_eps", 1.0))
         check_rope(raw)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return LlamaConfig.from_file(directory)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    with refusals_of("model"):
+        return LlamaConfig.from_file(directory)
 
 
 def check_rope(raw):
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling must be an object, not {rope!r}")
+        raise UserError(f"rope_scaling must be an object, not {rope!r}")
     check_positive("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 1.0)))
     numbers = {"linear": ["factor"]}
     numbers["llama3"] = ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
@@ -223,12 +223,12 @@ def check_rope(raw):
         check_positive(f"rope_scaling's {name}", rope.get(name))
     low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", 1)
     if low >= high:
-        raise ValueError(f"rope_scaling's low_freq_factor {low} is not below its high_freq_factor {high}")
+        raise UserError(f"rope_scaling's low_freq_factor {low} is not below its high_freq_factor {high}")
 
 
 def check_positive(name, value):
     if type(value) not in (int, float) or not 0 < value < 1e38:  # within float32
-        raise ValueError(f"{name} must be a positive number, not {value!r}")
+        raise UserError(f"{name} must be a positive number, not {value!r}")
 
 
 class Stored(NamedTuple):
@@ -240,7 +240,7 @@ class Stored(NamedTuple):
 
 def tensor_table(directory, model, stored):
     """name -> Stored of every parameter of the model, which may be on the meta device, from what is stored in a
-    checkpoint directory. Raises ValueError naming the first tensors that do not fit."""
+    checkpoint directory. Raises UserError naming the first tensors that do not fit."""
     needed = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # a tied one once
     stored = {name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")}
     missing = [f"missing {name}" for name in sorted(needed.keys() - stored.keys())]
@@ -257,7 +257,7 @@ def tensor_table(directory, model, stored):
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         message = f"{directory}: the tensors do not fit the config: {'; '.join(problems[:5])}{more}"
-        raise ValueError(f"{message}. Download both again, of one model")
+        raise UserError(f"{message}. Download both again, of one model")
     return stored
 
 
@@ -272,24 +272,25 @@ def stored_tensors(directory):
     table = {}
     for file in checkpoint_files(Path(directory)):
         try:
-            open(file, "rb").close()  # which says why where it cannot: safe_open calls it absent
+            with user_file(file):
+                open(file, "rb").close()  # which says why where it cannot: safe_open calls it absent
             with safe_open(file, framework="pt") as tensors:
                 for stored_name in tensors.keys():
                     if (name := full_name(stored_name)) in table:
                         both = f"{name} is in {table[name].file} and in {file.name}"
-                        raise ValueError(f"{both}: download the checkpoint again")
+                        raise UserError(f"{both}: download the checkpoint again")
                     entry = tensors.get_slice(stored_name)
                     table[name] = Stored(file, stored_name, tuple(entry.get_shape()), entry.get_dtype())
         except SafetensorError as error:
             with open(file, "rb") as opened:
                 if opened.read(40).startswith(b"version https://git-lfs"):
-                    raise ValueError(f"{file} is a Git LFS pointer, not the weights: git lfs pull") from None
-            raise ValueError(f"{file} is not a whole safetensors file ({error}): download it again") from None
+                    raise UserError(f"{file} is a Git LFS pointer, not the weights: git lfs pull") from None
+            raise UserError(f"{file} is not a whole safetensors file ({error}): download it again") from None
     return table
 
 
 def checkpoint_files(directory):
-    """The safetensors files of a checkpoint directory. Raises ValueError or OSError saying what else lies there."""
+    """The safetensors files of a checkpoint directory. Raises UserError saying what else lies there."""
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if single.is_file():
         return [single]
@@ -297,32 +298,32 @@ def checkpoint_files(directory):
         pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern))
         if pickled:
             problem = f"{directory} holds only pickled weights ({pickled[0]}), which can run code when they are loaded"
-            raise ValueError(f"{problem}: download or convert to model.safetensors")
+            raise UserError(f"{problem}: download or convert to model.safetensors")
         names = f"no {single.name} and no {index.name}"
-        raise FileNotFoundError(f"{directory} has {names}: download them")
+        raise UserError(f"{directory} has {names}: download them")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise ValueError(f"{index} has no weight_map from tensor names to file names: download it again")
+        raise UserError(f"{index} has no weight_map from tensor names to file names: download it again")
     files = [directory / file for file in sorted(set(weight_map.values()))]
     for file in files:
         if file.parent != directory or file.name in ("", ".", ".."):
             problem = f"{index} names a file outside its directory, {file}"
-            raise ValueError(f"{problem}: download the checkpoint again")
+            raise UserError(f"{problem}: download the checkpoint again")
         if not file.is_file():
-            raise FileNotFoundError(f"{index} names {file.name}, which is absent: download it")
+            raise UserError(f"{index} names {file.name}, which is absent: download it")
     return files
 
 
 def read_json(path, missing=None):
-    """The JSON object in a file. Raises ValueError naming the file; an absent file is `missing`, if that is given."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if missing is None:
-            raise
+    """The JSON object in a file. Raises UserError naming the file; an absent file is `missing`, if that is given."""
+    if missing is not None and not Path(path).exists():
         return missing
+    with user_file(path):
+        content = Path(path).read_bytes()
+    try:
+        value = json.loads(content.decode())
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a thousand brackets
-        raise ValueError(f"{path} is not a JSON file ({error}): fix or download it") from None
+        raise UserError(f"{path} is not a JSON file ({error}): fix or download it") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds {type(value).__name__}, not a JSON object: fix or download it")
+        raise UserError(f"{path} holds {type(value).__name__}, not a JSON object: fix or download it")
     return value

@@ -10,11 +10,14 @@ import shlex
 import signal
 import sys
 import textwrap
+import traceback
 
 from tqdm import tqdm
 
+from data.errors import UserError
 from extras.checkpoints import NAMES
 from extras.distributed import died, gather, join_processes, processes
+from extras.source import is_library
 
 
 class Stop(Exception):
@@ -25,32 +28,52 @@ class Stop(Exception):
         self.status = status
 
 
-def run_script(name, parse_args, main, arguments, go_on):
+def run_script(name, parse_args, main, arguments=None, go_on=None):
     """main(parse_args(arguments)), and every way in which it can end. arguments None: those of the process.
 
-    go_on(arguments): a sentence on what is kept, or what to type, where it ends before its time."""
+    A UserError is one line on stderr, exit status 2. A mistake in the code is a traceback. go_on(arguments): a sentence
+    on what is kept, or what to type, where the script ends before its time."""
     arguments = sys.argv[1:] if arguments is None else arguments
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    advice = f". {go_on(arguments)}" if go_on else ""
     show_what_can_be_shown()
     try:
         join_processes()
         main(parse_args(arguments))
         gather()  # nobody leaves before all are done
-    except (ValueError, OSError, ImportError) as error:
+    except UserError as error:
         fail(name, error)
     except Stop as stop:
-        end(name, f"{stop}. {go_on(arguments)}", stop.status)
+        end(name, f"{stop}{advice}", stop.status)
     except FloatingPointError as error:  # what is not finite, and no mistake of the command line
-        end(name, f"{error}. {go_on(arguments)}", 1)
+        end(name, f"{error}{advice}", 1)
     except KeyboardInterrupt:
-        end(name, f"interrupted. {go_on(arguments)}", 130)
-    except RuntimeError as error:
-        if not died(error):
-            raise
-        end(name, f"another process has ended, and this one with it. {go_on(arguments)}", 1)
+        end(name, f"interrupted{advice}", 130)
+    except BrokenPipeError:  # as `| head` leaves it
+        sys.stdout = open(os.devnull, "w")
+        end(name, f"what it prints is read no longer{advice}", 1)
+    except Exception as error:
+        if died(error):
+            end(name, f"another process has ended, and this one with it{advice}", 1)
+        close_bars()
+        add_innermost_line(error)
+        raise
     finally:
         for number, handler in handlers.items():  # as they were, where another program has called
             signal.signal(number, handler)
+
+
+def add_innermost_line(error):
+    """Where a traceback ends inside a library, or in a line that raises anew what another line has raised, have it say
+    last in which line outside of libraries the mistake came up."""
+    first = error
+    while first.__cause__ is not None:
+        first = first.__cause__
+    frames = traceback.extract_tb(first.__traceback__)
+    own = [frame for frame in frames if not is_library(frame.filename)]
+    if own and (own[-1] is not frames[-1] or first is not error):
+        error.add_note("The innermost line that is not a library's:")
+        error.add_note("".join(traceback.format_list(own[-1:])).rstrip())
 
 
 def show_what_can_be_shown():
@@ -60,15 +83,21 @@ def show_what_can_be_shown():
             stream.reconfigure(errors="replace")
 
 
+def close_bars():
+    """Close every progress bar, so that what is printed next is a line of its own."""
+    for bar in list(tqdm._instances):
+        bar.close()
+
+
 def fail(name, message):
     """A user's mistake: one line on stderr, exit status 2, in all processes."""
+    close_bars()
     gather(problem=(name, one_line(message)))
 
 
 def end(name, message, status):
     """One line, by the first process, and the end."""
-    for bar in list(tqdm._instances):  # the line shall be one of its own
-        bar.close()
+    close_bars()
     if processes()[0] == 0:
         print(f"{name}: {one_line(message)}", file=sys.stderr)
     sys.exit(status)
@@ -76,8 +105,6 @@ def end(name, message, status):
 
 def one_line(message):
     """A message, an exception say, as one line for a terminal, whatever the names and values that it quotes hold."""
-    if isinstance(message, OSError) and message.filename is not None:
-        message = f"{message.filename}: {message.strerror}"
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
     return text if len(text) <= 600 else f"{text[:400]} ... {text[-180:]}"  # the end says what to do
 
@@ -164,19 +191,6 @@ def add_model_arguments(parser):
     parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the base model (default: auto)")
 
 
-def run_command(name, main, args):
-    """main(args), in which ValueError, OSError and ImportError are a user's mistakes."""
-    show_what_can_be_shown()
-    try:
-        main(args)
-    except (ValueError, OSError, ImportError) as error:
-        fail(name, error)
-    except FloatingPointError as error:
-        end(name, error, 1)
-    except KeyboardInterrupt:
-        end(name, "interrupted", 130)
-
-
 # --- values of options ---
 
 
@@ -188,6 +202,11 @@ def count(text):
 def share(text):
     """A number in (0, 1]."""
     return checked(float, text, lambda value: 0 < value <= 1, "must be in (0, 1]")
+
+
+def below_one(text):
+    """A number in [0, 1)."""
+    return checked(float, text, lambda value: 0 <= value < 1, "must be in [0, 1)")
 
 
 def positive(text):

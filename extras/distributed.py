@@ -50,8 +50,10 @@ def gather_rounds(items, per_round, num_rounds):
 
 
 def died(error):
-    """Whether a RuntimeError says that another process has ended or no longer answers: gloo's has no own class."""
-    return processes()[1] > 1 and ("gloo" in str(error) or isinstance(error, torch.distributed.DistError))
+    """Whether an error says that another process has ended or no longer answers. Gloo's is a plain RuntimeError."""
+    if processes()[1] == 1 or not isinstance(error, RuntimeError):
+        return False
+    return "gloo" in str(error) or isinstance(error, torch.distributed.DistError)
 
 
 def by_the_first(save):

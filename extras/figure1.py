@@ -14,10 +14,11 @@ from tqdm import tqdm
 
 import rosa
 from data import tasks
+from data.errors import UserError, user_file
 from data.tokenizer import load_tokenizer
 from extras import checkpoints, peft_methods
 from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, say_if_bfloat16_is_slow
-from extras.commands import add_model_arguments, command_parser, run_command
+from extras.commands import add_model_arguments, command_parser, count, run_script
 
 
 def load_prompts(args, tokenizer):
@@ -29,7 +30,7 @@ def load_prompts(args, tokenizer):
             if len(prompts) == args.limit:
                 return prompts
     if not prompts:
-        raise FileNotFoundError(
+        raise UserError(
             f"{args.data_dir} has no test set of {args.task}. To get them: {tasks.how_to_get(args.data_dir)}"
         )
     return prompts
@@ -72,7 +73,7 @@ def draw(path, means, first_low, count):
     """The figure, if the package matplotlib is there."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:
+    except ModuleNotFoundError:
         return print(f"{path} needs the package matplotlib: pip install matplotlib")
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, (name, mean) in zip(figure.subplots(1, 2), means.items()):
@@ -86,7 +87,8 @@ def draw(path, means, first_low, count):
             title=f"{name.upper()}: L2 norm, mean over heads and {count} prompts",
         )
         figure.colorbar(image, extend="max")
-    figure.savefig(path, dpi=100)
+    with user_file(path):
+        figure.savefig(path, dpi=100)
     print(f"figure     {path}")
 
 
@@ -97,7 +99,7 @@ def main(args):
     prompts = load_prompts(args, load_tokenizer(ckpt))
     model = load_model(ckpt, device, dtype)
     if (longest := max(map(len, prompts))) > model.config.context:
-        raise ValueError(
+        raise UserError(
             f"{args.task}: a prompt has {longest} tokens, more than the model's context of {model.config.context}"
         )
     if args.adapter:
@@ -112,27 +114,29 @@ def main(args):
         + ", ".join(f"{part.mean():.1f}" for part in quarters)
     )
     numbers = args.png.with_suffix(".npz")
-    args.png.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(numbers, first_low_frequency_pair=first_low, **means)
+    with user_file(args.png):
+        args.png.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(numbers, first_low_frequency_pair=first_low, **means)
     print(f"numbers    {numbers}")
     draw(args.png, means, first_low, len(prompts))
 
 
-def run(arguments=None):
+def parse_args(arguments=None):
     parser = command_parser("figure1", __doc__)
     parser.add_argument("png", type=Path, metavar="PNG", help="the picture to draw")
     add_model_arguments(parser)
     parser.add_argument("--task", default="toy", help="whose test examples are the prompts (default: toy)")
-    parser.add_argument("--limit", type=int, default=8, help="how many of them (default: 8)")
+    parser.add_argument("--limit", type=count, default=8, help="how many of them (default: 8)")
     parser.add_argument(
         "--data-dir",
         default=tasks.DATA_DIR,
         help=f"directory laid out as LLM-Adapters' repository (default: {tasks.DATA_DIR})",
     )
-    args = parser.parse_args(arguments)
-    if args.limit < 1:
-        parser.error(f"--limit must be at least 1, not {args.limit}")
-    run_command("figure1", main, args)
+    return parser.parse_args(arguments)
+
+
+def run(arguments=None):
+    run_script("figure1", parse_args, main, arguments)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import torch
 from tqdm import tqdm
 
 from data import tasks
+from data.errors import UserError, user_file
 from data.tokenizer import load_tokenizer
 from extras import checkpoints, peft_methods
 from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, read_json, say_if_bfloat16_is_slow
-from extras.commands import add_model_arguments, command_parser, count, run_command
-from extras.predictions import fingerprint
+from extras.commands import add_model_arguments, command_parser, count, run_script
+from extras.predictions import fingerprint, result_code
 from extras.runs import say_if_unfinished, write_whole
 
 PIECE = 256  # tokens
@@ -28,12 +29,15 @@ def load_texts(file, tokenizer, limit, skip_empty):
     if file.suffix in (".json", ".jsonl"):
         examples = tasks.load_examples(file, skip_empty=skip_empty)
         return [tasks.encode_example(example, tokenizer) for example in examples[:limit]]
+    with user_file(file):
+        content = file.read_bytes()
     try:
-        ids = tokenizer.encode(file.read_text(encoding="utf-8"))
+        text = content.decode()
     except UnicodeDecodeError:
-        raise ValueError(f"{file} is not text in UTF-8") from None
+        raise UserError(f"{file} is not text in UTF-8") from None
+    ids = tokenizer.encode(text)
     if not ids:
-        raise ValueError(f"{file} holds no text")
+        raise UserError(f"{file} holds no text")
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
     return [([start], ids[i : i + PIECE]) for i in range(0, len(ids), PIECE)][:limit]
 
@@ -65,7 +69,7 @@ def main(args):
         for i, (context, predicted) in enumerate(pairs):
             if (length := len(context) + len(predicted) - 1) > model.config.context:
                 limit = f"the model's context of {model.config.context}"
-                raise ValueError(f"{file}, part {i}: {length} tokens exceed {limit}: leave it out")
+                raise UserError(f"{file}, part {i}: {length} tokens exceed {limit}: leave it out")
     checkpoints.check_finite(model)
     alone = {}
     if args.adapter:
@@ -76,10 +80,12 @@ def main(args):
     say_if_bfloat16_is_slow(device, dtype)
     say_if_unfinished(Path(args.adapter or ckpt))
     out = Path(args.out or args.adapter or f"runs/{ckpt.absolute().name}-base")
-    out.mkdir(parents=True, exist_ok=True)
-    made_by = fingerprint(ckpt, args.adapter and Path(args.adapter), dtype)
+    with user_file(out):
+        out.mkdir(parents=True, exist_ok=True)
+    code = result_code("loss", args.adapter, own=[mean_loss])
+    made_by = fingerprint(ckpt, args.adapter and Path(args.adapter), dtype, code)
     before = read_json(out / "losses.json", missing={})
-    same = made_by.items() <= before.items()  # then those of other files stay
+    same = all(before.get(name) == value for name, value in made_by.items())  # then those of other files stay
     losses, losses_alone = (before.get(name, {}) if same else {} for name in ("losses", "losses_alone"))
     for file, pairs in texts.items():
         name = file.with_suffix("").as_posix()
@@ -91,10 +97,11 @@ def main(args):
             change = f", without the adapter {alone[file]:.4f}: {losses[name] - alone[file]:+.4f}"
         print(f"{name:<32}{num_tokens:>9,} tokens   {losses[name]:.4f} nats per token{change}")
     result = made_by | {"losses": losses, "losses_alone": losses_alone}
-    write_whole(out / "losses.json", json.dumps(result, indent=2) + "\n")
+    with user_file(out):
+        write_whole(out / "losses.json", json.dumps(result, indent=2) + "\n")
 
 
-def run(arguments=None):
+def parse_args(arguments=None):
     parser = command_parser("forgetting", __doc__)
     parser.add_argument(
         "files", nargs="+", type=Path, metavar="FILE", help=".json or .jsonl of training examples, or any other text"
@@ -103,7 +110,11 @@ def run(arguments=None):
     parser.add_argument("--skip-empty", action="store_true", help="leave out examples with an empty field")
     parser.add_argument("--limit", type=count, help="only the first so many examples or pieces of each file")
     parser.add_argument("--out", help="where losses.json goes (default: the adapter's directory, or runs/<ckpt>-base)")
-    run_command("forgetting", main, parser.parse_args(arguments))
+    return parser.parse_args(arguments)
+
+
+def run(arguments=None):
+    run_script("forgetting", parse_args, main, arguments)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,16 @@ from extras.kernels import edited
 from model import KVCache, Llama, check_prompts
 
 # What `stream` and `log_likelihoods` stand for, as it was written: where it has been edited, model.py's own answers.
-PLAIN = {(Llama, "generate"): "4562163c881f", (KVCache, "update"): "5b01abe26962"}
+CACHE = {(KVCache, "__init__"): "129b54c32acb", (KVCache, "update"): "5b01abe26962"}
+PLAIN = {(Llama, "generate"): "4562163c881f"} | CACHE
+LIKELIHOODS = {(Llama, "loss"): "84864ca6024f", (Llama, "logits"): "3238416f55cf"} | CACHE
+LOG_LIKELIHOOD = "99b2a4d161c2"  # of the function of that name in eval.py
 
-LIKELIHOODS = {(Llama, "loss"): "84864ca6024f", (KVCache, "update"): "5b01abe26962"}
+
+def stand_ins(score):
+    """What runs from this file: the methods of model.py that it stands for in generation, or in likelihoods."""
+    fingerprints, method = (LIKELIHOODS, "Llama.loss") if score == "likelihood" else (PLAIN, "Llama.generate")
+    return [] if edited(fingerprints) else [method]
 
 
 def stands_aside(fingerprints, instead):

@@ -8,12 +8,9 @@ PyTorch does not document is tried on a few numbers first; where this PyTorch or
 """
 
 import functools
-import hashlib
-import inspect
-import io
 import platform
-import textwrap
 import tokenize
+from pathlib import Path
 from types import FunctionType, MethodType
 from typing import NamedTuple
 
@@ -24,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from extras.distributed import gather
 from extras.operators import Operators, is_onednn, linear, reordered
+from extras.source import fingerprint
 from model import MLP, Attention, Llama, RMSNorm
 from rosa import RoAE
 
@@ -81,31 +79,23 @@ def has_hooks(module):
 
 
 def edited(fingerprints):
-    """Why none of the methods in {(class, method): fingerprint} may be stood for: a line, or None where all are as they
-    were."""
-    for (cls, name), expected in fingerprints.items():
+    """Why none of the functions in {(class or module, name): fingerprint} may be stood for: a line, or None where all
+    are as they were."""
+    for (owner, name), expected in fingerprints.items():
+        shown = owner.__name__ if isinstance(owner, type) else Path(owner.__file__).stem
         try:
-            if fingerprint(getattr(cls, name)) != expected:
-                return f"{cls.__name__}.{name} has been edited"
+            if fingerprint(getattr(owner, name)) != expected:
+                return f"{shown}.{name} has been edited"
         except (OSError, TypeError, AttributeError, SyntaxError, tokenize.TokenError):
-            return f"{cls.__name__}.{name} has no source to be compared"
+            return f"{shown}.{name} has no source to be compared"
 
 
-def fingerprint(function):
-    """Twelve characters that change with what a function says, and not with its comments, docstring or layout."""
-    if type(function) is not FunctionType:
-        raise TypeError(f"{function} is no plain function")
-    source = textwrap.dedent(inspect.getsource(function.__code__))  # of the code: what wraps it must not hide it
-    words, line = [], []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
-            if len(line) != 1 or line[0][0] not in "\"'":  # a line that is one string is a docstring
-                words += [*line, tokenize.tok_name[token.type]]
-            line = []
-        elif token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
-            line.append(token.string)
-    text = " ".join(words).removesuffix(" DEDENT").removesuffix(" NEWLINE")
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def say_what_runs(exchanged, from_inference=()):
+    """One line: which methods run from extras/kernels.py and extras/inference.py, and how to do without."""
+    places = {"extras/kernels.py": exchanged, "extras/inference.py": from_inference}
+    parts = [f"{', '.join(names)} from {place}" for place, names in places.items() if names]
+    if parts:
+        print(f"kernels    here run {'; '.join(parts)}. With --plain they run as written")
 
 
 # --- nn.Linear.forward ---
@@ -289,8 +279,22 @@ def roae_forward(self, x):
         return y.add_(update)
     if self.pairs == "random":
         return y.index_add_(-1, self.rows, update)
-    half, n = y.shape[-1] // self.num_heads // 2, len(self.rows) // self.num_heads // 2
-    return AddToPairs.apply(y, update, self.num_heads, slice(0, n) if self.pairs == "high" else slice(half - n, half))
+    return AddToPairs.apply(y, update, self.num_heads, pairs_slice(self))
+
+
+def pairs_slice(adapter):
+    """The pairs of every head that adapt, a slice of its d/2: the first n or the last n."""
+    half = adapter.linear.out_features // adapter.num_heads // 2
+    n = len(adapter.rows) // adapter.num_heads // 2
+    return slice(0, n) if adapter.pairs == "high" else slice(half - n, half)
+
+
+def adds_to_its_rows(adapter):
+    """Whether the kernel adds to the very rows that the plain method adds to: they may have been chosen otherwise."""
+    rows = torch.arange(adapter.linear.out_features)
+    if adapter.low_freq_ratio != 1 and adapter.pairs != "random":
+        rows = rows.view(adapter.num_heads, 2, -1)[..., pairs_slice(adapter)].flatten()
+    return adapter.pairs == "random" or torch.equal(adapter.rows.cpu(), rows)
 
 
 class AddToPairs(torch.autograd.Function):
@@ -348,7 +352,7 @@ KERNELS = [
         "forward",
         roae_forward,
         {(RoAE, "forward"): "19f590aa9e30"},
-        fits=lambda adapter: is_plain(adapter.linear),
+        fits=lambda adapter: is_plain(adapter.linear) and adds_to_its_rows(adapter),
     ),
 ]
 

@@ -19,7 +19,8 @@ import sentencepiece
 import torch
 
 from data import toy
-from extras.commands import command_parser, run_command
+from data.errors import user_file
+from extras.commands import command_parser, run_script
 from model import Llama, LlamaConfig
 
 CONTEXT, ROWS = 256, 16  # tokens a training row, rows a step
@@ -113,8 +114,9 @@ def rows(rng, tokenizer, count):
 def main(args):
     rng = random.Random(0)
     torch.manual_seed(0)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "tokenizer.model").write_bytes(train_tokenizer(rng))
+    with user_file(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "tokenizer.model").write_bytes(train_tokenizer(rng))
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(args.out / "tokenizer.model"))
 
     model = Llama(
@@ -155,11 +157,15 @@ def main(args):
     model.to(torch.bfloat16).save_pretrained(args.out)
 
 
-def run(arguments=None):
+def parse_args(arguments=None):
     parser = command_parser("make_tiny", __doc__)
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="directory to be made")
     parser.add_argument("--minutes", type=float, default=30, help="training time (default: 30)")
-    run_command("make_tiny", main, parser.parse_args(arguments))
+    return parser.parse_args(arguments)
+
+
+def run(arguments=None):
+    run_script("make_tiny", parse_args, main, arguments)
 
 
 if __name__ == "__main__":

@@ -13,20 +13,33 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 import rosa
 from data import tasks, toy
+from data.errors import UserError, refusals_of, user_file
 from data.tokenizer import load_tokenizer
 from extras import peft_methods, runs
-from extras.checkpoints import copy_companions, find_checkpoint, meta_model, read_json, read_tensor
-from extras.commands import command_parser, run_command
+from extras.checkpoints import checkpoint_files, copy_companions, find_checkpoint, meta_model, read_json, read_tensor
+from extras.commands import command_parser, run_script
 from extras.inference import pad
+from extras.kernels import edited
 from model import FAMILIES
 
 SHARD = 5 * 10**9  # bytes of a file at most
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+# A merged weight stands for RoAE.forward, as long as both are as they were written.
+MERGED = {(rosa.RoAE, "forward"): "19f590aa9e30", (rosa, "merge"): "acdf68da619f"}
+
+
+def merge_if_unedited(model):
+    """rosa.merge(model) where that computes what the adapters compute; else they stay, and a line says so."""
+    if reason := edited(MERGED):
+        print(f"adapter    {reason}: running RoAE.forward as written, not merged")
+    else:
+        rosa.merge(model)
 
 
 def merge_checkpoint(ckpt, adapter, out):
@@ -34,35 +47,35 @@ def merge_checkpoint(ckpt, adapter, out):
     stored in, as the Hugging Face directory `out`. No more is in memory than the tensors of one file, 5 GB.
 
     Returns what rounding has cost: the logits of a few prompts, [positions, V] in float32, with the adapter beside the
-    weights, and as merged. Raises ValueError or OSError with a line for the user, and then leaves nothing behind."""
+    weights, and as merged. Raises UserError, and then leaves nothing behind."""
     partial = out.with_name(out.name + ".partial")
     for directory in (out, partial):
         if directory.exists():
-            raise FileExistsError(f"{directory} exists already: delete it, or choose another --out")
+            raise UserError(f"{directory} exists already: delete it, or choose another --out")
     tokenizer = load_tokenizer(ckpt)
     model, table = meta_model(ckpt)
     updated = updater(model, adapter)
     sizes = {name: math.prod(stored.shape) * SIZES[stored.dtype] for name, stored in table.items()}
-    shards = [[]]
-    for name in table:
-        if shards[-1] and sum(sizes[held] for held in shards[-1]) + sizes[name] > SHARD:
-            shards.append([])
-        shards[-1].append(name)
-    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    files = files if len(shards) > 1 else ["model.safetensors"]
+    parameters = dict(model.named_parameters())
+    check_names(ckpt, [table[name].name for name in table], [parameters[name].shape for name in table])
+    files = split_into_files(sizes)
 
-    partial.mkdir(parents=True)
+    with user_file(partial):
+        partial.mkdir(parents=True)
     try:
         if (free := shutil.disk_usage(partial).free) < sum(sizes.values()):
-            raise OSError(f"--out {out} needs {sum(sizes.values()) / 1e9:.1f} GB, only {free / 1e9:.1f} are free there")
-        for file, names in zip(files, shards):
+            raise UserError(
+                f"--out {out} needs {sum(sizes.values()) / 1e9:.1f} GB, only {free / 1e9:.1f} are free there"
+            )
+        for file, names in files.items():
             tensors = {name: read_tensor(table, name) for name in names}  # mapped, not read yet
-            tensors = {name: updated(name, tensor).to(tensor.dtype) for name, tensor in tensors.items()}
-            save_file(tensors, partial / file, metadata={"format": "pt"})
-        if len(shards) > 1:
+            tensors = {table[name].name: updated(name, tensor).to(tensor.dtype) for name, tensor in tensors.items()}
+            with user_file(partial / file):
+                save_file(tensors, partial / file, metadata={"format": "pt"})
+        if len(files) > 1:
             index = {
                 "metadata": {"total_size": sum(sizes.values())},
-                "weight_map": {name: file for file, names in zip(files, shards) for name in names},
+                "weight_map": {table[name].name: file for file, names in files.items() for name in names},
             }
             (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
         shutil.copyfile(ckpt / "config.json", partial / "config.json")
@@ -73,6 +86,8 @@ def merge_checkpoint(ckpt, adapter, out):
             config["tie_word_embeddings"] = False
         if config != stated:
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        written = shapes_in_files(partial)
+        check_names(ckpt, list(written), list(written.values()))
         copy_companions(ckpt, partial)
         os.rename(partial, out)
     except BaseException:
@@ -84,6 +99,38 @@ def merge_checkpoint(ckpt, adapter, out):
     real = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]: where there is no padding
     before = logits_layer_by_layer(model, tokens, lambda name: updated(name, read_tensor(table, name)))
     return before[real], logits_layer_by_layer(model, tokens, lambda name: read_tensor(merged, name))[real]
+
+
+def split_into_files(sizes):
+    """File name -> the names of its tensors, SHARD bytes of them at most, from name -> bytes."""
+    shards = [[]]
+    for name, size in sizes.items():
+        if shards[-1] and sum(sizes[held] for held in shards[-1]) + size > SHARD:
+            shards.append([])
+        shards[-1].append(name)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
+
+
+def shapes_in_files(directory):
+    """Name -> shape of every tensor in the files of a checkpoint directory, as they stand there."""
+    shapes = {}
+    for path in checkpoint_files(directory):
+        with safe_open(path, framework="pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    return shapes
+
+
+def check_names(ckpt, names, shapes):
+    """Raise UserError unless these tensors, under these names and in these shapes, stand in the checkpoint's files too:
+    then whoever reads the checkpoint reads what is written."""
+    stored = shapes_in_files(ckpt)
+    for name, shape in zip(names, shapes, strict=True):
+        if stored.get(name) != tuple(shape) or names.count(name) > 1:
+            problem = f"the model's tensors are not those of its files, {name} {list(shape)} among them"
+            advice = "rosa.merge(model) and model.save_pretrained write what Llama.from_pretrained reads"
+            raise UserError(f"{ckpt}: {problem}: nobody else could read what is written; {advice}")
 
 
 @torch.inference_mode()
@@ -120,11 +167,14 @@ def updater(model, directory):
     directory, in float32 at least; a weight that has no adapter is returned as it is. The model may be on the meta
     device."""
     peft_methods.check_files(directory)
-    arguments, tensors = rosa.read_adapter(directory, as_lora=True)
+    with refusals_of("rosa"):
+        arguments, tensors = rosa.read_adapter(directory, as_lora=True)
     if "peft" in arguments:
         peft_type = arguments["peft"]["peft_type"]
-        raise ValueError(f"{directory} is an adapter of peft's own, of type {peft_type}: only peft can merge it")
-    rosa.check_lora(directory, tensors, model, arguments)
+        advice = "load both with the package peft, and call merge_and_unload()"
+        raise UserError(f"{directory} is an adapter of type {peft_type}, which rosa.merge cannot merge: {advice}")
+    with refusals_of("rosa"):
+        rosa.check_lora(directory, tensors, model, arguments)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise FloatingPointError(f"{directory}: {name} holds numbers that are not finite: train it again")
@@ -142,6 +192,13 @@ def updater(model, directory):
         adapter = rosa.RoAE(linear, like.num_heads, like.rank, like.alpha, like.low_freq_ratio, like.pairs)
         adapter.A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
         adapter.B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"][adapter.rows])
+        alone = copy.deepcopy(adapter).double()
+        x = torch.randn(4, linear.in_features, dtype=torch.float64)
+        expected, without = alone(x), alone.linear(x)
+        found = rosa.merge(nn.ModuleDict({"adapted": alone})).adapted(x)
+        if (found - expected).norm() > 1e-3 * (expected - without).norm() + 1e-6 * expected.norm():
+            problem = f"merged, {name} computes something else than RoAE.forward"
+            raise UserError(f"{problem}: has RoAE.forward or rosa.merge in rosa.py been edited without the other?")
         return rosa.merge(nn.ModuleDict({"adapted": adapter})).adapted.weight
 
     return updated
@@ -159,14 +216,18 @@ def main(args):
     )
 
 
-def run(arguments=None):
+def parse_args(arguments=None):
     parser = command_parser("merge", __doc__)
     parser.add_argument("--ckpt", required=True, help="checkpoint: a directory, or a name as train.py takes it")
     parser.add_argument("--adapter", required=True, type=Path, help="adapter directory, as train.py or PEFT writes it")
     parser.add_argument(
         "--out", required=True, type=Path, help="directory to be made: a complete Hugging Face checkpoint"
     )
-    run_command("merge", main, parser.parse_args(arguments))
+    return parser.parse_args(arguments)
+
+
+def run(arguments=None):
+    run_script("merge", parse_args, main, arguments)
 
 
 if __name__ == "__main__":

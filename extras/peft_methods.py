@@ -4,14 +4,17 @@ Without it: rosa.attach, rosa.save_adapter and rosa.load_adapter, which know RoA
 """
 
 import json
+import traceback
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 import rosa
+from data.errors import UserError, refusals_of, user_file
 from extras.checkpoints import read_json
 from extras.distributed import processes
+from extras.source import is_library
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -26,55 +29,59 @@ def save_adapter(model, directory):
 
 def load_adapter(model, directory):
     """rosa.load_adapter, for an adapter of any kind; where rosa.py does not know it, PEFT's own code runs it. Returns
-    the model. Raises ValueError, OSError or ImportError with a line for the user."""
+    the model. Raises UserError for what is wrong with its files."""
     check_files(Path(directory))
     base = getattr(model, "name_or_path", "")
     stated = read_json(Path(directory) / "adapter_config.json").get("base_model_name_or_path")
     if base and stated and Path(str(stated)).name != Path(base).name and processes()[0] == 0:
         print(f"adapter    {directory} was trained on {stated}, not on {base}: of its shape, but is it the same model?")
-    arguments, tensors = rosa.read_adapter(directory)
-    if "peft" in arguments:
-        return load_peft(model, arguments["peft"], tensors, directory)
-    return rosa.load_adapter(model, directory)
+    with refusals_of("rosa"):
+        arguments, tensors = rosa.read_adapter(directory)
+        if "peft" not in arguments:
+            return rosa.load_adapter(model, directory)
+    return load_peft(model, arguments["peft"], tensors, directory)
 
 
 def check_files(directory):
-    """Raise ValueError or OSError unless the directory holds the two files of an adapter, whole."""
+    """Raise UserError unless the directory holds the two files of an adapter, whole."""
     if absent := [name for name in ADAPTER_FILES if not (directory / name).is_file()]:
         pickled = (directory / "adapter_model.bin").is_file()
         instead = ", only adapter_model.bin, a pickle, which can run code" if pickled else ""
         if (directory / "config.json").is_file():
             instead = f"; it is a whole checkpoint: --ckpt {directory}"
-        raise FileNotFoundError(f"{directory} is no adapter directory: it has no {absent[0]}{instead}")
+        raise UserError(f"{directory} is no adapter directory: it has no {absent[0]}{instead}")
     config, weights = (directory / name for name in ADAPTER_FILES)
     if not isinstance(read_json(config).get("peft_type"), str):
-        raise ValueError(f"{config}: the key 'peft_type' is missing: copy the adapter again")
+        written = "as PEFT or train.py has written it"
+        raise UserError(f"{config}: the key 'peft_type' is missing: copy the file again, {written}")
     try:
-        open(weights, "rb").close()  # which says why where it cannot: safe_open calls it absent
+        with user_file(weights):
+            open(weights, "rb").close()  # which says why where it cannot: safe_open calls it absent
         with safe_open(weights, framework="pt") as file:
             metadata = (file.metadata() or {}).get("rosa", "{}")
-        if not isinstance(json.loads(metadata), dict):
-            raise ValueError("no object")
+        is_object = isinstance(json.loads(metadata), dict)
+        reason = "no object"
     except SafetensorError as error:
-        raise ValueError(f"{weights} is not a whole safetensors file ({error}): copy it again") from None
+        raise UserError(f"{weights} is not a whole safetensors file ({error}): copy it again") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the metadata of {weights} is not JSON ({error}): copy it again") from None
+        is_object, reason = False, error
+    if not is_object:
+        raise UserError(f"the metadata of {weights} is not JSON ({reason}): copy it again")
 
 
 def attach_peft(model, peft_type, options):
     """Freeze the model and let the package `peft` put one of its adapters in. Returns the model.
 
     peft_type: a name of peft.PeftType (IA3, OFT, LN_TUNING, ...); options: arguments of its config class. What trains
-    is made float32. Raises ValueError or ImportError with a line for the user."""
+    is made float32. Raises UserError for what peft refuses; a mistake in model.py stays what it is."""
     try:
         import peft
-    except ImportError:
-        raise ImportError(f"the method peft:{peft_type} needs the package peft: pip install peft") from None
+    except ModuleNotFoundError:
+        raise UserError(f"the method peft:{peft_type} needs the package peft: pip install peft") from None
     configs = {kind.value: cls for kind, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if peft_type not in configs:
-        raise ValueError(
-            f"peft {peft.__version__} has no method {peft_type!r}: choose from {', '.join(sorted(configs))}"
-        )
+        methods = ", ".join(sorted(configs))
+        raise UserError(f"peft {peft.__version__} has no method {peft_type!r}: choose from {methods}")
     if options.get("target_modules") == "all-linear":  # in a model of transformers' PEFT itself leaves lm_head out
         options = options | {"target_modules": [module.split(".")[-1] for module in rosa.TARGETS.values()]}
     try:
@@ -88,11 +95,18 @@ def attach_peft(model, peft_type, options):
         model.loss(tokens, tokens).backward()  # what cannot run here shall say so now
         model.zero_grad()
     except Exception as error:  # each of its methods raises its own
-        raise ValueError(
-            f"peft:{peft_type} with {options or 'no options'} in {str(model.dtype)[6:]}: "
-            + " ".join(str(error).split())
-        ) from None
+        if fails_in_model(error):
+            raise
+        given = f"{options or 'no options'} in {str(model.dtype)[6:]}"
+        raise UserError(f"peft:{peft_type} with {given}: {' '.join(str(error).split())}") from error
     return model
+
+
+def fails_in_model(error):
+    """Whether an exception comes from model.py, or from what it calls in PyTorch, and not from the package peft."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    callers = [file for file in files if not is_library(file) or "peft" in Path(file).parts]
+    return not is_library(callers[-1]) and callers[-1] != __file__
 
 
 def peft_adapter(model):
@@ -117,13 +131,13 @@ def load_peft(model, config, tensors, directory):
         }  # the base's name PEFT would look for
         try:
             attach_peft(model, options.pop("peft_type"), options)
-        except (ValueError, ImportError) as error:
-            raise type(error)(f"{directory}: {error}") from None
+        except UserError as error:
+            raise UserError(f"{directory}: {error}") from error
     import peft
 
     tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-    rosa.check_tensors(
-        directory, tensors, {name: tensor.shape for name, tensor in peft.get_peft_model_state_dict(model).items()}
-    )
+    shapes = {name: tensor.shape for name, tensor in peft.get_peft_model_state_dict(model).items()}
+    with refusals_of("rosa"):
+        rosa.check_tensors(directory, tensors, shapes)
     peft.set_peft_model_state_dict(model, tensors)
     return model

@@ -18,10 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from data.errors import UserError
 from extras import peft_methods
 from extras.checkpoints import copy_companions, read_json, stored_tensors
 from extras.commands import Stop
 from extras.distributed import by_the_first, gather, processes
+from extras.source import HERE, file_fingerprint
 
 try:
     import resource
@@ -55,7 +57,7 @@ class Run:
         step = self.load_state() if self.args.resume and (self.out / "state.safetensors").exists() else None
         if len(set(gather(step))) > 1:
             problem = f"--resume: {self.out} holds different states on different machines"
-            raise ValueError(f"{problem}: share it, or copy it to each")
+            raise UserError(f"{problem}: share it, or copy it to each")
         return step
 
     @by_the_first
@@ -178,7 +180,7 @@ class Run:
                 progress = json.loads(file.metadata()["progress"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file ({error}): --overwrite starts anew") from None
+            raise UserError(f"{path} is not a whole safetensors file ({error}): --overwrite starts anew") from None
         moments = {}  # the optimiser's own state goes by position
         for i, (name, parameter) in enumerate(self.trainable.items()):
             parameter.copy_(tensors[f"trainable.{name}"])
@@ -222,9 +224,15 @@ class Run:
         draw_run(self.out)
 
 
+# The files that a run depends on.
+CODE = ("model.py", "rosa.py", "train.py", "data/tasks.py", "data/tokenizer.py", "data/toy.py")
+STAND_INS = ("extras/kernels.py", "extras/operators.py")  # not with --plain
+
+
 def describe(args, ckpt, model, train_set, val_set):
-    """args.json: the arguments, and hashes by which a resumption knows the checkpoint and the data again. Of the
-    checkpoint these are its config, what its tensors are, and one small tensor, by which models of a shape differ."""
+    """args.json: the arguments, the code, and hashes by which a resumption knows the checkpoint and the data again. Of
+    the checkpoint these are its config, what its tensors are, and one small tensor, by which models of a shape
+    differ."""
     entries = stored_tensors(ckpt).items()
     content = {
         "config.json of the checkpoint": (ckpt / "config.json").read_bytes(),
@@ -238,35 +246,44 @@ def describe(args, ckpt, model, train_set, val_set):
     if getattr(args, "peft_config", None):
         content["options in --peft-config"] = read_json(args.peft_config)
     hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in content.items()}
-    return json.loads(json.dumps(vars(args) | {"format": FORMAT, "hashes": hashes}, default=str))
+    code = {name: file_fingerprint(HERE / name) for name in (CODE if args.plain else CODE + STAND_INS)}
+    return json.loads(json.dumps(vars(args) | {"format": FORMAT, "hashes": hashes, "code": code}, default=str))
 
 
 def check_out(args, ckpt):
-    """Raise ValueError where --out cannot be this run's directory."""
+    """Raise UserError where --out cannot be this run's directory."""
     if (args.out / "args.json").exists() and not (args.resume or args.overwrite):
         message = f"--out {args.out} holds a run already: --resume goes on with it, --overwrite starts anew"
-        raise ValueError(f"{message}, --out NAME keeps both")
+        raise UserError(f"{message}, --out NAME keeps both")
     if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file: choose a directory for the run")
+        raise UserError(f"--out {args.out} is a file: choose a directory for the run")
     if args.out.resolve() == ckpt.resolve():
-        raise ValueError(f"--out {args.out} is the checkpoint itself: choose another directory for the run")
+        raise UserError(f"--out {args.out} is the checkpoint itself: choose another directory for the run")
 
 
 def check_same(args, description):
-    """Raise ValueError naming a difference between this run and the one that was begun in --out."""
+    """Raise UserError naming a difference between this run and the one that was begun in --out."""
     if not (args.out / "args.json").is_file():
         message = f"--resume: {args.out} has no args.json: nothing was saved there yet"
-        raise FileNotFoundError(f"{message}; run without --resume")
+        raise UserError(f"{message}; run without --resume")
     before = read_json(args.out / "args.json")
     if before.get("format", 1) != FORMAT:
         message = f"--resume: the run in {args.out} was begun by another version, in format {before.get('format', 1)}"
-        raise ValueError(f"{message} and not {FORMAT}: --overwrite starts anew")
+        raise UserError(f"{message} and not {FORMAT}: --overwrite starts anew")
     for key, value in before.items():
-        if key not in (*NOT_COMPARED, "hashes", "format") and (now := description.get(key)) != value:
-            raise ValueError(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}, not {now}")
+        if key not in (*NOT_COMPARED, "hashes", "format", "code") and (now := description.get(key)) != value:
+            raise UserError(f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}, not {now}")
     for name, value in before.get("hashes", {}).items():
         if description["hashes"].get(name) != value:
-            raise ValueError(f"--resume: the {name} differ from those that the run in {args.out} began with")
+            raise UserError(f"--resume: the {name} differ from those that the run in {args.out} began with")
+    # Runs of earlier versions do not say with which code they began, those with --plain not for all of the files.
+    began, now = before.get("code", {}), description["code"]
+    if edited := [file for file in began if file in now and began[file] != now[file]]:
+        files = " and ".join(edited)
+        are = "has" if len(edited) == 1 else "have"
+        print(
+            f"code       {files} {are} been edited since the run in {args.out} began: it goes on with the code of now"
+        )
 
 
 def best_step(out):
@@ -301,7 +318,7 @@ def draw_run(out):
     """run.png: the losses, the learning rate, and of every layer its score at each probe and whether it trained."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:
+    except ModuleNotFoundError:
         return print("run.png is not drawn: pip install matplotlib, then the same command with --resume draws it")
     args, log, probes = read_json(out / "args.json"), read_log(out / "log.jsonl"), read_log(out / "layers.jsonl")
     steps, last = log[1:], log[-1]["step"]

@@ -391,7 +391,7 @@ FLAGS = [  # (script, arguments, words of the line)
     ("train", "--k-ratio nan", "--k-ratio must be in (0, 1], not nan"),
     ("train", "--lr=nan", "--lr must be a positive number, not nan"),
     ("train", "--alpha -1", "--alpha must be a positive number, not -1"),
-    ("train", "--score-ema nan", "score_ema must be in [0, 1)"),
+    ("train", "--score-ema nan", "--score-ema must be in [0, 1), not nan"),
     ("train", "--targets q,z", "--targets has the unknown target 'z'", "choose from q,k,v"),
     ("train", f"--seed {2**70}", "--seed must be a whole number from 0 to 2^32 - 1"),
     ("train", "--batch-size 6", "--batch-size 6 is not a multiple of --micro-batch-size 4"),
@@ -413,7 +413,7 @@ FLAGS = [  # (script, arguments, words of the line)
     ("eval", ["--prompt", "a\udcff"], "--prompt is empty, or not text in UTF-8"),
     ("eval", ["--prompt", "a b " * 200], "--prompt has ", "no room for an answer"),
     ("compare", "ckpt", "ckpt is no run directory"),
-    ("figure1", "--limit 0", "--limit must be at least 1"),
+    ("figure1", "--limit 0", "--limit must be a whole number of at least 1"),
     ("figure1", "--task gsm8k --data-dir d", f"{DOWNLOAD} --dir d"),
     *(("eval", old, f"is a command of its own now: python -m extras.{command}") for old, command in OLD.items()),
     ("forgetting", "absent.json", "absent.json: No such file"),
@@ -443,7 +443,6 @@ def test_options_of_a_method_that_are_none_are_refused(here, capsys):
 
 def test_a_message_is_one_printable_line():
     assert one_line("a\nb\t c\x1b[31m \ud800\u2028\u202e é日") == "a b c\\x1b[31m \\ud800 \\u202e é日"
-    assert one_line(FileNotFoundError(2, "No such file or directory", "a\nb")) == "a b: No such file or directory"
     long = one_line("where" + "x" * 10**4 + "what to do")
     assert long.startswith("where") and long.endswith("what to do") and len(long) < 700
 

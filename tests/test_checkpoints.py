@@ -12,6 +12,7 @@ from rounding import assert_close, of_model
 from safetensors.torch import load_file, save_file
 
 import rosa
+from data.errors import UserError
 from extras.checkpoints import find_checkpoint, hub_cache, load_model
 from extras.merge import merge_checkpoint
 from model import Llama
@@ -21,9 +22,9 @@ def test_checkpoints_are_found_by_name(tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("checkpoints/mine")
     assert find_checkpoint("mine").samefile("checkpoints/mine") and find_checkpoint("tiny").name == "tiny"
-    with pytest.raises(FileNotFoundError, match="no checkpoint 'other'.* names known are tiny, llama2-7b, "):
+    with pytest.raises(UserError, match="no checkpoint 'other'.* names known are tiny, llama2-7b, "):
         find_checkpoint("other")
-    with pytest.raises(FileNotFoundError, match="no config.json"):
+    with pytest.raises(UserError, match="no config.json"):
         find_checkpoint("checkpoints")
 
 
@@ -36,7 +37,7 @@ def test_a_name_is_looked_for_here_then_in_the_cache_of_hugging_face(tmp_path, m
     patterns = r"--include '\*.json' --include 'tokenizer\*' --include 'model\*.safetensors'"
 
     def is_absent():
-        with pytest.raises(FileNotFoundError, match=f"To download it .*: hf download {repository} {patterns}"):
+        with pytest.raises(UserError, match=f"To download it .*: hf download {repository} {patterns}"):
             find_checkpoint(name)
 
     is_absent()

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from data import tasks, toy
+from data.errors import UserError
 
 # --- toy ---
 
@@ -160,7 +161,7 @@ def test_a_task_is_its_test_sets_or_one_of_them(tmp_path):
 
 def test_the_files_of_a_task_lie_as_in_llm_adapters_and_a_persons_own_beside_them_or_anywhere(tmp_path):
     absent = rf"math_10k.json is absent. To get it: python data.download.py all --dir {tmp_path}$"
-    with pytest.raises(FileNotFoundError, match=absent):
+    with pytest.raises(UserError, match=absent):
         tasks.train_examples("arithmetic", tmp_path)
     with pytest.raises(ValueError, match="--train-file"):
         tasks.train_examples("gsm8k", tmp_path)
@@ -172,7 +173,7 @@ def test_the_files_of_a_task_lie_as_in_llm_adapters_and_a_persons_own_beside_the
     assert tasks.train_examples("arithmetic", tmp_path) == [{"instruction": "a", "output": "b"}]
     assert tasks.train_examples("arithmetic", tmp_path, "more.json")[0]["output"] == "d"
     assert tasks.train_examples("my own", tmp_path, math)[0]["output"] == "b"
-    with pytest.raises(FileNotFoundError, match="There, for --train-file: math_10k.json, more.json$"):
+    with pytest.raises(UserError, match="There, for --train-file: math_10k.json, more.json$"):
         tasks.train_examples("commonsense", tmp_path)
     assert len(tasks.test_examples("gsm8k", tmp_path)) == 1
 

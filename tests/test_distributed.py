@@ -25,6 +25,7 @@ import eval as eval_script
 import rosa
 import train
 from data import tasks, toy
+from data.errors import UserError
 from data.tokenizer import load_tokenizer
 from extras import predictions, runs
 from extras.kernels import accelerate
@@ -372,7 +373,7 @@ def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
 
 def misplaced(rank):
     def load_tokenizer(ckpt):
-        raise ValueError("no tokenizer on this machine")
+        raise UserError("no tokenizer on this machine")
 
     if rank == 1:
         train.load_tokenizer = eval_script.load_tokenizer = load_tokenizer
@@ -429,7 +430,7 @@ def unwritable(rank):
 
 def test_what_the_first_cannot_write_ends_the_others_too(ckpt):
     codes, _, errors = end(start(3, eval_script, f"{EVAL} --out many", unwritable))
-    assert codes == [2] * 3 and errors == ["eval.py: [Errno 28] No space left on device"]
+    assert codes == [2] * 3 and errors == ["eval.py: many: No space left on device"]
 
 
 def test_torchrun(ckpt):

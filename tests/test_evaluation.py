@@ -307,7 +307,8 @@ def test_one_question_is_answered_as_it_is_asked(decisive, capsys, monkeypatch):
         return [characters]
 
     monkeypatch.setattr(inference, "generate", generate)
-    monkeypatch.setattr(kernels, "accelerate", lambda *_, **how: None)  # it may print too
+    monkeypatch.setattr(kernels, "accelerate", lambda *_, **how: ([], {}))
+    monkeypatch.setattr(kernels, "say_what_runs", lambda *_: None)
     monkeypatch.setattr("builtins.print", lambda text, **_: pieces.append(text))
     run(eval_script, *asking, 5000)
     assert "".join(pieces) == "a🙂é" and not any("\ufffd" in piece for piece in pieces) and "🙂" in pieces

@@ -101,7 +101,7 @@ MISTAKES = {
     "--ckpt absent": "no checkpoint 'absent'",
     "--adapter absent": "absent is no adapter directory",
     "--adapter ckpt": "it has no adapter_config.json; it is a whole checkpoint: --ckpt ckpt",
-    "--adapter ia3": "of type IA3: only peft can merge it",
+    "--adapter ia3": "is an adapter of type IA3, which rosa.merge cannot merge: load both with the package peft",
     "--adapter other": "other was trained on another model: base_model.model.model.layers.2",
     "--rank 3": "unrecognized arguments: --rank 3",
 }

@@ -12,6 +12,7 @@ import sentencepiece
 from sentencepiece import SentencePieceProcessor
 
 from data import tasks
+from data.errors import UserError
 from data.tokenizer import load_tokenizer
 
 TEXTS = ["", " ", "  two", "tail ", "a\nb\n\nc", "tab\there", "0123456789", "naïve café", "日本語", "🙂👍🏽", "▁", "ﬁ"]
@@ -114,12 +115,12 @@ def test_a_tokenizer_json_without_an_end_of_sequence_is_refused(tmp_path, eos):
 def test_a_missing_package_is_one_line_that_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match="pip install tokenizers"):
+    with pytest.raises(UserError, match="pip install tokenizers"):
         load_tokenizer(tmp_path)
 
 
 def test_what_is_no_tokenizer_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer.model"):
+    with pytest.raises(UserError, match="no tokenizer.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"no such thing")
     with pytest.raises(ValueError, match="tokenizer.model is not a SentencePiece model"):
@@ -252,7 +253,7 @@ def test_without_the_package_tokenizers_the_tokenizer_model_is_read(tmp_path, mo
         assert load_tokenizer(tmp_path).eos_id == 2
         assert re.fullmatch(r".*pip install tokenizers; .*tokenizer.model is read .*\n", capsys.readouterr().err)
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\n")
-    with pytest.raises(ImportError, match="pip install tokenizers"):
+    with pytest.raises(UserError, match="pip install tokenizers"):
         load_tokenizer(tmp_path)
 
 

@@ -1,7 +1,7 @@
 """A fuzzer of everything that is read: config.json, an index, a safetensors header, an adapter, data files.
 
 A case flips, cuts and inserts bytes in one good file, or puts another value into its JSON, and has it read as the
-scripts read it. What follows is either a refusal, a ValueError, OSError or ImportError with a message for one line, or
+scripts read it. What follows is either a refusal, a UserError with a message for one line, or
 a result that an independent reading of the same bytes, by json and NumPy, gives too; within 5 seconds and 200 MB. The
 seed and its number alone decide a case: `python tests/fuzz/bench_fuzz.py`.
 """
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import rosa
 from data import tasks
+from data.errors import UserError
 from extras import peft_methods
 from extras.checkpoints import load_model
 from extras.commands import one_line
@@ -279,7 +280,7 @@ def outcome(read, directory, content, file):
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("error")  # a warning is a line on stderr that nobody meant
             read(directory, content)
-    except (ValueError, OSError, ImportError) as error:
+    except UserError as error:
         line = one_line(error)
         clean = line.isprintable() and len(line) <= 700 and Path(file).parts[0] in line
         assert clean, f"the refusal {line!r} names no file or is no line"
