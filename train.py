@@ -295,6 +295,9 @@ def attach(args, model):
     else:
         options = read_json(args.peft_config) if args.peft_config else {}
         peft_methods.attach_peft(model, args.method.removeprefix("peft:"), options)
+    in_layers = any(parameter.requires_grad for parameter in model.model.layers.parameters())
+    if args.k_ratio < 1 and not in_layers:
+        raise UserError(f"nothing that {args.method} trains is in a layer, so no layer can be selected: --k-ratio 1")
 
 
 def load_data(args, tokenizer):

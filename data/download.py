@@ -47,13 +47,16 @@ BLOB_IDS = {
     "dataset/winogrande/test.json": "21257263593dd4d00546e1918c88ca0f357b08ad",
 }
 
+# The tasks that are fetched: those whose training file is LLM-Adapters'. A task of one's own has files of its own.
+FETCHED = [task for task, file in tasks.TRAIN_FILES.items() if f"ft-training_set/{file}" in BLOB_IDS]
+
 
 def parse_args(arguments=None):
     p = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     p.error = fail
-    p.add_argument("task", choices=(*tasks.TRAIN_FILES, "all"), help="whose files to fetch")
+    p.add_argument("task", choices=(*FETCHED, "all"), help="whose files to fetch")
     p.add_argument("--dir", type=Path, default=tasks.DATA_DIR, help="where they go")
     p.add_argument("--url", default=URL, help="where they come from: LLM-Adapters' repository, or a mirror of it")
     args = p.parse_args(arguments)
@@ -87,7 +90,7 @@ def main(args):
         complain(f"{failed} of {len(files)} files failed; the same command again resumes what is missing")
         sys.exit(1)
     data_dir = "" if args.dir == Path(tasks.DATA_DIR) else f" --data-dir {shlex.quote(str(args.dir))}"
-    for task in tasks.TRAIN_FILES if args.task == "all" else [args.task]:
+    for task in FETCHED if args.task == "all" else [args.task]:
         print(f"next: python train.py --ckpt CHECKPOINT --task {task}{data_dir}")
 
 

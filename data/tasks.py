@@ -12,7 +12,7 @@ from pathlib import Path
 from data import toy
 from data.errors import UserError, user_file
 
-# Test sets by task: what data/download.py fetches, but toy. How a set's answers are read: `extract_answer`.
+# Test sets by task. How a set's answers are read: `extract_answer`.
 TASKS = {
     "toy": ["toy"],
     "arithmetic": ["MultiArith", "gsm8k", "AddSub", "AQuA", "SingleEq", "SVAMP", "mawps"],

@@ -309,7 +309,9 @@ def checkpoint_files(directory):
         if file.parent != directory or file.name in ("", ".", ".."):
             problem = f"{index} names a file outside its directory, {file}"
             raise UserError(f"{problem}: download the checkpoint again")
-        if not file.is_file():
+        with user_file(file):  # a name may be too long for a disk
+            is_there = file.is_file()
+        if not is_there:
             raise UserError(f"{index} names {file.name}, which is absent: download it")
     return files
 

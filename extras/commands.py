@@ -4,6 +4,7 @@ Without it: argparse alone, and a traceback for a mistake.
 """
 
 import argparse
+import errno
 import math
 import os
 import shlex
@@ -53,6 +54,8 @@ def run_script(name, parse_args, main, arguments=None, go_on=None):
         sys.stdout = open(os.devnull, "w")
         end(name, f"what it prints is read no longer{advice}", 1)
     except Exception as error:
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:  # what was typed as the name of a file
+            fail(name, f"{error.filename}: {error.strerror}")
         if died(error):
             end(name, f"another process has ended, and this one with it{advice}", 1)
         close_bars()

@@ -65,8 +65,7 @@ def first_low_frequency_pair(model):
     """Where the pairs begin that RoAE adapts, in this model or by default."""
     default = inspect.signature(rosa.attach).parameters["low_freq_ratio"].default
     ratio = rosa.settings(model)["low_freq_ratio"] if rosa.adapters(model) else default
-    half = model.config.head_dim // 2
-    return half - max(1, round(ratio * half))
+    return int(rosa.adapted_rows(model.config.head_dim, 1, ratio).min())
 
 
 def draw(path, means, first_low, count):

@@ -91,11 +91,11 @@ def edited(fingerprints):
 
 
 def say_what_runs(exchanged, from_inference=()):
-    """One line: which methods run from extras/kernels.py and extras/inference.py, and how to do without."""
+    """One line: what runs from extras/kernels.py and extras/inference.py in the place of which methods."""
     places = {"extras/kernels.py": exchanged, "extras/inference.py": from_inference}
-    parts = [f"{', '.join(names)} from {place}" for place, names in places.items() if names]
+    parts = [f"{place} stands for {', '.join(names)}" for place, names in places.items() if names]
     if parts:
-        print(f"kernels    here run {'; '.join(parts)}. With --plain they run as written")
+        print(f"kernels    {'; '.join(parts)}. --plain runs them as written")
 
 
 # --- nn.Linear.forward ---

@@ -383,7 +383,7 @@ FLAGS = [  # (script, arguments, words of the line)
     ("eval", "--ckpt llama2-7b", "hf download meta-llama/Llama-2-7b-hf --include"),
     ("eval", ["--ckpt", "a\nb\x1b[2J" + "c" * 200], "no checkpoint", "a\\nb\\x1b[2J"),
     ("train", "--task algebra", "task 'algebra'", "choose from toy"),
-    ("eval", "--task gsm8k,algebra", "unknown task 'algebra'", "choose from toy"),
+    ("eval", "--task gsm8k,algebra", "unknown task 'algebra': choose from", "toy, "),
     ("train", "--rnak 3", "unrecognized arguments: --rnak"),
     ("train", "--rank x", "--rank must be a whole number of at least 1, not x"),
     *(("train", f"--{x} 0", f"--{x} must be a whole number of at least 1") for x in COUNTS),

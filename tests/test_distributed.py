@@ -29,7 +29,7 @@ from data.errors import UserError
 from data.tokenizer import load_tokenizer
 from extras import predictions, runs
 from extras.kernels import accelerate
-from model import Llama
+from model import MLP, Llama
 
 pytestmark = pytest.mark.numeric
 RUN = "--ckpt ckpt --max-steps 8 --batch-size 6 --micro-batch-size 3 --val-size 9 --eval-every 4 --save-every 3"
@@ -371,6 +371,9 @@ def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
 # --- mistakes ---
 
 
+ABSENT, EVAL = "--ckpt absent", "--ckpt ckpt --max-new-tokens 9 --device cpu"
+
+
 def misplaced(rank):
     def load_tokenizer(ckpt):
         raise UserError("no tokenizer on this machine")
@@ -379,7 +382,26 @@ def misplaced(rank):
         train.load_tokenizer = eval_script.load_tokenizer = load_tokenizer
 
 
-ABSENT, EVAL = "--ckpt absent", "--ckpt ckpt --max-new-tokens 9 --device cpu"
+def mistaken(rank):
+    plain = MLP.forward
+
+    def forward(self, x):
+        B, T = x.shape
+        return plain(self, x)
+
+    if rank == 1:
+        MLP.forward = forward
+
+
+@pytest.mark.parametrize("script", [train, eval_script])
+def test_a_mistake_in_the_code_is_a_traceback_and_the_others_end_with_it(ckpt, script):
+    command = f"{RUN if script is train else EVAL} --out many"
+    codes, _, errors = end(start(2, script, command, mistaken))
+    assert codes == [1, 1] and "ValueError: " in errors[-1], errors
+    assert errors[0].startswith(f"{script.__name__}.py: another process has ended, and this one with it"), errors
+    assert "in forward\n    B, T = x.shape\n" in Path("err1.txt").read_text()
+
+
 MISTAKES = [  # (script, arguments, what one process lacks, words of the line)
     (train, f"{RUN} --rnak 3", None, "unrecognized"),
     (train, f"{RUN} {ABSENT}", None, "no checkpoint 'absent'"),

@@ -14,8 +14,9 @@ from rounding import assert_close, assert_greedy, assert_no_worse, bound, of_mod
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import eval as eval_script
 import rosa
-from extras import inference, kernels
+from extras import inference, kernels, merge
 from extras.kernels import KERNELS, SummedCrossEntropy, accelerate, fingerprint
 from extras.operators import Operators
 from model import MLP, Attention, Llama, RMSNorm
@@ -46,41 +47,26 @@ def assert_same_results(model, expected, before=None):
 
 
 def test_the_fingerprints_are_those_of_the_files():
-    expected = functools.reduce(dict.__or__, (kernel.fingerprints for kernel in KERNELS), inference.PLAIN)
-    assert {(cls, name): fingerprint(getattr(cls, name)) for cls, name in expected} == expected
-
-
-METHOD = '''
-def method(self, x):
-    """What it says."""
-    y = self.scale * x  # why
-    if x.ndim > 2:
-        y = y + 1
-    return F.silu(y)
-'''
-SAME = [("  # why", ""), ("    if", "\n    # because\n\n    if"), ("silu(y)", "silu(\n        y\n    )"), (" > ", ">")]
-SAME += [('    """What it says."""\n', ""), ("What it says.", "Other words.\n\n    And more.")]
-OTHER = [("*", "+"), ("1", "2"), ("2", "2.0"), (">", ">="), ("silu", "gelu"), ("self.scale", "self.shift"), ("F.", "")]
-OTHER += [("    return", "        return"), ("(self, x)", "(self, x, z=None)")]
-
-
-def method(directory, text):
-    (directory / "file.py").write_text(text)
-    return runpy.run_path(str(directory / "file.py"))["method"]
-
-
-@pytest.mark.parametrize("old, new", SAME + OTHER)
-def test_a_fingerprint_is_of_what_a_function_says(tmp_path, old, new):
-    before = fingerprint(method(tmp_path, METHOD))
-    assert (fingerprint(method(tmp_path, METHOD.replace(old, new))) == before) == ((old, new) in SAME)
+    tables = [kernel.fingerprints for kernel in KERNELS] + [inference.PLAIN, inference.LIKELIHOODS, merge.MERGED]
+    tables.append({(eval_script, "log_likelihood"): inference.LOG_LIKELIHOOD})
+    for (owner, name), expected in itertools.chain(*(table.items() for table in tables)):
+        found = fingerprint(getattr(owner, name))
+        method = f"{owner.__name__}.{name}"
+        advice = (
+            f"{method} has been edited, and what stood for it in extras/ stands for it no longer: it runs as written."
+        )
+        advice += f" That is as it should be. To speed it up again change its kernel too, and write {found!r} there"
+        assert found == expected, advice
 
 
 @pytest.mark.parametrize("kind", ["wrapped", "builtin", "partial", "unreadable"])
 def test_what_is_no_plain_function_counts_as_edited(tmp_path, monkeypatch, kind):
     wrapped = functools.wraps(RMSNorm.forward)(lambda self, x: x)
     others = {"wrapped": wrapped, "builtin": torch.rsqrt, "partial": partial(RMSNorm.forward)}
-    monkeypatch.setattr(RMSNorm, "forward", others.get(kind) or method(tmp_path, METHOD))
+    (tmp_path / "file.py").write_text("def method(self, x):\n    return x\n")
+    unreadable = runpy.run_path(str(tmp_path / "file.py"))["method"]
     (tmp_path / "file.py").write_text("\n\ndef method(self, x):\n    return (x\n")  # somebody is typing in it
+    monkeypatch.setattr(RMSNorm, "forward", others.get(kind) or unreadable)
     exchanged, left = accelerate(random_model())
     assert "RMSNorm.forward" in left and "RMSNorm.forward" not in exchanged and "MLP.forward" in exchanged
 
@@ -101,6 +87,31 @@ def test_an_edited_method_runs_as_written_and_a_line_names_it(monkeypatch, capsy
     assert lines and all(f"{cls.__name__}.{name} has been edited" in line for line in lines)
     assert_same_results(model, expected, before)
     assert_greedy(model, PROMPTS, inference.generate(model, PROMPTS, 5, None), 5)
+
+
+def test_rows_that_were_chosen_otherwise_are_the_rows_that_adapt():
+    """In a file, or in a model by hand: the kernel adds to a slice of every head, and stands for no other rows."""
+    model = adapted()
+    for adapter in rosa.adapters(model).values():
+        if adapter.low_freq_ratio != 1:
+            adapter.rows = adapter.rows - 1
+    expected = results(model)
+    accelerate(model)
+    assert_same_results(model, expected)
+    kinds = {name.split(".")[-1]: "forward" in vars(adapter) for name, adapter in rosa.adapters(model).items()}
+    assert kinds == {"q_proj": False, "k_proj": False, "v_proj": True, "up_proj": True}
+
+
+def test_what_runs_is_said_in_one_line(capsys):
+    kernels.say_what_runs(["MLP.forward", "RMSNorm.forward"], ["Llama.generate"])
+    kernels.say_what_runs(["MLP.forward"])
+    kernels.say_what_runs([])
+    both, one = capsys.readouterr().out.splitlines()
+    assert both == (
+        "kernels    extras/kernels.py stands for MLP.forward, RMSNorm.forward; extras/inference.py stands for "
+        "Llama.generate. --plain runs them as written"
+    )
+    assert one == "kernels    extras/kernels.py stands for MLP.forward. --plain runs them as written"
 
 
 def test_methods_are_exchanged_in_modules_of_this_very_class_alone_and_nothing_else_changes():

@@ -20,7 +20,7 @@ from rounding import assert_close, assert_greedy, of_model
 import model as model_file
 import rosa
 from extras.checkpoints import check_config
-from model import Llama, LlamaConfig
+from model import FAMILIES, Llama, LlamaConfig
 from rosa import attach
 
 pytestmark = pytest.mark.numeric
@@ -153,7 +153,7 @@ PARTIAL = {"partial_rotary_factor": 0.5}
 REFUSED += [
     (PARTIAL, "partial_rotary_factor = 0.5 is not"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4} | PARTIAL}, "partial_rotary_factor = 0.5 is not"),
-    ({"model_type": "gemma"}, "model_type 'gemma' is not implemented: only llama, mistral, qwen2 are"),
+    ({"model_type": "gemma"}, f"model_type 'gemma' is not implemented: only {', '.join(FAMILIES)} are"),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not implemented"),
     ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
     ({"hidden_size": 34}, "hidden_size 34 is not a multiple of num_attention_heads 4"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from rounding import assert_close, near, of_model
 from torch import nn
 
 import rosa
+import train as train_script
+from data.errors import UserError
 from data.tokenizer import HERE as DATA
 from extras import merge, peft_methods
 from extras.kernels import accelerate
-from model import Llama
+from model import MLP, Llama
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.numeric
@@ -105,6 +108,30 @@ def test_kernels_leave_its_layers_as_they_are_and_compute_the_same(name, options
     for wrapper in (module for module in model.modules() if module.__module__.startswith("peft")):
         inside = [module for module in wrapper.modules() if isinstance(module, nn.Linear)]
         assert not any("forward" in vars(module) for module in inside)
+
+
+def test_a_mistake_in_the_model_is_a_traceback_and_what_peft_refuses_a_line(monkeypatch):
+    """The trial pass meets both."""
+    forward = MLP.forward
+    monkeypatch.setattr(MLP, "forward", lambda self, x: forward(self, x.view(3, -1)))
+    with pytest.raises(RuntimeError, match="shape"):
+        peft_methods.attach_peft(random_model(), "IA3", METHODS["IA3"])
+    monkeypatch.setattr(MLP, "forward", forward)
+    with pytest.raises(UserError, match="peft:LORA with .*no_such.* in float32: .*no_such"):
+        peft_methods.attach_peft(random_model(), "LORA", {"no_such": 1})
+    monkeypatch.setattr(peft.tuners.lora.Linear, "_cast_input_dtype", torch.linalg.inv)  # fails where peft calls it
+    with pytest.raises(UserError, match="peft:LORA with .*inv"):
+        peft_methods.attach_peft(random_model(), "LORA", {"target_modules": ["q_proj"]})
+
+
+def test_where_nothing_in_a_layer_trains_layers_cannot_be_selected(ckpt, capsys):
+    Path("options.json").write_text('{"target_modules": ["lm_head"]}')
+    with pytest.raises(SystemExit) as stopped:
+        train_script.run(
+            "--ckpt ckpt --method peft:LORA --peft-config options.json --k-ratio 0.5 --max-len 200".split()
+        )
+    line = "train.py: nothing that peft:LORA trains is in a layer, so no layer can be selected: --k-ratio 1\n"
+    assert stopped.value.code == 2 and capsys.readouterr().err.endswith(line)
 
 
 @pytest.mark.parametrize("name", ["IA3", "OFT", "LN_TUNING"])

@@ -1,0 +1,157 @@
+"""Statements about `extras/source.py`: what a fingerprint is of, and which code a call may come to."""
+
+import functools
+import runpy
+import sys
+import types
+
+import pytest
+import torch
+
+import model
+import rosa
+from data import tasks
+from extras import source
+from extras.predictions import result_code
+from extras.source import fingerprint, reached_code, words
+from model import MLP, Llama
+
+METHOD = '''
+def method(self, x):
+    """What it says."""
+    y = self.scale * x  # why
+    if x.ndim > 2:
+        raise ValueError(f"{x.ndim} dimensions: too many") from None
+    return F.silu(y)
+'''
+SAME = [("  # why", ""), ("    if", "\n    # because\n\n    if"), ("silu(y)", "silu(\n        y\n    )"), (" > ", ">")]
+SAME += [('    """What it says."""\n', ""), ("What it says.", "Other words.\n\n    And more."), (": too many", "")]
+SAME += [('f"{x.ndim} dimensions', 'f"{x.shape}')]
+OTHER = [("*", "+"), ("2", "2.0"), (">", ">="), ("silu", "gelu"), ("self.scale", "self.shift"), ("F.", "")]
+OTHER += [("    return", "        return"), ("(self, x)", "(self, x, z=None)"), ("ValueError", "KeyError")]
+OTHER += [("raise ValueError(", "y = (")]
+
+
+def method(directory, text):
+    (directory / "file.py").write_text(text)
+    return runpy.run_path(str(directory / "file.py"))["method"]
+
+
+@pytest.mark.parametrize("old, new", SAME + OTHER)
+def test_a_fingerprint_is_of_what_a_function_says(tmp_path, old, new):
+    before = fingerprint(method(tmp_path, METHOD))
+    text = METHOD.replace(old, new)
+    assert text != METHOD
+    text = text.replace(" from None", "") if new == "y = (" else text
+    assert (fingerprint(method(tmp_path, text)) == before) == ((old, new) in SAME)
+
+
+def test_a_string_in_an_expression_counts_and_an_f_string_is_one_word_on_every_python():
+    assert words('x = f"a{b + 1:.2f}c"  # d') == 'x = f"a{b + 1:.2f}c"'
+    assert words('x = y("a")') != words('x = y("b")')
+
+
+def test_a_decorator_counts_and_a_librarys_is_known_by_its_name():
+    def plain(x):
+        return x + 1
+
+    without_gradient, wrapped = torch.no_grad()(plain), functools.wraps(plain)(lambda x: x)
+    assert len({fingerprint(each) for each in (plain, without_gradient, wrapped)}) == 3
+    assert fingerprint(without_gradient) == fingerprint(torch.no_grad()(plain))
+
+
+# --- what a call may come to ---
+
+HELPERS = types.ModuleType("helpers")
+HELPERS.__file__ = __file__
+
+
+def helper(x):
+    return x * FACTOR
+
+
+FACTOR = 3
+HELPERS.helper = helper
+
+
+def doubled(self, x):
+    return self.down_proj(2 * HELPERS.helper(x))
+
+
+def pieces(*starts):
+    search = source.Search()
+    for start in starts:
+        search.add(start)
+    while search.new_names():
+        pass
+    return {name for _, name, _ in search.pieces}
+
+
+def test_what_an_answer_comes_from_is_found_and_nothing_else():
+    """Everything that the plain path calls: by a trace of a real call."""
+    found = pieces(Llama, Llama.generate)
+    called, small = set(), {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    net = Llama(model.LlamaConfig(**small, num_attention_heads=2))
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename == model.__file__:
+            called.add(frame.f_code.co_qualname)
+
+    sys.setprofile(trace)
+    net.generate([[1, 2, 3]], 2, None)
+    sys.setprofile(None)
+    called = {name for name in called if "<" not in name}  # comprehensions are inside what has them
+    assert len(called) > 10 and called <= found
+    for name in ("Llama.loss", "Llama.save_pretrained", "adapters"):
+        assert name not in found
+    assert "Llama.loss" in pieces(Llama, Llama.loss) and "RoAE.forward" in pieces(rosa.load_adapter)
+    assert not pieces(rosa.load_adapter) & {"merge", "save_adapter", "LayerSelector", "LayerSelector.after_backward"}
+
+
+EDITS = [
+    (MLP, "forward", doubled),
+    (model, "rotate", lambda x, cos, sin: x),
+    (model.KVCache, "update", lambda self, layer, k, v: (k, v, None)),
+    (model.Llama, "__call__", lambda self, tokens: None),
+    (rosa.RoAE, "forward", lambda self, x: self.linear(x)),
+    (rosa, "adapted_rows", lambda *_: None),
+]
+
+
+@pytest.mark.parametrize("owner, name, new", EDITS, ids=lambda value: getattr(value, "__name__", ""))
+def test_an_answer_is_of_the_code_that_classes_and_modules_hold_now(monkeypatch, owner, name, new):
+    before = result_code("generate", adapter="a")
+    assert before == result_code("generate", adapter="a")
+    monkeypatch.setattr(owner, name, new, raising=False)
+    after = result_code("generate", adapter="a")
+    file = "rosa.py" if owner.__name__ in ("rosa", "RoAE") else "model.py"
+    assert after.get("tests/test_source.py") and (after[file] != before[file] or name == "__call__")
+    others = after.keys() - {file, "tests/test_source.py"}
+    assert {each: after[each] for each in others} == {each: before[each] for each in others}
+
+
+@pytest.mark.parametrize("value, same", [(FACTOR, True), (FACTOR + 1, False)])
+def test_what_is_called_in_other_modules_and_constants_count(monkeypatch, value, same):
+    monkeypatch.setattr(MLP, "forward", doubled)
+    before = reached_code(Llama, Llama.generate)
+    assert "helper" in pieces(Llama, Llama.generate)
+    monkeypatch.setitem(globals(), "FACTOR", value)
+    assert (reached_code(Llama, Llama.generate) == before) == same
+
+
+def test_a_constant_is_the_same_text_in_every_process():
+    values = {"b": {2, 1}, "a": [(1, 2.5), None, True], "c": frozenset("xy")}
+    assert source.constant_text(values) == source.constant_text(dict(values))
+    assert source.constant_text({1, 2}) == source.constant_text({2, 1}) != source.constant_text({1, 3})
+    assert source.constant_text(object()) is None and source.constant_text([torch]) is None
+    assert source.constant_text(torch.float32) == "torch.float32" and source.constant_text(tasks.CHOICES)
+
+
+def test_where_there_is_no_source_the_byte_code_counts():
+    numbers = []
+    for number in (1, 2):
+        space = {"__name__": "__main__"}
+        code = compile(f"def method(x):\n    return x + {number}\n", "<stdin>", "exec")
+        types.FunctionType(code, space)()
+        numbers.append(reached_code(space["method"]))
+    assert numbers[0].keys() == numbers[1].keys() == {"<stdin>"} and numbers[0] != numbers[1]
