@@ -84,7 +84,7 @@ def main(args):
     gather()  # wait: none begins before all are set up
     if not args.plain:
         exchanged, _ = kernels.accelerate(model, inference=True)
-        kernels.say_what_runs(exchanged, inference.stand_ins(args.score))
+        kernels.say_what_runs(exchanged, inference.stand_ins(stood_for(args.score)))
     say_if_bfloat16_is_slow(device, dtype)
     runs.say_if_unfinished(args.adapter or ckpt)
     if args.prompt:
@@ -149,12 +149,18 @@ def choose_options(args, model, tokenizer, questions):
     """For --score likelihood: yield (place in `questions`, the likeliest option as text, 0) as questions, (test set,
     index, example, prompt ids), are answered."""
     # The faster way asks for all options at once; where a method that it replaces was edited, a line says so.
-    stood_for = inference.LIKELIHOODS | {(sys.modules[__name__], "log_likelihood"): inference.LOG_LIKELIHOOD}
     instead = "asking Llama.loss, one option after the other"
-    plain = args.plain or inference.stands_aside(stood_for, instead)
+    plain = args.plain or inference.stands_aside(stood_for("likelihood"), instead)
     for first in range(0, len(questions), args.batch_size):
         responses = most_likely(plain, model, tokenizer, questions[first : first + args.batch_size])
         yield from ((i, response, 0) for i, response in enumerate(responses, first))
+
+
+def stood_for(score):
+    """What extras/inference.py stands for with --score: {(class or module, name): fingerprint}."""
+    if score == "generate":
+        return inference.PLAIN
+    return inference.LIKELIHOODS | {(sys.modules[__name__], "log_likelihood"): inference.LOG_LIKELIHOOD}
 
 
 def generate_responses(args, model, tokenizer, questions):

@@ -3,6 +3,7 @@
 This file owns the architecture, the safetensors files, the key/value cache and greedy generation. It deals in
 token ids: text is `data/`'s business. It knows nothing of adapters: `rosa.py` wraps its linear layers from outside.
 Modules and parameters are named as in a Hugging Face checkpoint, so a tensor's name there is its name here.
+In train.py and eval.py faster code stands for some of the methods here, and says so; `--plain` runs them as written.
 
     tokens [B, T] -> embed_tokens -> L x ( x += self_attn(input_layernorm(x)) ; x += mlp(post_attention_layernorm(x)) )
                   -> norm -> lm_head -> logits [B, T, V]
@@ -283,12 +284,13 @@ class Llama(nn.Module):
     def save_pretrained(self, directory):
         """Write config.json and model.safetensors in Hugging Face layout; an existing file is replaced at once, whole.
 
-        Raises ValueError where adapters are attached: merge them first, or save them on their own."""
+        Raises ValueError for a parameter that Llama(config) does not have, such as an adapter's."""
         with torch.device("meta"):
             names = set(Llama(self.config).state_dict())
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if extra := sorted(set(tensors) - names):
-            raise ValueError(f"cannot save a model with adapters ({extra[0]}, ...): call rosa.merge(model) first")
+            advice = "rosa.merge(model) folds adapters in; other parameters must be made in Llama.__init__"
+            raise ValueError(f"cannot save {extra[0]}, which Llama(config) does not have: {advice}")
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]
         (directory := Path(directory)).mkdir(parents=True, exist_ok=True)

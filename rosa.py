@@ -129,7 +129,7 @@ def settings(model):
     """What must agree for one model's adapter to fit another: the arguments of `attach`."""
     layer = {name.split(".", 3)[3]: adapter for name, adapter in adapters(model).items()}  # the last: all are alike
     if not layer:
-        raise ValueError("the model has no adapters of RoSA's: attach(model) first")
+        raise ValueError("the model has no RoAE modules, which is what is saved and loaded here: attach(model) first")
     targets = [target for target, module in TARGETS.items() if module in layer]
     first = layer[TARGETS[targets[0]]]  # q or k where there is one: the others have every row
     ratio, pairs = first.low_freq_ratio, first.pairs

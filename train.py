@@ -41,6 +41,15 @@ METHODS = {
 }
 
 
+METHOD_NAMES = f"{', '.join(name for name in METHODS if name != 'peft')}, or peft:NAME such as peft:IA3"
+
+
+def default_of(option):
+    """The default of an option, for its help, by method: "default: rosa 0.5, lora 1, full 1"."""
+    defaults = [f"{method} {options[option]:g}" for method, options in METHODS.items() if option in options]
+    return f"default: {', '.join(defaults)}"
+
+
 def parse_args(arguments=None):
     parser = script_parser("train.py", "\n".join(__doc__.split("\n")[:4]))
     of_method = {"default": argparse.SUPPRESS}  # absent unless given: check_args fills in the method's own default
@@ -52,21 +61,21 @@ def parse_args(arguments=None):
     add("--train-file", help="JSON to train on, here or in --data-dir (default: the task's)")
     add("--out", type=Path, help="run directory (default: runs/<ckpt>-<task, or the train file>-<method>)")
     add = parser.add_argument_group("method").add_argument
-    add("--method", default="rosa", help="rosa, lora, full, or peft:NAME such as peft:IA3")
+    add("--method", default="rosa", help=METHOD_NAMES)
     add("--rank", type=count, **of_method, help="of each low-rank update (default: 64)")
     add("--low-freq-ratio", type=share, **of_method, help="share of each head's RoPE pairs that adapt (default: 0.5)")
     add(
         "--k-ratio",
         type=share,
         **of_method,
-        help="share of layers that train at a time (default: rosa 0.5, others 1)",
+        help=f"share of layers that train at a time ({default_of('k_ratio')})",
     )
     add = parser.add_argument_group("loop").add_argument
     add(
         "--lr",
         type=positive,
         **of_method,
-        help="peak; warm-up over 5 %%, then cosine (default: 1e-3; full 2e-5)",
+        help=f"peak; warm-up over 5 %%, then cosine ({default_of('lr')})",
     )
     add("--epochs", type=count, default=3, help="passes over the training examples")
     add("--batch-size", type=count, default=16, help="examples per optimiser step")
@@ -109,7 +118,7 @@ def check_args(args):
     """Fill in the method's defaults; refuse what does not go together."""
     kind = "peft" if args.method.startswith("peft:") else args.method
     if kind not in METHODS or args.method == "peft":
-        raise UserError(f"--method {args.method!r} is unknown: choose rosa, lora, full, or peft:NAME, such as peft:IA3")
+        raise UserError(f"--method {args.method!r} is unknown: choose from {METHOD_NAMES}")
     for name in sorted(set().union(*METHODS.values()) - set(METHODS[kind])):
         if hasattr(args, name):
             advice = ": give its own options with --peft-config FILE.json" if kind == "peft" else ""

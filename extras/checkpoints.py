@@ -257,7 +257,8 @@ def tensor_table(directory, model, stored):
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         message = f"{directory}: the tensors do not fit the config: {'; '.join(problems[:5])}{more}"
-        raise UserError(f"{message}. Download both again, of one model")
+        edited = "if model.py was edited, these are the parameters that it adds or lacks"
+        raise UserError(f"{message}. Download both again, of one model; {edited}")
     return stored
 
 

@@ -19,10 +19,10 @@ LIKELIHOODS = {(Llama, "loss"): "84864ca6024f", (Llama, "logits"): "3238416f55cf
 LOG_LIKELIHOOD = "99b2a4d161c2"  # of the function of that name in eval.py
 
 
-def stand_ins(score):
-    """What runs from this file: the methods of model.py that it stands for in generation, or in likelihoods."""
-    fingerprints, method = (LIKELIHOODS, "Llama.loss") if score == "likelihood" else (PLAIN, "Llama.generate")
-    return [] if edited(fingerprints) else [method]
+def stand_ins(fingerprints):
+    """The method that this file stands for, the first of PLAIN or LIKELIHOODS; none where one of them was edited."""
+    owner, name = next(iter(fingerprints))
+    return [] if edited(fingerprints) else [f"{owner.__name__}.{name}"]
 
 
 def stands_aside(fingerprints, instead):

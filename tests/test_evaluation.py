@@ -240,6 +240,32 @@ def test_the_likeliest_option_is_the_answer_whatever_computes_it(ckpt, monkeypat
             assert scores[line["response"]] >= max(scores.values()) * (1 + bound(**of_model(model.config)))
 
 
+def test_an_edited_log_likelihood_is_what_scores_and_a_line_says_so(ckpt, monkeypatch, capsys):
+    file = Path("data/dataset/openbookqa/test.json")
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps([choice(i) for i in range(6)]))
+    command, plain = "--task openbookqa --data-dir data --score likelihood", eval_script.log_likelihood
+    lines, _ = evaluate(command)
+    monkeypatch.setattr(eval_script, "log_likelihood", lambda *given: -plain(*given))
+    edited, _ = evaluate(command)
+    shown = capsys.readouterr().out
+    assert "eval.log_likelihood has been edited: asking Llama.loss, one option after the other" in shown
+    assert "6 in out/predictions.jsonl were answered by other code: asking again" in shown
+    assert "extras/inference.py stands for Llama.loss" in shown  # of the first
+    assert all(one["response"] != two["response"] for one, two in zip(lines, edited, strict=True))
+
+
+def test_what_is_right_is_judged_anew_from_the_stored_responses(decisive, monkeypatch, capsys):
+    lines, before = evaluate("--limit 5 --max-new-tokens 10")
+    monkeypatch.setattr(tasks, "extract_answer", lambda name, response: toy.examples("test", 1)[0]["answer"])
+    monkeypatch.setattr(inference, "stream", None)  # nothing is asked
+    judged, after = evaluate("--limit 5 --max-new-tokens 10")
+    assert "5 of 5 are in out/predictions.jsonl already" in capsys.readouterr().out
+    assert [line["response"] for line in judged] == [line["response"] for line in lines]
+    right = [line["answer"] == lines[0]["answer"] for line in lines]
+    assert [line["correct"] for line in judged] == right and after["micro"] == sum(right) / 5 > before["micro"]
+
+
 # --- going on ---
 
 

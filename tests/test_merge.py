@@ -1,6 +1,7 @@
 """Statements about `python -m extras.merge`: a whole checkpoint or nothing, what `merge` makes, in little memory."""
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import torch
 from conftest import assert_same_tensors, random_model, random_tokens, randomise_adapters
 from rounding import assert_close, bound, of_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import model as model_file
 import rosa
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
+from extras import checkpoints
 from extras import merge as merge_file
 from model import Llama
 
@@ -148,3 +151,76 @@ def test_logits_layer_by_layer_are_the_logits_and_leave_nothing_in_memory(change
     logits = merge_file.logits_layer_by_layer(empty, tokens, weights.get)
     assert_close(logits, model(tokens), **of_model(model.config))
     assert all(parameter.is_meta for parameter in empty.parameters())
+
+
+def renamed(monkeypatch, of):
+    """As if a reader had taught the project a family whose files have other names: `of` gives the name of a parameter
+    for a name in a file."""
+    for module in (checkpoints, model_file):
+        monkeypatch.setattr(module, "full_name", of)
+
+
+def test_what_is_written_has_the_names_of_the_checkpoints_files(ckpt, monkeypatch):
+    """Whoever reads the checkpoint, by whatever names, reads the merged one."""
+    expected = rosa.merge(rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"))
+    tensors = load_file("ckpt/model.safetensors")
+    theirs = {name.replace("model.layers.", "blocks.").replace("self_attn", "attn"): x for name, x in tensors.items()}
+    save_file(theirs, "ckpt/model.safetensors")
+    renamed(monkeypatch, lambda name: name.replace("blocks.", "model.layers.").replace("attn", "self_attn"))
+    merge()
+    written = load_file("out/model.safetensors")
+    assert {name: x.shape for name, x in written.items()} == {name: x.shape for name, x in theirs.items()}
+    assert_same_tensors(Llama.from_pretrained("out"), expected)
+
+
+def test_a_checkpoint_whose_tensors_are_parts_of_others_is_refused_before_anything_is_written(
+    ckpt, monkeypatch, capsys
+):
+    """Two layers' gates stored as one tensor, say, which a reader has the project take apart."""
+    tensors = load_file("ckpt/model.safetensors")
+    gates = [name for name in tensors if "gate_proj" in name]
+    whole = torch.cat([tensors.pop(name) for name in gates])
+    save_file(tensors | {"gates": whole}, "ckpt/model.safetensors")
+    stored, reading = checkpoints.stored_tensors, checkpoints.read_tensor
+    rows = whole.shape[0] // len(gates)
+
+    def taken_apart(directory):
+        table = stored(directory)
+        entry = table.pop("gates")
+        part = entry._replace(shape=(rows, whole.shape[1]))
+        return table | dict.fromkeys(gates, part)
+
+    def part(table, name):
+        tensor = reading(table, name)
+        return tensor[gates.index(name) * rows :][:rows] if name in gates else tensor
+
+    monkeypatch.setattr(checkpoints, "stored_tensors", taken_apart)
+    monkeypatch.setattr(checkpoints, "read_tensor", part)
+    monkeypatch.setattr(merge_file, "read_tensor", part)
+    with pytest.raises(SystemExit) as stopped:
+        merge()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "the model's tensors are not those of its files, gates [48, 32] among" in error
+    assert sorted(path.name for path in Path().iterdir()) == ["adapter", "ckpt"]
+
+
+EDITED = {
+    "forward": (rosa.RoAE, "forward", lambda self, x: self.linear(x) * 1.01),
+    "merge": (
+        rosa,
+        "merge",
+        lambda model: [model.set_submodule(n, a.linear) for n, a in rosa.adapters(model).items()] and model,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_where_merging_is_another_computation_than_the_adapters_own_it_is_refused_by_name(
+    ckpt, monkeypatch, capsys, name
+):
+    monkeypatch.setattr(*EDITED[name])
+    with pytest.raises(SystemExit) as stopped:
+        merge()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.search(r"merged, model.layers.0.\S+ computes something else than RoAE", error)
+    assert sorted(path.name for path in Path().iterdir()) == ["adapter", "ckpt"]
