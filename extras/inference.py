@@ -9,7 +9,7 @@ import os
 
 import torch
 
-from extras.kernels import edited
+from extras.kernels import PLAIN_ATTEND, edited
 from model import KVCache, Llama, check_prompts
 
 # What `stream` and `log_likelihoods` stand for, as it was written: where it has been edited, model.py's own answers.
@@ -175,6 +175,7 @@ class BatchedCache:
         self.values = zeros(n, K, S, d)
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=model.device)
         self.prefix = 0  # so many positions are filled alike in every row
+        self.masks_are_bool = edited(PLAIN_ATTEND) is not None  # as KVCache's are, of which a reader's attend knows
 
     def use(self, rows):
         """Let the next tokens be those of these rows, a slice. Returns the cache."""
@@ -206,9 +207,10 @@ class BatchedCache:
         S = int(positions.max()) + 1
         self.mask = None  # nothing lies before the tokens
         if S > T:
-            beyond = torch.arange(S, device=device) > positions[..., None]  # [n, T, S]
-            mask = torch.zeros(beyond.shape, device=device, dtype=self.keys[0].dtype)
-            self.mask = mask.masked_fill_(beyond, -torch.inf)[:, None]
+            seen = torch.arange(S, device=device) <= positions[..., None]  # [n, T, S]
+            if not self.masks_are_bool:  # added to the scores, it need not be made a mask of numbers in every layer
+                seen = torch.zeros(seen.shape, device=device, dtype=self.keys[0].dtype).masked_fill_(~seen, -torch.inf)
+            self.mask = seen[:, None]
 
     def select(self, rows):
         """Let row i be what row rows[i] was; a row may be taken several times."""

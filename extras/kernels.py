@@ -326,6 +326,7 @@ def reads_lm_head(model):
     return is_plain(model.lm_head) and model.lm_head.bias is None and "logits" not in vars(model)
 
 
+PLAIN_ATTEND = {(Attention, "attend"): "91e7c2b1d9ef"}
 PLAIN_LINEAR = {(nn.Linear, "forward"): "bc032567e395"}
 KERNELS = [
     Kernel(
@@ -339,7 +340,7 @@ KERNELS = [
     ),
     Kernel(RMSNorm, "forward", rms_norm_forward, {(RMSNorm, "forward"): "4e383c7b4692"}),
     Kernel(MLP, "forward", mlp_forward, {(MLP, "forward"): "b66865aa8eb3"}),
-    Kernel(Attention, "attend", attend, {(Attention, "attend"): "91e7c2b1d9ef"}),
+    Kernel(Attention, "attend", attend, PLAIN_ATTEND),
     Kernel(
         Llama,
         "loss",

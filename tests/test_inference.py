@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import random_model, random_tokens, randomise_adapters
+from conftest import decisive_model, random_model, random_tokens, randomise_adapters
 from rounding import assert_close, assert_greedy, near, of_model
 
 from extras.inference import BatchedCache, generate, log_likelihoods, stream
 from extras.kernels import accelerate
-from model import KVCache, Llama
+from model import Attention, KVCache, Llama
 from rosa import attach
 
 pytestmark = pytest.mark.numeric
@@ -157,3 +157,17 @@ def test_the_likelihood_of_a_continuation_is_that_of_the_whole_text(kernels, cha
     windowed = random_model(model_type="mistral", sliding_window=20)
     with pytest.raises(ValueError, match="21 tokens are more than the model's context of 20"):
         log_likelihoods(windowed, [[3] * 20], [[[3]]])
+
+
+def test_an_attend_that_a_reader_has_written_gets_the_masks_that_the_plain_cache_gives(monkeypatch):
+    def attend(self, q, k, v, mask):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        T, S = q.shape[2], k.shape[2]
+        mask = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask
+        scores = (q @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)  # and the root of d forgotten
+        return scores.softmax(-1) @ v
+
+    monkeypatch.setattr(Attention, "attend", attend)
+    prompts = [[3, 4, 5], [7] * 9, [6, 5]]
+    model = decisive_model(prompts, 6)
+    assert generate(model, prompts, 6, None) == model.generate(prompts, 6, None)
