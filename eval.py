@@ -31,7 +31,7 @@ from extras.checkpoints import (
 )
 from extras.commands import count, run_script, script_parser
 from extras.distributed import gather, gather_rounds, processes
-from extras.predictions import Predictions, fingerprint, result_code
+from extras.predictions import Predictions, fingerprint, hash_of, result_code
 
 MOVED = {"--loss": "forgetting FILE ...", "--activations": "figure1 PNG", "--compare": "compare RUN ..."}
 
@@ -78,9 +78,9 @@ def main(args):
     too_long = check_lengths(args, questions, model.config, tokenizer)
     if args.adapter:
         peft_methods.load_adapter(model, args.adapter)  # one of RoSA's, by rosa.load_adapter, or of PEFT's own
-        if dtype == torch.float32:  # bfloat16 weights would round the adapter's part away; PEFT's own stay as they are
-            merge.merge_if_unedited(model)
     check_finite(model)
+    if args.adapter and dtype == torch.float32:  # bfloat16 weights would round it away; PEFT's own stay as they are
+        merge.merge_if_unedited(model)
     gather()  # wait: none begins before all are set up
     if not args.plain:
         exchanged, _ = kernels.accelerate(model, inference=True)
@@ -129,7 +129,8 @@ def main(args):
     correct = {name: [] for name in names if name not in absent}
     for line in predictions.lines.values():
         correct[line["set"]].append(line["correct"])
-    results = score(correct) | {"score": args.score} | made_by
+    results = score(correct) | {"score": args.score, "max_new_tokens": limit, "ckpt": str(args.ckpt)} | made_by
+    results["questions"] = {name: hash_of([q[2] for q in questions if q[0] == name]) for name in correct}
     print_table(names, results)
     if cut := sum(line["finish_reason"] == "length" for line in predictions.lines.values()):
         print(f"{cut:,} answers were cut at --max-new-tokens {limit}")

@@ -289,7 +289,9 @@ class Llama(nn.Module):
             names = set(Llama(self.config).state_dict())
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         if extra := sorted(set(tensors) - names):
-            advice = "rosa.merge(model) folds adapters in; other parameters must be made in Llama.__init__"
+            advice = (
+                "rosa.merge(model) folds adapters in; a parameter of your own is made where a field of config says so"
+            )
             raise ValueError(f"cannot save {extra[0]}, which Llama(config) does not have: {advice}")
         if self.config.tie_word_embeddings:
             del tensors["lm_head.weight"]

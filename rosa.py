@@ -116,11 +116,16 @@ def adapters(model):
 @torch.no_grad()
 def merge(model):
     """Fold every adapter into its base weight, in place, and remove it. Returns the model. The sum is made in float32
-    and rounded once: to the 8 bits of a bfloat16 weight, where an update much smaller than the weight loses some."""
+    and rounded once: to the 8 bits of a bfloat16 weight, where an update much smaller than the weight loses some.
+
+    Raises FloatingPointError where a sum is not finite in the weight's dtype: that adapter and those after it stay."""
     for name, adapter in adapters(model).items():
         weight, rows = adapter.linear.weight, adapter.rows
         update = (adapter.alpha / adapter.rank) * adapter.B @ adapter.A  # [rows, in], float32
-        weight[rows] = (weight[rows] + update).to(weight.dtype)
+        merged = (weight[rows] + update).to(weight.dtype)
+        if not merged.isfinite().all():
+            raise FloatingPointError(f"{name}: the merged weight is not finite in {weight.dtype}")
+        weight[rows] = merged
         model.set_submodule(name, adapter.linear)
     return model
 
@@ -139,7 +144,12 @@ def settings(model):
 def save_adapter(model, directory):
     """Write adapter_config.json and adapter_model.safetensors: PEFT's LoRA format, B zero outside the adapted rows.
 
-    What RoSA knows beyond that stands in the safetensors metadata, under "rosa"."""
+    What RoSA knows beyond that stands in the safetensors metadata, under "rosa". Raises ValueError for a parameter that
+    trains and is no adapter's, since it would be lost."""
+    saved = {parameter for adapter in adapters(model).values() for parameter in (adapter.A, adapter.B)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter not in saved:
+            raise ValueError(f"{name} trains, and save_adapter would lose it: it writes the A and B of adapters")
     metadata, tensors = settings(model), {}
     for name, adapter in adapters(model).items():
         B = torch.zeros(adapter.linear.out_features, adapter.rank)
@@ -198,10 +208,13 @@ def read_adapter(directory, as_lora=False):
     if config.get("peft_type") != "LORA" or "peft" in metadata and not as_lora:  # "peft": by --method peft:LORA
         return {"peft": config}, tensors
     for name, value in config.items():  # what is not known to be harmless must be off: DoRA, rank_pattern, future ones
-        changes_base = name == "init_lora_weights" and str(value).startswith(CHANGE_BASE)
+        changes_base = name == "init_lora_weights" and str(value).lower().startswith(CHANGE_BASE)
         if changes_base or (name not in LORA_FIELDS and value and value != "none"):
             raise ValueError(f"{path}: {name} = {value!r:.60} is not implemented: let PEFT convert it to a plain LoRA")
     targets = [name for name, module in TARGETS.items() if any(f".{module}.lora_A." in key for key in tensors)]
+    stated = metadata.get("targets", targets)
+    if sorted(map(str, stated)) != sorted(targets):
+        raise ValueError(f"{directory} says that it adapts {stated}, and holds tensors of {targets}")
     arguments = {"rank": config.get("r"), "alpha": config.get("lora_alpha"), "targets": targets}
     for name, default in (("low_freq_ratio", 1.0), ("pairs", "low")):  # absent from what PEFT wrote: all rows adapt
         arguments[name] = metadata.get(name, default)
@@ -230,6 +243,8 @@ def check_lora(directory, tensors, model, arguments):
     if others := [name for name in tensors if ".layers." not in name]:
         raise ValueError(f"{directory} holds {others[0]}, which is in no layer: let PEFT merge it, merge_and_unload()")
     check_tensors(directory, tensors, shapes)
+    if not tensors:
+        raise ValueError(f"{directory} holds no tensors: nothing would be adapted")
     if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         raise ValueError(f"{directory}: {integers[0]} is {tensors[integers[0]].dtype}, not floats")
     for name, adapted in rows.items():
@@ -252,9 +267,10 @@ class LayerSelector:
     Every `select_every` optimiser steps, the first included, a step is a probe. All that trains in any layer then asks
     for gradients, and so do each layer's two norm weights, which RoSA only measures: they are few, every layer has the
     same ones, and all input of attention and MLP passes through them. A layer's score is the L2 norm of their
-    gradients; the round(k_ratio * L) layers with the highest scores train until the next probe. The others lose this
-    step's gradient and ask for none; their adapters keep what they have learned and still act. Below the lowest active
-    layer the backward pass then needs nothing. Where all layers train, probes only record scores.
+    gradients; of the L layers that have something to train the round(k_ratio * L) with the highest scores train until
+    the next probe. The others lose this step's gradient and ask for none; their adapters keep what they have learned
+    and still act. Below the lowest active layer the backward pass then needs nothing. Where all layers train, probes
+    only record scores.
 
     score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
     select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps the first selection,
@@ -277,12 +293,17 @@ class LayerSelector:
         norms = [(layer.input_layernorm, layer.post_attention_layernorm) for layer in layers]
         self.norms = [[*first.parameters(), *second.parameters()] for first, second in norms]
         self.frozen_norms = [w for norms in self.norms for w in norms if not w.requires_grad]  # they measure, no more
-        self.count = len(layers) if select == "all" else max(1, round(k_ratio * len(layers)))
-        if self.count < len(layers) and not any(self.parameters):
+        # The layers that can be selected: those of which something trains. Where that is none, all count as training.
+        self.candidates = [i for i, parameters in enumerate(self.parameters) if parameters]
+        if k_ratio < 1 and select != "all" and not self.candidates:
             raise ValueError("nothing that trains belongs to a layer: layers cannot be selected, k_ratio must be 1")
+        self.candidates = self.candidates or list(range(len(layers)))
+        self.count = len(self.candidates)
+        if select != "all":
+            self.count = max(1, round(k_ratio * len(self.candidates)))
         self.select_every, self.score_ema, self.select = select_every, score_ema, select
         self.scores = None  # [L] float32, once there was a probe
-        self.active = list(range(len(layers)))  # indices of the layers in training
+        self.active = self.candidates  # indices of the layers in training
         self.probing = self.selected = False  # is this step a probe; did it select layers (for the log)
         self.failed = False  # whether the last probe was not finite
 
@@ -293,7 +314,7 @@ class LayerSelector:
         if self.probing:
             self.previous = self.active  # what stays if the probe fails; at the first all layers
             self.drawn = torch.rand(len(self.parameters))  # for "random": here the processes share a seed
-            self.activate(range(len(self.parameters)))
+            self.activate(self.candidates)
             for weight in self.frozen_norms:
                 weight.requires_grad_(True)
 
@@ -314,7 +335,8 @@ class LayerSelector:
             scores = self.drawn
         self.selected = True
         self.scores = scores if self.scores is None else self.score_ema * self.scores + (1 - self.score_ema) * scores
-        self.activate(self.scores.argsort(descending=True, stable=True)[: self.count].tolist())
+        by_score = self.scores.argsort(descending=True, stable=True).tolist()
+        self.activate([i for i in by_score if i in self.candidates][: self.count])
 
     def activate(self, layers):
         """Let the parameters of these layers ask for gradients, and of no others."""

@@ -31,8 +31,9 @@ from extras.commands import below_one, count, positive, resume_command, run_scri
 from extras.distributed import all_reduce_gradients, gather, gradient_group, own_micro_batches, processes, shard
 
 ADAPTER = {"targets": "q,k", "rank": 64, "alpha": None, "lr": 1e-3}  # alpha: twice the rank
-# method -> its own options and their defaults; another method refuses them. A new method goes here, into `attach`
-# below, and into save_adapter and load_adapter of extras/peft_methods.py, which choose by the kind of adapter.
+# method -> its own options and their defaults; another method refuses them. A new method goes here and into `attach`
+# below. How it is saved extras/runs.py decides (Run.kept): as a whole checkpoint, or as an adapter, by save_adapter and
+# load_adapter of extras/peft_methods.py.
 METHODS = {
     "rosa": ADAPTER | {"low_freq_ratio": 0.5, "pairs": "low", "k_ratio": 0.5},
     "lora": ADAPTER | {"k_ratio": 1.0},
@@ -186,7 +187,8 @@ def main(args):
     trained, everything = (sum(p.numel() for p in group) for group in (trainable.values(), model.parameters()))
     on_targets = f" on {args.targets}" if "targets" in args else ""
     print(f"model      {ckpt}: {num_layers} layers, {args.dtype} on {device}; what trains in float32{processes_note}")
-    print(f"method     {args.method}{on_targets}; {selector.count} of {num_layers} layers train at a time")
+    choice = f"{selector.count} of {len(selector.candidates)} layers train at a time"
+    print(f"method     {args.method}{on_targets}; {choice}")
     print(
         f"trainable params: {trained:,} || all params: {everything:,} || trainable%: {100 * trained / everything:.4f}"
     )

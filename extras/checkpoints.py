@@ -72,20 +72,18 @@ def hub_cache():
     return Path(os.path.expandvars(cache)).expanduser()
 
 
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
+COMPANIONS += ("chat_template*", "generation_config.json")
+
+
+def companions(ckpt):
+    """What a checkpoint directory holds beside config and weights: the tokenizer's files, the generation config."""
+    return sorted({file for pattern in COMPANIONS for file in ckpt.glob(pattern) if file.is_file()})
+
+
 def copy_companions(source, directory):
-    """Copy what a checkpoint directory holds beside config and weights: the tokenizer, the generation config."""
-    for pattern in (
-        "tokenizer*",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "chat_template*",
-        "generation_config.json",
-    ):
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, directory / file.name)
+    for file in companions(source):
+        shutil.copyfile(file, directory / file.name)
 
 
 def choose_device_and_dtype(device="auto", dtype="auto"):
@@ -145,10 +143,15 @@ def load_model(ckpt, device="cpu", dtype=None, mapped=False):
         setattr(model.get_submodule(module), leaf, nn.Parameter(read_tensor(table, name)))
     if mapped and model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    # In Hugging Face's cache a checkpoint is models--org--name/snapshots/<commit>.
-    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+$", Path(ckpt).as_posix())
-    model.name_or_path = "/".join(cached.groups()) if cached else str(Path(ckpt).absolute())  # PEFT looks there
+    model.name_or_path = hub_name(ckpt)  # PEFT looks there
     return model.eval()
+
+
+def hub_name(ckpt):
+    """What an adapter calls its base: org/name of a checkpoint in Hugging Face's cache, the directory of another."""
+    # In that cache a checkpoint is models--org--name/snapshots/<commit>.
+    cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+$", Path(ckpt).as_posix())
+    return "/".join(cached.groups()) if cached else str(Path(ckpt).absolute())
 
 
 def meta_model(ckpt):
@@ -195,7 +198,7 @@ def check_config(directory):
         for name in ("architectures", "layer_types"):
             if not isinstance(raw.get(name), list | None):
                 raise UserError(f"{name} must be a list, not {raw[name]!r}")
-        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
+        for name in [name for name, field in LlamaConfig.__dataclass_fields__.items() if field.type is bool]:
             if raw.get(name) not in (True, False, None):
                 raise UserError(f"{name} must be true or false, not {raw[name]!r}")
         eos = raw.get("eos_token_id") if generation.get("eos_token_id") is None else generation["eos_token_id"]
@@ -257,8 +260,8 @@ def tensor_table(directory, model, stored):
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         message = f"{directory}: the tensors do not fit the config: {'; '.join(problems[:5])}{more}"
-        edited = "if model.py was edited, these are the parameters that it adds or lacks"
-        raise UserError(f"{message}. Download both again, of one model; {edited}")
+        of_your_own = "a parameter of your own, in model.py, is made only where a field of LlamaConfig says so"
+        raise UserError(f"{message}. Download both again, of one model; {of_your_own}")
     return stored
 
 

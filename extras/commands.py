@@ -13,11 +13,9 @@ import sys
 import textwrap
 import traceback
 
-from tqdm import tqdm
-
 from data.errors import UserError
 from extras.checkpoints import NAMES
-from extras.distributed import died, gather, join_processes, processes
+from extras.distributed import close_bars, died, gather, join_processes, processes
 from extras.source import is_library
 
 
@@ -36,7 +34,10 @@ def run_script(name, parse_args, main, arguments=None, go_on=None):
     on what is kept, or what to type, where the script ends before its time."""
     arguments = sys.argv[1:] if arguments is None else arguments
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    advice = f". {go_on(arguments)}" if go_on else ""
+
+    def and_how_to_go_on(message):
+        return f"{message}. {go_on(arguments)}" if go_on else str(message)
+
     show_what_can_be_shown()
     try:
         join_processes()
@@ -45,19 +46,19 @@ def run_script(name, parse_args, main, arguments=None, go_on=None):
     except UserError as error:
         fail(name, error)
     except Stop as stop:
-        end(name, f"{stop}{advice}", stop.status)
-    except FloatingPointError as error:  # what is not finite, and no mistake of the command line
-        end(name, f"{error}{advice}", 1)
+        end(name, and_how_to_go_on(stop), stop.status)
+    except FloatingPointError as error:  # what is not finite, perhaps in one process alone
+        fail(name, and_how_to_go_on(error), 1)
     except KeyboardInterrupt:
-        end(name, f"interrupted{advice}", 130)
+        end(name, and_how_to_go_on("interrupted"), 130)
     except BrokenPipeError:  # as `| head` leaves it
         sys.stdout = open(os.devnull, "w")
-        end(name, f"what it prints is read no longer{advice}", 1)
+        end(name, and_how_to_go_on("what it prints is read no longer"), 1)
     except Exception as error:
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:  # what was typed as the name of a file
             fail(name, f"{error.filename}: {error.strerror}")
         if died(error):
-            end(name, f"another process has ended, and this one with it{advice}", 1)
+            end(name, and_how_to_go_on("another process has ended, and this one with it"), 1)
         close_bars()
         add_innermost_line(error)
         raise
@@ -86,16 +87,17 @@ def show_what_can_be_shown():
             stream.reconfigure(errors="replace")
 
 
-def close_bars():
-    """Close every progress bar, so that what is printed next is a line of its own."""
-    for bar in list(tqdm._instances):
-        bar.close()
-
-
-def fail(name, message):
-    """A user's mistake: one line on stderr, exit status 2, in all processes."""
+def fail(name, message, status=2):
+    """One line on stderr, and the end of all processes, whichever of them it was; status 2: by a user's mistake."""
     close_bars()
-    gather(problem=(name, one_line(message)))
+    line = one_line(message)
+    try:
+        gather(problem=(name, line, status))
+    except RuntimeError as error:  # the others did not come: they have ended by now
+        if not died(error):
+            raise
+        print(f"{name}: rank {processes()[0]}: {line}", file=sys.stderr)
+        sys.exit(status)
 
 
 def end(name, message, status):

@@ -8,30 +8,27 @@ Without it one reads args.json, summary.json, results.json and losses.json of ea
 from pathlib import Path
 
 from data.errors import UserError
-from extras.checkpoints import read_json
+from extras.checkpoints import find_checkpoint, read_json
 from extras.commands import command_parser, run_script
-from extras.predictions import adapter_hash, is_by_other_code
-from extras.runs import read_log, trained_on
+from extras.predictions import adapter_hash, checkpoint_hash, is_by_other_code, read_lines, stored_results
+from extras.runs import code_of_the_method, edited_since, read_log, trained_on
 
 ABSENT = "–"
+SETTINGS = ("targets", "rank", "alpha", "low_freq_ratio", "pairs", "k_ratio", "select", "lr", "seed")
 
 
 def row_of(run):
     """Column -> cell for what a run directory holds. Raises UserError."""
-    held = {name: read_json(run / f"{name}.json", missing={}) for name in ("args", "summary", "results", "losses")}
-    if not any(held.values()):
+    options = read_json(run / "args.json", missing={})
+    summary = read_json(run / "summary.json", missing={})
+    held = {name: stored_results(run / f"{name}.json") for name in ("results", "losses")}
+    if not (options or summary or held["results"] or held["losses"]):
+        answers = len(read_lines(run / "predictions.jsonl"))
+        if answers:
+            raise UserError(f"{run} holds an evaluation that has not ended, {answers:,} answers and no results.json")
         raise UserError(f"{run} is no run directory: it has no args.json, results.json or losses.json")
-    for name in ("results", "losses"):
-        if held[name] and not is_of(held[name], run):
-            print(f"{run / name}.json is not shown: what made it is not the adapter that is there now, or not known")
-            held[name] = {}
-    options, summary, results = held["args"], held["summary"], held["results"]
-    settings = ("targets", "rank", "alpha", "low_freq_ratio", "pairs", "k_ratio", "select", "lr", "seed")
-    method = [
-        options.get("method", "base"),
-        *(f"{name.replace('_', ' ')} {short(options[name])}" for name in settings if name in options),
-    ]
-    row = {"run": run.name, "method": ", ".join(method)}
+    settings = [f"{name.replace('_', ' ')} {short(options[name])}" for name in SETTINGS if name in options]
+    row = {"run": run.name, "method": ", ".join([options.get("method", "base"), *settings])}
     log = read_log(run / "log.jsonl")
     if log and options:
         row["model"] = Path(options["ckpt"]).name
@@ -39,21 +36,45 @@ def row_of(run):
     if summary:
         row["trainable"] = f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})"
         untrained = " (untrained)" if summary["val_loss"] == summary["val_loss_before"] else ""
-        row["validation loss"] = f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}{untrained}"
+        note = " (other code)" if edited_since(options, code_of_the_method()) else ""
+        row["validation loss"] = f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}{untrained}{note}"
     elif log:
         row["validation loss"] = "not finished"
-    note = note_on_code(results, results.get("score", "generate"))
-    for name, score in results.get("scores", {}).items():
-        low, high = results["intervals"][name]
-        row[f"{name} (n = {results['counts'][name]:,})"] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f}){note}"
-    alone = held["losses"].get("losses_alone", {})
-    note = note_on_code(held["losses"], "loss")
-    for name, loss in held["losses"].get("losses", {}).items():
-        row[f"loss on {name}"] = (f"{alone[name]:.4f} → " if name in alone else "") + f"{loss:.4f}{note}"
+    for result in shown(run, options, "results.json", held["results"]):
+        row |= score_cells(result)
+    for result in shown(run, options, "losses.json", held["losses"]):
+        row |= loss_cells(result)
     if summary:
         row["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
         row["peak memory"] = f"{summary['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in summary else ABSENT
     return row
+
+
+def score_cells(result):
+    """Column -> cell for one evaluation. What cannot be compared has columns of its own: other ways to score, other
+    lengths of answers, other questions. A column is (title, what is added where it is not alone, what it is of)."""
+    note = note_on_code(result, result.get("score", "generate"))
+    by_likelihood = result.get("score") == "likelihood"
+    limit = result.get("max_new_tokens")
+    cells = {}
+    for name, score in result["scores"].items():
+        title = f"{name} (n = {result['counts'][name]:,}{', by likelihood' if by_likelihood else ''})"
+        detail = f"answers of up to {limit} tokens" if limit else ""
+        questions = result.get("questions", {}).get(name)
+        low, high = result["intervals"][name]
+        cells[title, detail, questions] = f"{score:.1%} ({100 * low:.1f}–{100 * high:.1f}){note}"
+    return cells
+
+
+def loss_cells(result):
+    note = note_on_code(result, "loss")
+    alone, tokens = result.get("losses_alone", {}), result.get("tokens", {})
+    cells = {}
+    for name, loss in result["losses"].items():
+        column = f"loss on {name}" + (f" ({tokens[name]:,} tokens)" if name in tokens else "")
+        before = f"{alone[name]:.4f} → " if name in alone else ""
+        cells[column, "", result.get("texts", {}).get(name)] = f"{before}{loss:.4f}{note}"
+    return cells
 
 
 def short(value):
@@ -63,22 +84,75 @@ def short(value):
 
 def note_on_code(result, kind):
     """What a number is marked with where the code has been edited since it was made."""
-    return " (other code)" if result and is_by_other_code(result, kind) else ""
+    return " (other code)" if is_by_other_code(result, kind) else ""
 
 
-def is_of(result, run):
-    """Whether a result says what made it, and that is the adapter of the run, where there is one."""
-    return "adapter" in result and adapter_hash(run) in (None, result["adapter"])
+def shown(run, options, file, results):
+    """Those results in a run directory that are of its own checkpoint and adapter; a line for the others."""
+    own = [result for result in results if is_own(result, run, options, results)]
+    if len(own) < len(results):
+        others = [result for result in results if result not in own]
+        names = ", ".join(dict.fromkeys(str(result.get("ckpt", "an unknown one")) for result in others))
+        problem = f"of another adapter or checkpoint ({names}) than this run's, or do not say of which"
+        which = f"{len(others)} of the {len(results)} results in {run / file} are" if own else f"{run / file} is"
+        print(f"{which} not shown: {problem}")
+    return own
+
+
+def is_own(result, run, options, results):
+    """Whether a result was made by the checkpoint and the adapter of the run. Where the directory holds no run, they
+    are those of the latest result; where the run's checkpoint is no longer there, it is known by its name."""
+    if "adapter" not in result or "checkpoint" not in result:
+        return False  # as an early version has left it
+    if not options:
+        latest = results[-1]
+        adapter = adapter_hash(run) or latest["adapter"]
+        return (result["checkpoint"], result["adapter"]) == (latest["checkpoint"], adapter)
+    if result["adapter"] != adapter_hash(run):
+        return False
+    if options.get("method") == "full" or not result["adapter"]:
+        return result["checkpoint"] == checkpoint_hash(run)
+    try:
+        return result["checkpoint"] == checkpoint_hash(find_checkpoint(options["ckpt"]))
+    except UserError:
+        return Path(result.get("ckpt", "")).name == Path(options["ckpt"]).name
+
+
+def table(rows):
+    """The rows as lines of Markdown. Columns of one title say how they differ."""
+    # The columns in the order of the fullest row.
+    columns = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
+    titles = titles_of([column if isinstance(column, tuple) else (column, "", None) for column in columns])
+    lines = [titles, ["---"] * len(columns)]
+    lines += [[row.get(column, ABSENT) for column in columns] for row in rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def titles_of(columns):
+    """The title of each column (title, detail, what it is of): with its detail where the title alone is not its own,
+    and with a number where both are not."""
+    titles = []
+    for title, detail, _ in columns:
+        details = {other for name, other, _ in columns if name == title}
+        full = f"{title}, {detail}" if len(details) > 1 else title
+        alike = sum(other == full or other.startswith(f"{full}, other questions") for other in titles)
+        titles.append(f"{full}, other questions {alike + 1}" if alike else full)
+    return titles
 
 
 def main(args):
-    """Print the table."""
-    rows = [row_of(run) for run in args.runs]
-    # The columns in the order of the fullest row.
-    columns = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
-    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(row.get(name, ABSENT) for name in columns)} |")
+    """Print the table, and a line for each directory that has no row."""
+    rows, problems = [], []
+    for run in args.runs:
+        try:
+            rows.append(row_of(run))
+        except UserError as error:
+            problems.append(str(error))
+    if not rows:
+        raise UserError("; ".join(problems))
+    for problem in problems:
+        print(f"left out: {problem}")
+    print("\n".join(table(rows)))
 
 
 def parse_args(arguments=None):

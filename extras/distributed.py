@@ -10,6 +10,11 @@ from datetime import timedelta
 from itertools import chain, islice
 
 import torch
+from tqdm import tqdm
+
+from data.errors import UserError
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 
 
 def processes():
@@ -17,8 +22,25 @@ def processes():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def check_launcher():
+    """Raise UserError where the environment has some of what torchrun sets, but not all: it was left there. The
+    variables are taken out then, so that this process knows itself to be alone."""
+    values = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
+    numbers = [values.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")]
+    is_alone = values.get("WORLD_SIZE", "1") == "1" and values.get("RANK", "0") == "0"
+    is_whole = len(values) == len(LAUNCHER) and all(number.isdecimal() for number in numbers)
+    if is_alone or (is_whole and int(values["RANK"]) < int(values["WORLD_SIZE"])):
+        return
+    for name in values:
+        del os.environ[name]
+    shown = " ".join(f"{name}={value}" for name, value in values.items())
+    raise UserError(f"the environment has {shown} and no launcher that goes with it: unset {' '.join(values)}")
+
+
 def join_processes():
-    """Meet the other processes that torchrun has started, if it has. Of all only the first prints."""
+    """Meet the other processes that torchrun has started, if it has. Of all only the first prints. Raises UserError for
+    an environment that no launcher has made."""
+    check_launcher()
     rank, world = processes()
     if world > 1:
         # Patient: others wait in `gather` while the first writes gigabytes. A process that dies is noticed at once.
@@ -29,18 +51,25 @@ def join_processes():
 
 def gather(value=None, problem=None):
     """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come.
-    If one comes with a problem instead, (script, what is wrong), all end, exit status 2: the first prints it, and what
-    others alone have found."""
+    If one comes with a problem instead, (script, what is wrong, exit status), all end with that status: the first
+    prints it, and what others alone have found."""
     gathered = [(value, problem)] * processes()[1]
     if len(gathered) > 1:
         torch.distributed.all_gather_object(gathered, (value, problem))
     problems = [problem for _, problem in gathered]
     if not any(problems):
         return [value for value, _ in gathered]
+    close_bars()
     for rank, problem in enumerate(problems):
         if problem and problem not in problems[:rank] and processes()[0] == 0:
             print(f"{problem[0]}: {f'rank {rank}: ' if rank else ''}{problem[1]}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(max(problem[2] for problem in problems if problem))
+
+
+def close_bars():
+    """Close every progress bar, so that what is printed next is a line of its own."""
+    for bar in list(tqdm._instances):
+        bar.close()
 
 
 def gather_rounds(items, per_round, num_rounds):

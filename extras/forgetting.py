@@ -5,7 +5,6 @@ Without it: model.loss(tokens, labels) on text of one's own.
     python -m extras.forgetting other_task.json notes.txt --ckpt tiny --adapter runs/tiny-toy-rosa
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -16,10 +15,10 @@ from data import tasks
 from data.errors import UserError, user_file
 from data.tokenizer import load_tokenizer
 from extras import checkpoints, peft_methods
-from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, read_json, say_if_bfloat16_is_slow
+from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, say_if_bfloat16_is_slow
 from extras.commands import add_model_arguments, command_parser, count, run_script
-from extras.predictions import fingerprint, result_code
-from extras.runs import say_if_unfinished, write_whole
+from extras.predictions import add_result, fingerprint, hash_of, result_code
+from extras.runs import say_if_unfinished
 
 PIECE = 256  # tokens
 
@@ -83,22 +82,25 @@ def main(args):
     with user_file(out):
         out.mkdir(parents=True, exist_ok=True)
     code = result_code("loss", args.adapter, own=[mean_loss])
-    made_by = fingerprint(ckpt, args.adapter and Path(args.adapter), dtype, code)
-    before = read_json(out / "losses.json", missing={})
-    same = all(before.get(name) == value for name, value in made_by.items())  # then those of other files stay
-    losses, losses_alone = (before.get(name, {}) if same else {} for name in ("losses", "losses_alone"))
+    result = fingerprint(ckpt, args.adapter and Path(args.adapter), dtype, code) | {"ckpt": str(args.ckpt)}
+    result |= {"losses": {}, "losses_alone": {}, "tokens": {}, "texts": {}}
     for file, pairs in texts.items():
         name = file.with_suffix("").as_posix()
-        losses[name] = mean_loss(model, pairs, file)
+        loss = mean_loss(model, pairs, file)
         num_tokens = sum(len(predicted) for _, predicted in pairs)
+        result["losses"][name], result["tokens"][name], result["texts"][name] = loss, num_tokens, hash_of(pairs)
         change = ""
         if file in alone:
-            losses_alone[name] = alone[file]
-            change = f", without the adapter {alone[file]:.4f}: {losses[name] - alone[file]:+.4f}"
-        print(f"{name:<32}{num_tokens:>9,} tokens   {losses[name]:.4f} nats per token{change}")
-    result = made_by | {"losses": losses, "losses_alone": losses_alone}
-    with user_file(out):
-        write_whole(out / "losses.json", json.dumps(result, indent=2) + "\n")
+            result["losses_alone"][name] = alone[file]
+            change = f", without the adapter {alone[file]:.4f}: {loss - alone[file]:+.4f}"
+        print(f"{name:<32}{num_tokens:>9,} tokens   {loss:.4f} nats per token{change}")
+    add_result(out / "losses.json", result, ("checkpoint", "adapter", "settings", "code"), with_other_files)
+
+
+def with_other_files(old, new):
+    """The losses on other files, which the same model has by the same code, beside the new ones."""
+    by_file = ("losses", "losses_alone", "tokens", "texts")
+    return new | {name: old.get(name, {}) | new[name] for name in by_file}
 
 
 def parse_args(arguments=None):

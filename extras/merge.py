@@ -22,7 +22,15 @@ from data import tasks, toy
 from data.errors import UserError, refusals_of, user_file
 from data.tokenizer import load_tokenizer
 from extras import peft_methods, runs
-from extras.checkpoints import checkpoint_files, copy_companions, find_checkpoint, meta_model, read_json, read_tensor
+from extras.checkpoints import (
+    checkpoint_files,
+    copy_companions,
+    find_checkpoint,
+    hub_name,
+    meta_model,
+    read_json,
+    read_tensor,
+)
 from extras.commands import command_parser, run_script
 from extras.inference import pad
 from extras.kernels import edited
@@ -31,7 +39,7 @@ from model import FAMILIES
 SHARD = 5 * 10**9  # bytes of a file at most
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 # A merged weight stands for RoAE.forward, as long as both are as they were written.
-MERGED = {(rosa.RoAE, "forward"): "19f590aa9e30", (rosa, "merge"): "acdf68da619f"}
+MERGED = {(rosa.RoAE, "forward"): "19f590aa9e30", (rosa, "merge"): "e814ae8f17db"}
 
 
 def merge_if_unedited(model):
@@ -47,7 +55,7 @@ def merge_checkpoint(ckpt, adapter, out):
     stored in, as the Hugging Face directory `out`. No more is in memory than the tensors of one file, 5 GB.
 
     Returns what rounding has cost: the logits of a few prompts, [positions, V] in float32, with the adapter beside the
-    weights, and as merged. Raises UserError, and then leaves nothing behind."""
+    weights, and as merged. Whatever it raises, it leaves nothing behind."""
     partial = out.with_name(out.name + ".partial")
     for directory in (out, partial):
         if directory.exists():
@@ -69,7 +77,9 @@ def merge_checkpoint(ckpt, adapter, out):
             )
         for file, names in files.items():
             tensors = {name: read_tensor(table, name) for name in names}  # mapped, not read yet
-            tensors = {table[name].name: updated(name, tensor).to(tensor.dtype) for name, tensor in tensors.items()}
+            tensors = {
+                table[name].name: rounded(name, updated(name, tensor), tensor.dtype) for name, tensor in tensors.items()
+            }
             with user_file(partial / file):
                 save_file(tensors, partial / file, metadata={"format": "pt"})
         if len(files) > 1:
@@ -89,16 +99,25 @@ def merge_checkpoint(ckpt, adapter, out):
         written = shapes_in_files(partial)
         check_names(ckpt, list(written), list(written.values()))
         copy_companions(ckpt, partial)
+        _, merged = meta_model(partial)
+        tokens, lengths = pad([tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 4)])
+        real = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]: where there is no padding
+        before = logits_layer_by_layer(model, tokens, lambda name: updated(name, read_tensor(table, name)))[real]
+        after = logits_layer_by_layer(model, tokens, lambda name: read_tensor(merged, name))[real]
         os.rename(partial, out)
     except BaseException:
         shutil.rmtree(partial)
         raise
+    return before, after
 
-    _, merged = meta_model(out)
-    tokens, lengths = pad([tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 4)])
-    real = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]: where there is no padding
-    before = logits_layer_by_layer(model, tokens, lambda name: updated(name, read_tensor(table, name)))
-    return before[real], logits_layer_by_layer(model, tokens, lambda name: read_tensor(merged, name))[real]
+
+def rounded(name, weight, dtype):
+    """The weight in a dtype. Raises FloatingPointError where that makes an infinity of a number."""
+    small = weight.to(dtype)
+    if small is not weight and not small.isfinite().all():
+        advice = "train with a smaller --lr or --alpha, or store the checkpoint in bfloat16 or float32"
+        raise FloatingPointError(f"{name}: the merged weight is not finite in {dtype}: {advice}")
+    return small
 
 
 def split_into_files(sizes):
@@ -173,12 +192,18 @@ def updater(model, directory):
         peft_type = arguments["peft"]["peft_type"]
         advice = "load both with the package peft, and call merge_and_unload()"
         raise UserError(f"{directory} is an adapter of type {peft_type}, which rosa.merge cannot merge: {advice}")
+    peft_methods.check_targets(directory, arguments["targets"])
     with refusals_of("rosa"):
         rosa.check_lora(directory, tensors, model, arguments)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise FloatingPointError(f"{directory}: {name} holds numbers that are not finite: train it again")
     without_memory = rosa.adapters(rosa.attach(copy.deepcopy(model).to("meta"), **arguments))
+
+    merged = {f"base_model.model.{name}.lora_{factor}.weight" for name in without_memory for factor in "AB"}
+    if others := sorted(tensors.keys() - merged):
+        advice = "rosa.merge(model) and model.save_pretrained merge what rosa.py knows of"
+        raise UserError(f"{directory} holds {others[0]}, which is no part of what is merged here: {advice}")
 
     @torch.no_grad()
     def updated(name, weight):
@@ -207,7 +232,10 @@ def updater(model, directory):
 def main(args):
     """Merge, and say what it has cost."""
     runs.say_if_unfinished(args.adapter)
-    before, after = merge_checkpoint(find_checkpoint(args.ckpt), args.adapter, args.out)
+    ckpt = find_checkpoint(args.ckpt)
+    peft_methods.check_files(args.adapter)
+    peft_methods.say_if_of_another_base(args.adapter, hub_name(ckpt))
+    before, after = merge_checkpoint(ckpt, args.adapter, args.out)
     same = (before.argmax(-1) == after.argmax(-1)).sum()
     moved, largest = (after - before).abs().max(), before.abs().max()
     print(

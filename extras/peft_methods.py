@@ -4,6 +4,7 @@ Without it: rosa.attach, rosa.save_adapter and rosa.load_adapter, which know RoA
 """
 
 import json
+import re
 import traceback
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from extras.checkpoints import read_json
 from extras.distributed import processes
 from extras.source import is_library
 
+# Values of PEFT's init_lora_weights that change the base by chance or by data: read from its files it would be another.
+DRAWN_ANEW = (r"pissa_niter_\d+", "corda", "eva", "loftq", "lora_ga")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -31,15 +34,20 @@ def load_adapter(model, directory):
     """rosa.load_adapter, for an adapter of any kind; where rosa.py does not know it, PEFT's own code runs it. Returns
     the model. Raises UserError for what is wrong with its files."""
     check_files(Path(directory))
-    base = getattr(model, "name_or_path", "")
-    stated = read_json(Path(directory) / "adapter_config.json").get("base_model_name_or_path")
-    if base and stated and Path(str(stated)).name != Path(base).name and processes()[0] == 0:
-        print(f"adapter    {directory} was trained on {stated}, not on {base}: of its shape, but is it the same model?")
+    say_if_of_another_base(directory, getattr(model, "name_or_path", ""))
     with refusals_of("rosa"):
         arguments, tensors = rosa.read_adapter(directory)
         if "peft" not in arguments:
+            check_targets(directory, arguments["targets"])
             return rosa.load_adapter(model, directory)
     return load_peft(model, arguments["peft"], tensors, directory)
+
+
+def say_if_of_another_base(directory, base):
+    """A line where an adapter names another base than the one it is used with, the name or directory of a model."""
+    stated = read_json(Path(directory) / "adapter_config.json").get("base_model_name_or_path")
+    if base and stated and Path(str(stated)).name != Path(base).name and processes()[0] == 0:
+        print(f"adapter    {directory} was trained on {stated}, not on {base}: of its shape, but is it the same model?")
 
 
 def check_files(directory):
@@ -69,6 +77,33 @@ def check_files(directory):
         raise UserError(f"the metadata of {weights} is not JSON ({reason}): copy it again")
 
 
+def check_targets(directory, held):
+    """Raise UserError unless adapter_config.json names the very modules of which the file holds tensors: held, of q, k,
+    v, o, gate, up, down."""
+    config = read_json(Path(directory) / "adapter_config.json")
+    named = [target for target, module in rosa.TARGETS.items() if is_named(module, config.get("target_modules"))]
+    named = [target for target in named if not is_named(rosa.TARGETS[target], config.get("exclude_modules"))]
+    if set(named) != set(held):
+        names = {target: module.split(".")[1] for target, module in rosa.TARGETS.items()}
+        says, holds = (", ".join(names[target] for target in each) or "none" for each in (named, held))
+        problem = f"adapter_config.json names the modules {says}, the file holds tensors of {holds}"
+        raise UserError(f"{directory}: {problem}: copy both files again, of one adapter")
+
+
+def is_named(module, names):
+    """Whether PEFT finds a module of a layer, "self_attn.q_proj", say, by target_modules or exclude_modules: a list of
+    names or of their ends, "all-linear", or a pattern for the whole name."""
+    full = f"model.layers.0.{module}"
+    if names == "all-linear":
+        return True
+    if isinstance(names, str):
+        try:
+            return re.fullmatch(names, full) is not None
+        except re.error:
+            return False
+    return any(full == name or full.endswith(f".{name}") for name in names or ())
+
+
 def attach_peft(model, peft_type, options):
     """Freeze the model and let the package `peft` put one of its adapters in. Returns the model.
 
@@ -84,8 +119,14 @@ def attach_peft(model, peft_type, options):
         raise UserError(f"peft {peft.__version__} has no method {peft_type!r}: choose from {methods}")
     if options.get("target_modules") == "all-linear":  # in a model of transformers' PEFT itself leaves lm_head out
         options = options | {"target_modules": [module.split(".")[-1] for module in rosa.TARGETS.values()]}
+    initial = str(options.get("init_lora_weights", ""))
+    if re.fullmatch("|".join(DRAWN_ANEW), initial, re.IGNORECASE):
+        draws = "peft draws the base anew when the adapter is read, so that it would be another model's"
+        raise UserError(f"peft:{peft_type} with init_lora_weights {initial!r}: {draws}: choose pissa, or true")
+    was_training = model.training
     try:
         peft.inject_adapter_in_model(configs[peft_type](**options), model)
+        model.train(was_training)  # its modules come in training mode: their dropout would act in an evaluation
         saved = {tensor.data_ptr() for tensor in peft.get_peft_model_state_dict(model).values()}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and parameter.data_ptr() in saved)

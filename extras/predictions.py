@@ -3,16 +3,19 @@ An evaluation that was stopped goes on where it was, and asks nothing twice.
 Without it: print(response) in the loop of eval.py.
 """
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
 
 import rosa
-from data.errors import user_file
+from data import tasks
+from data.errors import UserError, user_file
 from data.tokenizer import JsonTokenizer, SentencePieceTokenizer
+from extras.checkpoints import checkpoint_files, companions, read_json
 from extras.distributed import gather, processes
 from extras.peft_methods import ADAPTER_FILES
-from extras.runs import read_log, write_whole
+from extras.runs import locked, write_whole
 from extras.source import HERE, file_fingerprint, reached_code
 from model import Llama, LlamaConfig
 
@@ -20,8 +23,8 @@ from model import Llama, LlamaConfig
 class Predictions:
     """The answers so far: number of the question -> its line. questions: (test set, index, example, prompt ids) tuples.
 
-    made_by: what the answers depend on beside the question, as `fingerprint` has it; lines that were made by anything
-    else don't count."""
+    made_by: what the answers depend on beside the question, as `fingerprint` has it. Lines of other adapters, settings
+    or code don't count here, and stay in the file."""
 
     def __init__(self, out, made_by, questions):
         self.out, self.questions = out, questions
@@ -29,31 +32,36 @@ class Predictions:
         self.settings = "-".join(str(made_by[name]) for name in ("checkpoint", "adapter", "settings"))
         self.code = hash_of(made_by["code"])
         lines = gather(read_lines(self.path) if processes()[0] == 0 else None)[0]  # one file, whoever reads it
-        same = {(line["set"], line["index"]): line for line in lines if line.get("settings") == self.settings}
-        answered = {place: line for place, line in same.items() if line.get("code") == self.code}
-        if len(answered) < len(same):
-            number = len(same) - len(answered)
-            print(f"answers    {number:,} in {self.path} were answered by other code: asking again")
-        elif lines and not same:
-            print(f"answers    those in {self.path} are of another adapter or other settings: starting anew")
-        self.lines = {}
+        numbers = {}
         for number, (name, i, example, prompt) in enumerate(questions):
-            line = answered.pop((name, i), None)
-            if line and (line["prompt"], line["answer"]) == (hash_of(prompt), example["answer"]):
+            numbers[name, i, hash_of(prompt), example["answer"]] = number
+        self.lines, by_other_code = {}, set()
+        for line in lines:
+            number = numbers.get((line["set"], line["index"], line["prompt"], line["answer"]))
+            if number is None or line.get("settings") != self.settings:
+                continue
+            if line.get("code") == self.code:
                 self.lines[number] = line
-        self.other_lines = list(answered.values())  # of questions that are not asked now: they are kept
+            else:
+                by_other_code.add(number)
+        if again := by_other_code - self.lines.keys():
+            print(f"answers    {len(again):,} in {self.path} were answered by other code: asking again")
+        elif lines and not self.lines:
+            print(f"answers    those in {self.path} are of another adapter, settings or questions: starting anew")
         if self.lines:
             print(f"answers    {len(self.lines):,} of {len(questions):,} are in {self.path} already")
-        self.write()
+        self.prepare()
 
-    def write(self):
-        """The file anew, in the order of the questions; by the first process."""
+    def prepare(self):
+        """Have a file that ends with a whole line; by the first process."""
         if processes()[0] > 0:
             return
-        lines = [self.lines[number] for number in sorted(self.lines)] + self.other_lines
         with user_file(self.path):
             self.out.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+            with locked(self.out), open(self.path, "ab+") as file:
+                file.seek(max(0, file.tell() - 1))
+                if file.read() not in (b"", b"\n"):  # a kill has cut the last line
+                    file.write(b"\n")
 
     def unanswered(self):
         """Long prompts first, so that what does not fit in memory fails at once."""
@@ -69,16 +77,49 @@ class Predictions:
         line |= {"prompt": hash_of(prompt), "settings": self.settings, "code": self.code}
         self.lines[number] = line
         if processes()[0] == 0:
-            with user_file(self.path), open(self.path, "a", encoding="utf-8") as file:
+            with user_file(self.path), locked(self.out), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
     def finish(self, results):
-        """Write results.json, and the answers in order."""
-        self.write()
+        """Write these answers in the order of the questions, before those of anything else, and results.json."""
         if processes()[0] == 0:
-            with user_file(self.out):
-                write_whole(self.out / "results.json", json.dumps(results, indent=2) + "\n")
+            own = {identity(line): line for _, line in sorted(self.lines.items())}
+            with user_file(self.path), locked(self.out):
+                others = [line for line in read_lines(self.path) if identity(line) not in own]
+                lines = [json.dumps(line) + "\n" for line in [*own.values(), *others]]
+                write_whole(self.path, "".join(lines))
+            add_result(self.out / "results.json", results, ("checkpoint", "adapter", "settings", "questions"))
         print(f"every answer is in {self.path}")
+
+
+def identity(line):
+    """What two lines have in common that answer one question in one way."""
+    return tuple(line.get(name) for name in ("set", "index", "prompt", "answer", "settings", "code"))
+
+
+def add_result(path, result, identifying, merge=lambda old, new: new):
+    """Write a result into a JSON file that keeps those before it under "others", the latest last. One that has the same
+    values under the identifying names is replaced, by merge(it, the new one)."""
+    with user_file(path), locked(path.parent):
+        for old in stored_results(path):
+            if same(old, result, identifying):
+                result = merge(old, result)
+        others = [old for old in stored_results(path) if not same(old, result, identifying)]
+        write_whole(path, json.dumps(result | {"others": others}, indent=2) + "\n")
+
+
+def same(old, new, names):
+    return all(old.get(name) == new[name] for name in names)
+
+
+def stored_results(path):
+    """The results in a file of `add_result`, the latest last; none where it cannot be read."""
+    try:
+        result = read_json(path, missing={})
+    except UserError:
+        return []
+    others = result.pop("others", [])
+    return [*others, result] if result else []
 
 
 def fingerprint(ckpt, adapter, settings, code):
@@ -97,7 +138,8 @@ def result_code(kind, adapter=None, own=()):
     "loss". adapter: whether there is one. own: functions of the caller's that take part."""
     method = Llama.generate if kind == "generate" else Llama.loss
     reading = [LlamaConfig.from_file, Llama.from_pretrained]
-    text = [getattr(cls, name) for cls in (SentencePieceTokenizer, JsonTokenizer) for name in ("encode", "decode")]
+    text = [tasks.encode_prompt if kind == "generate" else tasks.encode_example]
+    text += [getattr(cls, name) for cls in (SentencePieceTokenizer, JsonTokenizer) for name in ("encode", "decode")]
     adapting = [rosa.load_adapter] if adapter else []
     code = reached_code(Llama, LlamaConfig, method, *reading, *text, *adapting)
     if kind != "loss":
@@ -113,9 +155,10 @@ def is_by_other_code(result, kind):
 
 
 def checkpoint_hash(ckpt):
-    """Of all its small files, the tokenizer's too, and of the names, sizes and times of its weights."""
-    small = [file for file in sorted(ckpt.iterdir()) if file.suffix in (".json", ".model", ".txt", ".jinja")]
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(ckpt.glob("*.safetensors"))]
+    """Of its config, of its tokenizer's files, and of the names, sizes and times of its weights; of nothing that a run
+    or an evaluation leaves in its directory."""
+    small = [ckpt / "config.json", *companions(ckpt)]
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint_files(ckpt)]
     return hash_of([(file.name, file.read_bytes()) for file in small] + weights)
 
 
@@ -130,6 +173,12 @@ def hash_of(value):
 
 
 def read_lines(path):
-    """The lines of a predictions.jsonl, but a last one that was cut short, and whatever else is no answer."""
-    needed = {"set", "index", "prompt", "answer", "correct"}
-    return [line for line in read_log(path) if isinstance(line, dict) and needed <= line.keys()]
+    """The lines of a predictions.jsonl, but those that were cut short, and whatever else is no answer."""
+    needed = {"set", "index", "prompt", "answer", "response", "correct"}
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and needed <= line.keys():
+                lines.append(line)
+    return lines

@@ -26,12 +26,14 @@ from extras.distributed import by_the_first, gather, processes
 from extras.source import HERE, file_fingerprint
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 
 FORMAT = 3  # of a run directory; in 2 the step that is saved was validated already; 1 had no number
 LOGS = ("log.jsonl", "layers.jsonl")
+RESULTS = ("results.json", "predictions.jsonl", "losses.json")  # what eval.py and extras.forgetting leave beside it
 # What may differ between a run and its resumption.
 NOT_COMPARED = ("resume", "overwrite", "out", "device", "save_every", "checkpoint_activations", "shard", "plain")
 # With micro-batches of another size the losses are the same to rounding only. Of what these name hashes are compared.
@@ -65,13 +67,18 @@ class Run:
         """Make way in the directory for a run, say in args.json which."""
         with saving(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
+            results = RESULTS if self.holds_a_run() else ()  # of an adapter that is replaced now
             if not self.args.resume:  # first: what is left of another run is from here on no run
                 (self.out / "args.json").unlink(missing_ok=True)
-            for file in ("state.safetensors", *LOGS, "run.png", "summary.json"):
+            for file in ("state.safetensors", *LOGS, "run.png", "summary.json", *results):
                 (self.out / file).unlink(missing_ok=True)
             clear_partial(self.out)
         write(self.out / "args.json", json.dumps(description, indent=2) + "\n")
         write_log(self.out / "log.jsonl", {"step": 0})
+
+    def holds_a_run(self):
+        kept = ("args.json", "adapter_model.safetensors", "model.safetensors")
+        return any((self.out / file).exists() for file in kept)
 
     def can_apply(self, step, loss, norm, places_in_file):
         """Whether a step can be applied: one that is not finite would spoil the weights for good. places_in_file: those
@@ -252,7 +259,9 @@ def describe(args, ckpt, model, train_set, val_set):
 
 def check_out(args, ckpt):
     """Raise UserError where --out cannot be this run's directory."""
-    if (args.out / "args.json").exists() and not (args.resume or args.overwrite):
+    # A run that ended before its first validation, by a mistake perhaps, has left nothing to be kept.
+    holds_a_run = (args.out / "args.json").exists() and best_step(args.out) is not None
+    if holds_a_run and not (args.resume or args.overwrite):
         message = f"--out {args.out} holds a run already: --resume goes on with it, --overwrite starts anew"
         raise UserError(f"{message}, --out NAME keeps both")
     if args.out.exists() and not args.out.is_dir():
@@ -276,14 +285,24 @@ def check_same(args, description):
     for name, value in before.get("hashes", {}).items():
         if description["hashes"].get(name) != value:
             raise UserError(f"--resume: the {name} differ from those that the run in {args.out} began with")
-    # Runs of earlier versions do not say with which code they began, those with --plain not for all of the files.
-    began, now = before.get("code", {}), description["code"]
-    if edited := [file for file in began if file in now and began[file] != now[file]]:
+    if edited := edited_since(before, description["code"]):
         files = " and ".join(edited)
         are = "has" if len(edited) == 1 else "have"
         print(
             f"code       {files} {are} been edited since the run in {args.out} began: it goes on with the code of now"
         )
+
+
+def edited_since(args, now):
+    """The files of code that were edited since a run began; args: its args.json, now: file -> fingerprint. Runs of
+    earlier versions do not say with which code they began, those with --plain not for all of the files."""
+    began = args.get("code", {})
+    return [file for file in began if file in now and began[file] != now[file]]
+
+
+def code_of_the_method():
+    """file -> fingerprint of the files that say what is trained, and how."""
+    return {name: file_fingerprint(HERE / name) for name in ("model.py", "rosa.py")}
 
 
 def best_step(out):
@@ -293,10 +312,13 @@ def best_step(out):
 
 
 def say_if_unfinished(out):
-    """A line where what a run directory holds is not what a whole run has made of it."""
+    """A line where what a run directory holds is not what a whole run has made of it, or was made by other code."""
     step = best_step(out)
     if step is None or processes()[0] > 0:
         return
+    if edited := edited_since(read_json(out / "args.json", missing={}), code_of_the_method()):
+        are = "has" if len(edited) == 1 else "have"
+        print(f"trained    {out}: {' and '.join(edited)} {are} been edited since its run began")
     if not (out / "summary.json").exists():
         print(f"unfinished {out}: its run has not ended; what it holds is the best so far, of step {step}")
     elif step == 0:
@@ -383,6 +405,21 @@ def write_whole(path, content):
         raise
     if os.name == "posix":  # a rename is on disk once its directory is
         flush(path.parent)
+
+
+@contextlib.contextmanager
+def locked(directory):
+    """Where several processes change the files of a directory: one at a time. Windows knows no such lock."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a disk that knows no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # which unlocks
 
 
 def flush(path):

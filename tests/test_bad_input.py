@@ -277,6 +277,13 @@ ADAPTERS = {  # name -> (what breaks the adapter, words of the line)
     "another rank": (says(ADAPTER_CONFIG, r=3), OTHER, "is [4, 32], this one needs [3, 32]"),
     "tensor missing": (tensors(ADAPTER, {"lora_B.weight": ...}), OTHER, "is absent, this one needs"),
     "tensor extra": (tensors(ADAPTER, {"more": torch.ones(1)}), "holds more, which is in no layer"),
+    "no tensors": (lambda: save_file({}, ADAPTER), "names the modules q_proj, k_proj, the file holds tensors of none"),
+    "a target without tensors": (
+        says(ADAPTER_CONFIG, target_modules=["q_proj", "k_proj", "v_proj"]),
+        "adapter_config.json names the modules q_proj, k_proj, v_proj, the file holds tensors of q_proj, k_proj",
+    ),
+    "tensors without a target": (says(ADAPTER_CONFIG, target_modules="no.*such"), "names the modules none, the file"),
+    "metadata of other targets": (metadata(targets=["q", "z"]), "says that it adapts ['q', 'z'], and holds tensors of"),
     "tensor of integers": (tensors(ADAPTER, {Q_B: torch.ones(32, 4, dtype=torch.int32)}), f"{Q_B} is"),
     "config an array": (holds(ADAPTER_CONFIG, "[1]"), f"{ADAPTER_CONFIG} holds list, not a JSON object"),
     "method no text": (says(ADAPTER_CONFIG, peft_type=["LORA"]), SETTING, "the key 'peft_type'", COPY),
@@ -306,7 +313,7 @@ def test_an_adapter_that_is_none_is_refused(here, capsys, what, script):
 
 
 def test_an_adapters_metadata_decides_which_rows_adapt_and_nothing_else(here):
-    metadata(rank=3, alpha=9, targets=["q", "z"], size=4)()
+    metadata(rank=3, alpha=9, size=4)()
     settings = rosa.settings(peft_methods.load_adapter(checkpoints.load_model(CKPT), "adapter"))
     assert settings == {"rank": 4, "alpha": 8, "low_freq_ratio": 0.5, "targets": ["q", "k"], "pairs": "low"}
 

@@ -27,7 +27,7 @@ import train
 from data import tasks, toy
 from data.errors import UserError
 from data.tokenizer import load_tokenizer
-from extras import predictions, runs
+from extras import inference, predictions, runs
 from extras.kernels import accelerate
 from model import MLP, Llama
 
@@ -371,6 +371,25 @@ def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
 # --- mistakes ---
 
 
+def not_finite(rank):
+    stream = inference.stream
+
+    def failing(*given):
+        yield next(stream(*given))
+        raise FloatingPointError("the logits of one process are not finite")
+
+    if rank == 1:
+        inference.stream = failing
+
+
+def test_what_is_not_finite_for_one_process_is_what_is_said(ckpt):
+    codes, _, errors = end(start(2, eval_script, f"{EVAL} --out many", not_finite))
+    line = (
+        "eval.py: rank 1: the logits of one process are not finite. What was scored so far is kept, and not asked again"
+    )
+    assert codes == [1, 1] and errors == [line]
+
+
 ABSENT, EVAL = "--ckpt absent", "--ckpt ckpt --max-new-tokens 9 --device cpu"
 
 
@@ -452,7 +471,7 @@ def unwritable(rank):
 
 def test_what_the_first_cannot_write_ends_the_others_too(ckpt):
     codes, _, errors = end(start(3, eval_script, f"{EVAL} --out many", unwritable))
-    assert codes == [2] * 3 and errors == ["eval.py: many: No space left on device"]
+    assert codes == [2] * 3 and errors == ["eval.py: many/results.json: No space left on device"]
 
 
 def test_torchrun(ckpt):

@@ -16,6 +16,7 @@ import train
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
 from extras import inference, kernels
+from extras.predictions import hash_of
 from model import Llama
 
 pytestmark = pytest.mark.numeric
@@ -26,7 +27,9 @@ def evaluate(options, *more, out="out"):
     """Run eval.py on the checkpoint; the lines of its predictions and its results."""
     run(eval_script, *"--ckpt ckpt --dtype float32 --out".split(), out, *options.split(), *more)
     lines = [json.loads(line) for line in Path(out, "predictions.jsonl").read_text().splitlines()]
-    return lines, json.loads(Path(out, "results.json").read_text())
+    results = json.loads(Path(out, "results.json").read_text())
+    made_by = "-".join(str(results[name]) for name in ("checkpoint", "adapter", "settings")), hash_of(results["code"])
+    return [line for line in lines if (line["settings"], line["code"]) == made_by], results
 
 
 @pytest.fixture(scope="module")

@@ -124,6 +124,59 @@ def test_a_mistake_in_the_model_is_a_traceback_and_what_peft_refuses_a_line(monk
         peft_methods.attach_peft(random_model(), "LORA", {"target_modules": ["q_proj"]})
 
 
+DROPOUT = [("LORA", {"lora_dropout": 0.5}), ("LORA", {"lora_dropout": 0.5, "use_dora": True})]
+DROPOUT += [("BOFT", {"boft_block_size": 4, "boft_dropout": 0.5})]
+
+
+@pytest.mark.parametrize("name, options", DROPOUT, ids=str)
+def test_dropout_acts_in_training_alone(tmp_path, name, options):
+    """PEFT puts its modules in in training mode, whatever the mode of the model."""
+    model, tokens = random_model(), random_tokens(2, 20)
+    peft_methods.attach_peft(model, name, options)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data += 0.05 * torch.randn(p.shape, generator=generator_of(p.numel()))
+    assert torch.equal(model(tokens), model(tokens))  # in evaluation nothing is drawn
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+    peft_methods.save_adapter(model, tmp_path)
+    again = peft_methods.load_adapter(random_model(), tmp_path)
+    assert not any(module.training for module in again.modules())
+    assert_close(again(tokens), model.eval()(tokens), **of_model(model.config))
+    in_training = peft_methods.attach_peft(random_model().train(), name, options)
+    assert all(module.training for module in in_training.modules())
+
+
+def test_layers_are_selected_among_those_in_which_something_trains(ckpt):
+    """As with PEFT's layers_to_transform."""
+    model = random_model(num_hidden_layers=6)
+    peft_methods.attach_peft(model, "LORA", {"target_modules": ["q_proj"], "layers_to_transform": [4, 5]})
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    selector = rosa.LayerSelector(model, k_ratio=0.34, select_every=2)
+    assert (selector.count, selector.active) == (1, [4, 5]) and rosa.LayerSelector(model, 1.0).count == 2
+    losses, active = train(model, parameters, k_ratio=0.34, steps=6)
+    assert len(active) == 1 and set(active) <= {4, 5} and losses[-1] < losses[0]
+
+
+INITIAL = [True, False, "gaussian", "Gaussian", "pissa", "olora", "OLoRA", "orthogonal"]
+
+
+@pytest.mark.parametrize("initial", [*INITIAL, "pissa_niter_4", "eva", "corda", "loftq"])
+def test_an_adapter_reads_back_as_the_model_that_was_trained_however_it_began(tmp_path, initial):
+    """Some of PEFT's ways to begin change the base: it must be the same one when the adapter is read."""
+    options = {"init_lora_weights": initial, "r": 4, "target_modules": ["q_proj", "up_proj"]}
+    model, tokens = random_model(), random_tokens(2, 20)
+    if initial not in INITIAL:
+        with pytest.raises(UserError, match=f"peft:LORA with init_lora_weights '{initial}': peft draws the base anew"):
+            peft_methods.attach_peft(model, "LORA", options)
+        return
+    peft_methods.attach_peft(model, "LORA", options)
+    train(model, [p for p in model.parameters() if p.requires_grad], steps=3)
+    peft_methods.save_adapter(model, tmp_path)
+    again = peft_methods.load_adapter(random_model(), tmp_path)
+    assert_close(again(tokens), model(tokens), **of_model(model.config))
+
+
 def test_where_nothing_in_a_layer_trains_layers_cannot_be_selected(ckpt, capsys):
     Path("options.json").write_text('{"target_modules": ["lm_head"]}')
     with pytest.raises(SystemExit) as stopped:

@@ -222,7 +222,10 @@ def apply(diff, root):
             text = path.read_text()
             if text.count(new + "\n") == 1:
                 continue
-            problem = f"a diff in extras/README.md does not fit {file.strip()} any more, which has not, or not once"
+            whose = "that is its author's business, and says nothing of your change there"
+            problem = (
+                f"a diff in extras/README.md does not fit {file.strip()} any more ({whose}): it has not, or not once"
+            )
             assert text.count(old + "\n") == 1, f"{problem}:\n{old}"
             path.write_text(text.replace(old + "\n", new + "\n"))
 

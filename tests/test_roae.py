@@ -302,7 +302,7 @@ def test_a_peft_lora_from_elsewhere_loads_and_of_our_metadata_pairs_and_ratio_al
     trained, tokens = randomise_adapters(attach(random_model(), 4, 8, 1.0, "q,v")), random_tokens(1, 9)
     save_adapter(trained, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    metadata = {"rank": 9, "alpha": 1, "targets": ["k"], "low_freq_ratio": 1.0, "dtype": "x"}
+    metadata = {"rank": 9, "alpha": 1, "low_freq_ratio": 1.0, "dtype": "x"}
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"base_model_name_or_path": "pissa-7b"}
     config |= {"init_lora_weights": True, "lora_dropout": 0.05, "bias": "none", "use_dora": False, "rank_pattern": {}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
