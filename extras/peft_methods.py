@@ -17,8 +17,7 @@ from extras.checkpoints import read_json
 from extras.distributed import processes
 from extras.source import is_library
 
-# Values of PEFT's init_lora_weights that change the base by chance or by data: read from its files it would be another.
-DRAWN_ANEW = (r"pissa_niter_\d+", "corda", "eva", "loftq", "lora_ga")
+DRAWN_ANEW = r"pissa_niter_\d+"  # values of PEFT's init_lora_weights by which it changes the base, by chance
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -120,7 +119,7 @@ def attach_peft(model, peft_type, options):
     if options.get("target_modules") == "all-linear":  # in a model of transformers' PEFT itself leaves lm_head out
         options = options | {"target_modules": [module.split(".")[-1] for module in rosa.TARGETS.values()]}
     initial = str(options.get("init_lora_weights", ""))
-    if re.fullmatch("|".join(DRAWN_ANEW), initial, re.IGNORECASE):
+    if re.fullmatch(DRAWN_ANEW, initial):
         draws = "peft draws the base anew when the adapter is read, so that it would be another model's"
         raise UserError(f"peft:{peft_type} with init_lora_weights {initial!r}: {draws}: choose pissa, or true")
     was_training = model.training

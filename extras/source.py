@@ -42,6 +42,7 @@ def words_of_code(code):
     return words(inspect.getsource(code))
 
 
+@cache
 def words(source):
     """The tokens of some Python code, separated by spaces."""
     source = textwrap.dedent(source)

@@ -9,10 +9,13 @@ import os
 import re
 import shutil
 import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 
 from conftest import ROOT, forkserver
+from tqdm import tqdm
 
 OURS = ("model", "rosa", "train", "eval", "data", "extras")
 LEFT_OUT = shutil.ignore_patterns("tiny", "lesson", "__pycache__", "*.png", "*.md")
@@ -41,11 +44,41 @@ def run_copy(directory, *commands):
     process = forkserver().Process(target=run_here, args=(directory, commands))
     process.start()
     process.join()
-    ends = []
-    for i in range(len(commands)):
-        out, err, status = (directory / f"{i}.{kind}" for kind in ("out", "err", "status"))
-        ends.append((int(status.read_text()), out.read_text(), err.read_text()))
-    return ends
+    return [end_of(directory, i) for i in range(len(commands))]
+
+
+def run_jobs(jobs):
+    """Run (directory, the copy to start from, edits, commands) one after the other, each in a fork of this process, and
+    say in a file `done` when one has ended. For a process that runs beside the tests."""
+    for directory, start, edits, commands in jobs:
+        if start:
+            shutil.copytree(start, directory, ignore=shutil.ignore_patterns("merged", "done", "__pycache__"))
+        try:
+            for one in edits:
+                edit(directory, *one)
+            child = os.fork()
+            if child == 0:
+                run_here(directory, commands)
+                os._exit(0)
+            os.waitpid(child, 0)
+        except AssertionError as error:  # an edit that fits no more
+            (directory / "failed").write_text(str(error))
+        (directory / "done").touch()
+
+
+def ends_of(directory, count, seconds=120):
+    """What `run_copy` returns, once the process of `run_jobs` has done with a directory."""
+    deadline = time.monotonic() + seconds
+    while not (directory / "done").exists():
+        assert time.monotonic() < deadline, f"{directory} is not done"
+        time.sleep(0.02)
+    assert not (directory / "failed").exists(), (directory / "failed").read_text()
+    return [end_of(directory, i) for i in range(count)]
+
+
+def end_of(directory, i):
+    out, err, status = (directory / f"{i}.{kind}" for kind in ("out", "err", "status"))
+    return int(status.read_text()), out.read_text(), err.read_text()
 
 
 def run_here(directory, commands):
@@ -53,6 +86,7 @@ def run_here(directory, commands):
     import torch
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its usual one is a semaphore of the system, which `os._exit` leaves behind
     for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
         del sys.modules[name]
     sys.path[:] = [str(directory), *(path for path in sys.path if Path(path).resolve() != ROOT)]

@@ -1,13 +1,16 @@
 """Statements about a file that a reader has edited: what it says is what runs, wherever it runs, or a line on the
 screen says what does not; and a mistake in it ends in a traceback to its line."""
 
+import functools
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, random_model, randomise_adapters
-from copies import copy_project, edit, last_place, run_copy
+from conftest import ROOT, forkserver, random_model, randomise_adapters
+from copies import copy_project, edit, ends_of, last_place, run_copy, run_jobs
 from safetensors.torch import load_file
 
 import rosa
@@ -21,16 +24,41 @@ FIGURE = "extras.figure1 figure.png --ckpt ckpt --adapter adapter --limit 2 --dt
 COMMANDS = {"train": TRAIN, "eval": EVAL, "merge": MERGE, "figure1": FIGURE}
 
 
-@pytest.fixture(scope="module")
-def unedited(tmp_path_factory):
-    """A copy of the project in which every command has run, and what each has left."""
-    directory = copy_project(tmp_path_factory.mktemp("copies") / "unedited")
+@functools.cache
+def start_copies():
+    """The directory of the copies. A process of its own edits and runs them, one after the other, beside the tests."""
+    here = tempfile.TemporaryDirectory()
+    directory = copy_project(Path(here.name) / "unedited")
     model = random_model(vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256)
     model.save_pretrained(directory / "ckpt")
     shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", directory / "ckpt")
     rosa.save_adapter(randomise_adapters(rosa.attach(model, 4, 8)), directory / "adapter")
     (directory / "train.json").write_text(json.dumps(toy.examples("train", 20)))
-    ends = run_copy(directory, *COMMANDS.values())
+    jobs = [(directory, None, [], tuple(COMMANDS.values()))]
+    for name, change in EDITS.items():
+        jobs.append((directory.parent / f"edit {name}", directory, [change[:3]], tuple(COMMANDS.values())))
+    anew = tuple(command.replace("--out scores", "--out anew") for command in COMMANDS.values())
+    for name, change in MISTAKES.items():
+        jobs.append((directory.parent / f"mistake {name}", directory, [change[:3]], anew))
+    process = forkserver().Process(target=run_jobs, args=(jobs,), daemon=True)
+    process.start()
+    return here, process  # which are there as long as somebody holds them
+
+
+def copy_of(name):
+    """The directory of a copy, and how the commands there have ended."""
+    here, _ = start_copies()
+    directory = Path(here.name) / name
+    return directory, ends_of(directory, len(COMMANDS))
+
+
+pytestmark = pytest.mark.ahead(start=start_copies)
+
+
+@pytest.fixture(scope="module")
+def unedited():
+    """The copy of the project in which every command has run, and what each has left."""
+    directory, ends = copy_of("unedited")
     assert all(status == 0 for status, _, _ in ends), ends
     return directory, results(directory, ends)
 
@@ -135,13 +163,10 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_of_a_file_counts_in_every_command_that_runs_it(unedited, tmp_path, name):
-    directory, before = unedited
-    copy = tmp_path / "edited"
-    shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("merged", "__pycache__"))
-    file, old, new, changed, says = EDITS[name]
-    edit(copy, file, old, new)
-    ends = run_copy(copy, *COMMANDS.values())
+def test_an_edit_of_a_file_counts_in_every_command_that_runs_it(unedited, name):
+    _, before = unedited
+    *_, changed, says = EDITS[name]
+    copy, ends = copy_of(f"edit {name}")
     after = results(copy, ends)
     for i, command in enumerate(COMMANDS):
         status, out, error = ends[i]
@@ -235,14 +260,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_in_the_code_ends_in_a_traceback_to_its_line(unedited, tmp_path, name):
-    directory, _ = unedited
-    copy = tmp_path / "edited"
-    shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("merged", "scores", "__pycache__"))
+def test_a_mistake_in_the_code_ends_in_a_traceback_to_its_line(name):
     file, old, new, ended = MISTAKES[name]
-    edit(copy, file, old, new)
     line = next(line for line in new.splitlines() if line not in old.splitlines())
-    ends = run_copy(copy, *COMMANDS.values())
+    _, ends = copy_of(f"mistake {name}")
     for command, (status, _, error) in zip(COMMANDS, ends):
         if command not in ended:
             assert status == 0, (command, error)
