@@ -216,6 +216,42 @@ def test_a_result_of_other_code_is_shown_in_the_table_and_marked(unedited, tmp_p
     assert marked.replace(" (other code)", "") == row
 
 
+def test_an_edited_prompt_makes_other_results(unedited, tmp_path):
+    directory, _ = unedited
+    copy = tmp_path / "edited"
+    shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    file, old, new, *_ = EDITS["PROMPT"]
+    edit(copy, file, old, new)
+    ((_, out, _),) = run_copy(copy, "extras.compare scores")
+    assert out.splitlines()[-1].count("(other code)") == 1
+
+
+def test_what_was_trained_by_other_code_says_so(unedited, tmp_path):
+    directory, _ = unedited
+    copy = tmp_path / "edited"
+    shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    evaluate = "eval.py --ckpt ckpt --adapter run --limit 1 --max-new-tokens 1"
+    ends = run_copy(copy, "extras.compare run", evaluate)
+    assert "(other code)" not in ends[0][1] and "trained  " not in ends[1][1]
+    edit(copy, "rosa.py", "argsort(descending=True", "argsort(descending=False")
+    ends = run_copy(copy, "extras.compare run", evaluate)
+    assert ends[0][1].splitlines()[-1].count("(other code)") == 1  # the losses; the answer is of the same code
+    assert "trained    run: rosa.py has been edited since its run began\n" in ends[1][1]
+
+
+def test_a_run_that_a_mistake_has_ended_before_it_had_a_loss_may_be_begun_again(unedited, tmp_path):
+    directory, _ = unedited
+    copy = tmp_path / "edited"
+    shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    file, old, new, _ = MISTAKES["Attention.forward"]
+    edit(copy, file, old, new)
+    command = TRAIN.replace("--overwrite --out run", "--out new")
+    assert [status for status, _, _ in run_copy(copy, command, command)] == [1, 1]
+    edit(copy, file, new, old)
+    ends = run_copy(copy, command, command)
+    assert [status for status, _, _ in ends] == [0, 2] and "holds a run already" in ends[1][2]
+
+
 # --- mistakes ---
 
 # name -> (file, old, new with the mistake, the commands that it ends)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import assert_same_tensors, random_model, random_tokens, randomise_adapters
 from rounding import assert_close, bound, of_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import model as model_file
@@ -223,4 +224,25 @@ def test_where_merging_is_another_computation_than_the_adapters_own_it_is_refuse
         merge()
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and re.search(r"merged, model.layers.0.\S+ computes something else than RoAE", error)
+    assert sorted(path.name for path in Path().iterdir()) == ["adapter", "ckpt"]
+
+
+def test_what_an_adapter_holds_beside_updates_is_not_left_out_silently(ckpt, monkeypatch, capsys):
+    """A reader's own tensor, of which rosa.check_lora was taught."""
+    file = Path("adapter/adapter_model.safetensors")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file) | {"base_model.model.model.layers.0.self_attn.head_scale": torch.ones(4)}, file, metadata)
+    monkeypatch.setattr(rosa, "check_lora", lambda *_: None)
+    with pytest.raises(SystemExit) as stopped:
+        merge()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "layers.0.self_attn.head_scale, which is no part of what is merged here" in error
+    assert sorted(path.name for path in Path().iterdir()) == ["adapter", "ckpt"]
+
+
+def test_a_mistake_that_shows_in_the_check_of_what_was_written_leaves_nothing(ckpt, monkeypatch):
+    monkeypatch.setattr(Llama, "forward", lambda self, tokens: tokens.no_such_thing)
+    with pytest.raises(AttributeError):
+        merge()
     assert sorted(path.name for path in Path().iterdir()) == ["adapter", "ckpt"]

@@ -269,6 +269,16 @@ def test_an_adapter_with_other_settings_is_refused_and_the_difference_named(tmp_
         load_adapter(attach(random_model(), 5, 8, 0.5), tmp_path)
 
 
+def test_a_parameter_that_trains_and_would_be_lost_is_refused(tmp_path):
+    model = attach(random_model(), 4, 8)
+    model.model.layers[1].self_attn.head_scale = nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match="model.layers.1.self_attn.head_scale trains, and save_adapter would lose it"):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.requires_grad_(False)
+    save_adapter(model, tmp_path)
+
+
 OTHER_MODELS = [
     ({"num_hidden_layers": 4}, r"layers.3.self_attn.q_proj.lora_A.weight is absent, this one needs \[4, 32\]"),
     ({"num_hidden_layers": 2}, r"model.model.layers.2.* is \[4, 32\], this one needs absent"),
