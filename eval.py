@@ -1,13 +1,14 @@
-"""Score a LLaMA, with or without an adapter, on the test sets of a task: greedy answers, exact match.
+"""Score a LLaMA, with or without an adapter, on the test sets of a task: greedy answers, exact
+match.
 
     python eval.py --ckpt tiny --task toy --adapter runs/tiny-toy-rosa
     python eval.py --ckpt llama2-7b --task gsm8k,SVAMP --adapter runs/llama2-7b-arithmetic-rosa
     python eval.py --ckpt tiny --prompt "Tom has 3 pens. He buys 4 more. How many has he now?"
-    torchrun --nproc_per_node=8 eval.py ...                          # eight processes, each of which scores its share
+    torchrun --nproc_per_node=8 eval.py ...             # eight processes, each scores its share
 
-Writes predictions.jsonl, a line per example as it is answered, and results.json beside the adapter, or under --out.
-Run again it goes on where it stopped: what the same adapter has answered with the same settings is not asked again.
-"""
+Writes predictions.jsonl, a line per example as it is answered, and results.json beside the adapter,
+or under --out. Run again it goes on where it stopped: what the same adapter has answered with the
+same settings is not asked again."""
 
 import math
 import sys
@@ -33,35 +34,63 @@ from extras.commands import count, run_script, script_parser
 from extras.distributed import gather, gather_rounds, processes
 from extras.predictions import Predictions, fingerprint, hash_of, result_code
 
-MOVED = {"--loss": "forgetting FILE ...", "--activations": "figure1 PNG", "--compare": "compare RUN ..."}
+MOVED = {
+    "--loss": "forgetting FILE ...",
+    "--activations": "figure1 PNG",
+    "--compare": "compare RUN ...",
+}
 
 
 def parse_args(arguments=None):
     for argument in sys.argv[1:] if arguments is None else arguments:
         if command := MOVED.get(argument.split("=")[0]):
-            raise UserError(f"{argument.split('=')[0]} is a command of its own now: python -m extras.{command}")
+            raise UserError(
+                f"{argument.split('=')[0]} is a command of its own now: python -m extras.{command}"
+            )
     parser = script_parser("eval.py", "\n".join(__doc__.split("\n")[:5]))
     add = parser.add_argument_group("model and data").add_argument
     add("--ckpt", default="tiny", help="directory, or a name such as llama2-7b or org/name")
-    add("--adapter", type=Path, help="adapter directory, as train.py writes it (default: the model alone)")
+    add(
+        "--adapter",
+        type=Path,
+        help="adapter directory, as train.py writes it (default: the model alone)",
+    )
     add("--task", default="toy", help="toy, arithmetic, commonsense, or test sets by commas")
     add("--data-dir", default=tasks.DATA_DIR, help="laid out as LLM-Adapters' repository")
-    add("--out", type=Path, help="where results go (default: --adapter, or runs/<ckpt>-<task>-base)")
+    add(
+        "--out", type=Path, help="where results go (default: --adapter, or runs/<ckpt>-<task>-base)"
+    )
     add = parser.add_argument_group("answers").add_argument
     add("--prompt", help="instead of scoring: answer this one question")
     add("--limit", type=count, help="only the first so many examples of each test set")
     add("--batch-size", type=count, default=32, help="examples at a time")
     add("--max-new-tokens", type=count, default=256, help="longest answer, in tokens")
     scores = ("generate", "likelihood")
-    add("--score", default="generate", choices=scores, help="by its answer, or its likeliest option")
+    add(
+        "--score", default="generate", choices=scores, help="by its answer, or its likeliest option"
+    )
     add = parser.add_argument_group("more").add_argument
     add("--skip-empty", action="store_true", help="leave out examples with an empty field")
-    add("--long-is-wrong", action="store_true", help="prompts that leave no room for an answer count as wrong")
-    add("--plain", action="store_true", help="model.py alone: nothing from extras/kernels.py and extras/inference.py")
+    add(
+        "--long-is-wrong",
+        action="store_true",
+        help="prompts that leave no room for an answer count as wrong",
+    )
+    add(
+        "--plain",
+        action="store_true",
+        help="model.py alone: nothing from extras/kernels.py and extras/inference.py",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, mps, ...")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
+    add(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model"
+    )
     args = parser.parse_args(arguments)
-    args.out = args.out or args.adapter or Path("runs") / f"{Path(args.ckpt).absolute().name}-{args.task}-base"
+    args.out = (
+        args.out
+        or args.adapter
+        or Path("runs") / f"{Path(args.ckpt).absolute().name}-{args.task}-base"
+    )
     return args
 
 
@@ -77,9 +106,11 @@ def main(args):
     model = load_model(ckpt, device, dtype)
     too_long = check_lengths(args, questions, model.config, tokenizer)
     if args.adapter:
-        peft_methods.load_adapter(model, args.adapter)  # one of RoSA's, by rosa.load_adapter, or of PEFT's own
+        # One of RoSA's, by rosa.load_adapter, or of PEFT's own
+        peft_methods.load_adapter(model, args.adapter)
     check_finite(model)
-    if args.adapter and dtype == torch.float32:  # bfloat16 weights would round it away; PEFT's own stay as they are
+    # Bfloat16 weights would round it away; PEFT's own stay as they are
+    if args.adapter and dtype == torch.float32:
         merge.merge_if_unedited(model)
     gather()  # wait: none begins before all are set up
     if not args.plain:
@@ -90,7 +121,10 @@ def main(args):
     if args.prompt:
         return answer_prompt(args, model, tokenizer) if rank == 0 else None
     adapter = args.adapter or "none"
-    print(f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; adapter: {adapter}")
+    print(
+        f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; "
+        f"adapter: {adapter}"
+    )
 
     # --- the loop ---
     limit = args.max_new_tokens if args.score == "generate" else None
@@ -98,29 +132,41 @@ def main(args):
     code = result_code(args.score, args.adapter, own=[respond])
     made_by = fingerprint(ckpt, args.adapter, [args.score, limit, dtype], code)
     predictions = Predictions(args.out, made_by, questions)  # what is answered already
-    for number, line in predictions.lines.items():  # the response is kept, what it is worth is judged anew
+    # The response is kept, what it is worth is judged anew
+    for number, line in predictions.lines.items():
         line |= judge(questions[number], line["response"])
     for number in too_long - predictions.lines.keys():
         predictions.add(number, "", "no room", judge(questions[number], ""))
     right, new_tokens = sum(line["correct"] for line in predictions.lines.values()), 0
     bar = tqdm(
-        total=len(questions), initial=len(predictions.lines), unit="example", dynamic_ncols=True, disable=rank > 0
+        total=len(questions),
+        initial=len(predictions.lines),
+        unit="example",
+        dynamic_ncols=True,
+        disable=rank > 0,
     )
     start = time.perf_counter()
     numbers = predictions.unanswered()  # long prompts first
     mine = numbers[rank::world]  # so that each process has long and short ones
     responses = respond(args, model, tokenizer, [questions[number] for number in mine])
-    answers = ((mine[i], response, num_tokens) for i, response, num_tokens in responses)  # by number, not place in mine
+    # By number, not place in mine
+    answers = ((mine[i], response, num_tokens) for i, response, num_tokens in responses)
     per_round = 1 if world == 1 else args.batch_size  # answers of each process
     # A round hands every process the answers of all; the first alone writes them.
-    for answered in gather_rounds(answers, per_round, math.ceil(len(numbers) / (per_round * world))):
+    for answered in gather_rounds(
+        answers, per_round, math.ceil(len(numbers) / (per_round * world))
+    ):
         for number, response, num_tokens in answered:
             judged = judge(questions[number], response)
             finish_reason = "length" if num_tokens == limit else "stop"
             predictions.add(number, response, finish_reason, judged)
             right += judged["correct"]
             new_tokens += num_tokens
-        speed = f"  {new_tokens / (time.perf_counter() - start):,.0f} new tokens/s" if new_tokens else ""
+        speed = (
+            f"  {new_tokens / (time.perf_counter() - start):,.0f} new tokens/s"
+            if new_tokens
+            else ""
+        )
         bar.set_postfix_str(f"accuracy {right / len(predictions.lines):.1%}{speed}", refresh=False)
         bar.update(len(answered))
     bar.close()
@@ -129,27 +175,38 @@ def main(args):
     correct = {name: [] for name in names if name not in absent}
     for line in predictions.lines.values():
         correct[line["set"]].append(line["correct"])
-    results = score(correct) | {"score": args.score, "max_new_tokens": limit, "ckpt": str(args.ckpt)} | made_by
-    results["questions"] = {name: hash_of([q[2] for q in questions if q[0] == name]) for name in correct}
+    results = (
+        score(correct)
+        | {"score": args.score, "max_new_tokens": limit, "ckpt": str(args.ckpt)}
+        | made_by
+    )
+    results["questions"] = {
+        name: hash_of([q[2] for q in questions if q[0] == name]) for name in correct
+    }
     print_table(names, results)
     if cut := sum(line["finish_reason"] == "length" for line in predictions.lines.values()):
         print(f"{cut:,} answers were cut at --max-new-tokens {limit}")
     if absent:
-        print(f"absent from {args.data_dir}: {', '.join(absent)}. To get them: {tasks.how_to_get(args.data_dir)}")
+        print(
+            f"absent from {args.data_dir}: {', '.join(absent)}. To get them: "
+            f"{tasks.how_to_get(args.data_dir)}"
+        )
     predictions.finish(results)
 
 
 def judge(question, response):
-    """What a response answers to a question, (test set, index, example, prompt ids), and whether that is right."""
+    """What a response answers to a question, (test set, index, example, prompt ids), and whether
+    that is right."""
     name, _, example, _ = question
     extracted = tasks.extract_answer(name, response)
     return {"extracted": extracted, "correct": tasks.is_correct(name, response, example["answer"])}
 
 
 def choose_options(args, model, tokenizer, questions):
-    """For --score likelihood: yield (place in `questions`, the likeliest option as text, 0) as questions, (test set,
-    index, example, prompt ids), are answered."""
-    # The faster way asks for all options at once; where a method that it replaces was edited, a line says so.
+    """For --score likelihood: yield (place in `questions`, the likeliest option as text, 0) as
+    questions, (test set, index, example, prompt ids), are answered."""
+    # The faster way asks for all options at once; where a method that it replaces was edited, a
+    # line says so.
     instead = "asking Llama.loss, one option after the other"
     plain = args.plain or inference.stands_aside(stood_for("likelihood"), instead)
     for first in range(0, len(questions), args.batch_size):
@@ -161,12 +218,14 @@ def stood_for(score):
     """What extras/inference.py stands for with --score: {(class or module, name): fingerprint}."""
     if score == "generate":
         return inference.PLAIN
-    return inference.LIKELIHOODS | {(sys.modules[__name__], "log_likelihood"): inference.LOG_LIKELIHOOD}
+    return inference.LIKELIHOODS | {
+        (sys.modules[__name__], "log_likelihood"): inference.LOG_LIKELIHOOD
+    }
 
 
 def generate_responses(args, model, tokenizer, questions):
-    """Yield (place in `questions`, response, its new tokens) as questions, (test set, index, example, prompt ids),
-    are answered."""
+    """Yield (place in `questions`, response, its new tokens) as questions, (test set, index,
+    example, prompt ids), are answered."""
     prompts = [prompt for *_, prompt in questions]
     limit, eos = args.max_new_tokens, eos_tokens(model, tokenizer)
     if args.plain:
@@ -177,14 +236,20 @@ def generate_responses(args, model, tokenizer, questions):
 
 
 def most_likely(plain, model, tokenizer, questions):
-    """The option of highest summed log-probability, as text, for each (test set, index, example, prompt ids)."""
+    """The option of highest summed log-probability, as text, for each (test set, index, example,
+    prompt ids)."""
     options = [tasks.options(name, example) for name, _, example, _ in questions]
     prompts, ids = [prompt for *_, prompt in questions], []
     for (_, _, example, _), texts in zip(questions, options):
-        responses = [tasks.encode_example(example | {"output": text}, tokenizer)[1] for text in texts]
+        responses = [
+            tasks.encode_example(example | {"output": text}, tokenizer)[1] for text in texts
+        ]
         ids.append([response[:-1] for response in responses])  # without the end-of-sequence token
     if plain:
-        scores = [[log_likelihood(model, prompt, option) for option in each] for prompt, each in zip(prompts, ids)]
+        scores = [
+            [log_likelihood(model, prompt, option) for option in each]
+            for prompt, each in zip(prompts, ids)
+        ]
     else:
         scores = inference.log_likelihoods(model, prompts, ids)
     if not all(map(math.isfinite, sum(scores, []))):
@@ -202,13 +267,22 @@ def log_likelihood(model, prompt, ids):
 
 
 def score(correct):
-    """test set -> list of bools, as results.json has it: scores, averages over examples (micro) and sets (macro)."""
+    """test set -> list of bools, as results.json has it: scores, averages over examples (micro) and
+    sets (macro)."""
     scores = {name: sum(each) / len(each) for name, each in correct.items()}
     counts = {name: len(each) for name, each in correct.items()}
-    intervals = {name: tasks.wilson_interval(sum(each), len(each)) for name, each in correct.items()}
+    intervals = {
+        name: tasks.wilson_interval(sum(each), len(each)) for name, each in correct.items()
+    }
     micro = sum(map(sum, correct.values())) / sum(counts.values())
     macro = sum(scores.values()) / len(scores)
-    return {"scores": scores, "micro": micro, "macro": macro, "counts": counts, "intervals": intervals}
+    return {
+        "scores": scores,
+        "micro": micro,
+        "macro": macro,
+        "counts": counts,
+        "intervals": intervals,
+    }
 
 
 def print_table(names, results):
@@ -218,11 +292,16 @@ def print_table(names, results):
             print(f"{name:<16}{'absent':>9}")
             continue
         low, high = results["intervals"][name]
-        print(f"{name:<16}{results['counts'][name]:>9,}{results['scores'][name]:>10.1%}   {low:.1%} to {high:.1%}")
+        print(
+            f"{name:<16}{results['counts'][name]:>9,}{results['scores'][name]:>10.1%}   {low:.1%} "
+            f"to {high:.1%}"
+        )
     if len(results["scores"]) > 1:
         total = sum(results["counts"].values())
         low, high = tasks.wilson_interval(round(results["micro"] * total), total)
-        print(f"{'micro average':<16}{total:>9,}{results['micro']:>10.1%}   {low:.1%} to {high:.1%}")
+        print(
+            f"{'micro average':<16}{total:>9,}{results['micro']:>10.1%}   {low:.1%} to {high:.1%}"
+        )
         print(f"{'macro average':<16}{len(results['scores']):>4} sets{results['macro']:>10.1%}")
 
 
@@ -256,8 +335,8 @@ def eos_tokens(model, tokenizer):
 
 
 def load_questions(args, tokenizer):
-    """(names of the task's test sets, those of them that are absent, questions as (test set, index, example, prompt
-    ids))."""
+    """(names of the task's test sets, those of them that are absent, questions as (test set, index,
+    example, prompt ids))."""
     names, absent, questions = tasks.test_sets(args.task), [], []
     for name in names:
         examples = tasks.test_examples(name, args.data_dir, args.skip_empty)
@@ -275,18 +354,25 @@ def load_questions(args, tokenizer):
 
 
 def check_lengths(args, questions, config, tokenizer):
-    """The numbers of the questions that leave no room for their answer. Raises UserError for these unless asked to
-    score them as wrong."""
+    """The numbers of the questions that leave no room for their answer. Raises UserError for these
+    unless asked to score them as wrong."""
     too_long, problem = set(), ""
     for number, (name, i, example, prompt) in enumerate(questions):
         room, answer = args.max_new_tokens, f"--max-new-tokens {args.max_new_tokens}"
         if args.score == "likelihood":
-            room, answer = len(tokenizer.encode(max(tasks.options(name, example), key=len))), "an answer"
+            room, answer = (
+                len(tokenizer.encode(max(tasks.options(name, example), key=len))),
+                "an answer",
+            )
         if len(prompt) + room > config.context:
-            problem = problem or f"{name}, record {i}: the prompt has {len(prompt)} tokens; with {answer}"
+            problem = (
+                problem or f"{name}, record {i}: the prompt has {len(prompt)} tokens; with {answer}"
+            )
             too_long.add(number)
     if too_long and not args.long_is_wrong:
-        more = f" ({len(too_long)} of {len(questions)} prompts do; --long-is-wrong scores the others)"
+        more = (
+            f" ({len(too_long)} of {len(questions)} prompts do; --long-is-wrong scores the others)"
+        )
         raise UserError(f"{problem} it exceeds the model's context of {config.context}{more}")
     return too_long
 

@@ -1,16 +1,17 @@
-"""Fine-tune a LLaMA with RoSA, LoRA, any method of the package peft, or in full: one script, one loop.
+"""Fine-tune a LLaMA with RoSA, LoRA, any method of the package peft, or in full: one script, one
+loop.
 
     python train.py --ckpt tiny --task toy
     python train.py --ckpt checkpoints/llama2-7b --task arithmetic --data-dir LLM-Adapters
     python train.py --ckpt tiny --task toy --method peft:IA3 --lr 1e-2
-    torchrun --nproc_per_node=8 train.py --ckpt llama2-7b --task arithmetic      # the same run, by eight processes
+    torchrun --nproc_per_node=8 train.py --ckpt llama2-7b --task arithmetic    # by eight processes
 
-A run directory (--out) holds the best adapter (with --method full the whole model, which is a --ckpt), `args.json`,
-and `log.jsonl`: {"step": 0, "val_loss": x}, then a line per optimiser step with step, loss, lr, tokens, seconds,
-active_layers, and val_loss where it was measured.
-`layers.jsonl` has a line per selection of layers, with their scores; at its end the run adds its picture, `run.png`,
-and `summary.json`, the run in six numbers. `state.safetensors` is what --resume goes on from.
-"""
+A run directory (--out) holds the best adapter (with --method full the whole model, which is a
+--ckpt), `args.json`, and `log.jsonl`: {"step": 0, "val_loss": x}, then a line per optimiser step
+with step, loss, lr, tokens, seconds, active_layers, and val_loss where it was measured.
+`layers.jsonl` has a line per selection of layers, with their scores; at its end the run adds its
+picture, `run.png`, and `summary.json`, the run in six numbers. `state.safetensors` is what --resume
+goes on from."""
 
 import argparse
 import math
@@ -26,14 +27,36 @@ from data import tasks
 from data.errors import UserError
 from data.tokenizer import load_tokenizer
 from extras import kernels, peft_methods, runs
-from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, read_json, say_if_bfloat16_is_slow
-from extras.commands import below_one, count, positive, resume_command, run_script, script_parser, seed, share
-from extras.distributed import all_reduce_gradients, gather, gradient_group, own_micro_batches, processes, shard
+from extras.checkpoints import (
+    choose_device_and_dtype,
+    find_checkpoint,
+    load_model,
+    read_json,
+    say_if_bfloat16_is_slow,
+)
+from extras.commands import (
+    below_one,
+    count,
+    positive,
+    resume_command,
+    run_script,
+    script_parser,
+    seed,
+    share,
+)
+from extras.distributed import (
+    all_reduce_gradients,
+    gather,
+    gradient_group,
+    own_micro_batches,
+    processes,
+    shard,
+)
 
 ADAPTER = {"targets": "q,k", "rank": 64, "alpha": None, "lr": 1e-3}  # alpha: twice the rank
-# method -> its own options and their defaults; another method refuses them. A new method goes here and into `attach`
-# below. How it is saved extras/runs.py decides (Run.kept): as a whole checkpoint, or as an adapter, by save_adapter and
-# load_adapter of extras/peft_methods.py.
+# method -> its own options and their defaults; another method refuses them. A new method goes here
+# and into `attach` below. How it is saved extras/runs.py decides (Run.kept): as a whole checkpoint,
+# or as an adapter, by save_adapter and load_adapter of extras/peft_methods.py.
 METHODS = {
     "rosa": ADAPTER | {"low_freq_ratio": 0.5, "pairs": "low", "k_ratio": 0.5},
     "lora": ADAPTER | {"k_ratio": 1.0},
@@ -42,29 +65,46 @@ METHODS = {
 }
 
 
-METHOD_NAMES = f"{', '.join(name for name in METHODS if name != 'peft')}, or peft:NAME such as peft:IA3"
+METHOD_NAMES = (
+    f"{', '.join(name for name in METHODS if name != 'peft')}, or peft:NAME such as peft:IA3"
+)
 
 
 def default_of(option):
     """The default of an option, for its help, by method: "default: rosa 0.5, lora 1, full 1"."""
-    defaults = [f"{method} {options[option]:g}" for method, options in METHODS.items() if option in options]
+    defaults = [
+        f"{method} {options[option]:g}" for method, options in METHODS.items() if option in options
+    ]
     return f"default: {', '.join(defaults)}"
 
 
 def parse_args(arguments=None):
     parser = script_parser("train.py", "\n".join(__doc__.split("\n")[:4]))
-    of_method = {"default": argparse.SUPPRESS}  # absent unless given: check_args fills in the method's own default
+    # Absent unless given: check_args fills in the method's own default
+    of_method = {"default": argparse.SUPPRESS}
 
     add = parser.add_argument_group("model and data").add_argument
     add("--ckpt", default="tiny", help="directory, or a name such as llama2-7b or org/name")
-    add("--task", help="toy, arithmetic, commonsense, or any test set with --train-file (default: toy)")
+    add(
+        "--task",
+        help="toy, arithmetic, commonsense, or any test set with --train-file (default: toy)",
+    )
     add("--data-dir", default=tasks.DATA_DIR, help="laid out as LLM-Adapters' repository")
     add("--train-file", help="JSON to train on, here or in --data-dir (default: the task's)")
-    add("--out", type=Path, help="run directory (default: runs/<ckpt>-<task, or the train file>-<method>)")
+    add(
+        "--out",
+        type=Path,
+        help="run directory (default: runs/<ckpt>-<task, or the train file>-<method>)",
+    )
     add = parser.add_argument_group("method").add_argument
     add("--method", default="rosa", help=METHOD_NAMES)
     add("--rank", type=count, **of_method, help="of each low-rank update (default: 64)")
-    add("--low-freq-ratio", type=share, **of_method, help="share of each head's RoPE pairs that adapt (default: 0.5)")
+    add(
+        "--low-freq-ratio",
+        type=share,
+        **of_method,
+        help="share of each head's RoPE pairs that adapt (default: 0.5)",
+    )
     add(
         "--k-ratio",
         type=share,
@@ -86,8 +126,17 @@ def parse_args(arguments=None):
     add("--overwrite", action="store_true", help="start anew in an --out that holds a run already")
 
     add = parser.add_argument_group("more").add_argument
-    add("--targets", **of_method, help="of q,k,v,o,gate,up,down; RoSA adapts all but q and k by LoRA (default: q,k)")
-    add("--alpha", type=positive, **of_method, help="updates are scaled by alpha / rank (default: twice the rank)")
+    add(
+        "--targets",
+        **of_method,
+        help="of q,k,v,o,gate,up,down; RoSA adapts all but q and k by LoRA (default: q,k)",
+    )
+    add(
+        "--alpha",
+        type=positive,
+        **of_method,
+        help="updates are scaled by alpha / rank (default: twice the rank)",
+    )
     pairs = ("low", "high", "random", "all")
     add(
         "--pairs",
@@ -97,21 +146,58 @@ def parse_args(arguments=None):
     )
     add("--peft-config", **of_method, help="JSON file of options for a method of the package peft")
     select = ("grad", "random", "static", "all")
-    add("--select", default="grad", choices=select, help="how layers are selected; all but grad are ablations")
-    add("--select-every", type=count, default=25, help="optimiser steps between selections of layers")
-    add("--score-ema", type=below_one, default=0.0, help="share of the old score in a layer's new one")
+    add(
+        "--select",
+        default="grad",
+        choices=select,
+        help="how layers are selected; all but grad are ablations",
+    )
+    add(
+        "--select-every",
+        type=count,
+        default=25,
+        help="optimiser steps between selections of layers",
+    )
+    add(
+        "--score-ema",
+        type=below_one,
+        default=0.0,
+        help="share of the old score in a layer's new one",
+    )
     add("--micro-batch-size", type=count, default=4, help="examples per forward pass")
     add("--seed", type=seed, default=0, help="of the adapters, the held-out examples and the order")
-    add("--val-size", type=count, help="examples held out for validation (default: a tenth, at most 300)")
+    add(
+        "--val-size",
+        type=count,
+        help="examples held out for validation (default: a tenth, at most 300)",
+    )
     add("--skip-empty", action="store_true", help="leave out examples with an empty field")
     add("--eval-every", type=count, default=100, help="optimiser steps between validations")
     add("--save-every", type=count, default=100, help="optimiser steps between saves for --resume")
-    add("--plain", action="store_true", help="model.py's own formulas: nothing from extras/kernels.py")
-    add("--checkpoint-activations", action="store_true", help="less memory, slower: compute layers again backwards")
-    add("--shard", action="store_true", help="under torchrun: a share of the frozen weights in each process (FSDP2)")
-    add("--compile", action="store_true", help="torch.compile the layers: faster after a minute or so")
+    add(
+        "--plain",
+        action="store_true",
+        help="model.py's own formulas: nothing from extras/kernels.py",
+    )
+    add(
+        "--checkpoint-activations",
+        action="store_true",
+        help="less memory, slower: compute layers again backwards",
+    )
+    add(
+        "--shard",
+        action="store_true",
+        help="under torchrun: a share of the frozen weights in each process (FSDP2)",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="torch.compile the layers: faster after a minute or so",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, mps, ...")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model")
+    add(
+        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model"
+    )
     return check_args(parser.parse_args(arguments))
 
 
@@ -123,14 +209,17 @@ def check_args(args):
     for name in sorted(set().union(*METHODS.values()) - set(METHODS[kind])):
         if hasattr(args, name):
             advice = ": give its own options with --peft-config FILE.json" if kind == "peft" else ""
-            raise UserError(f"--{name.replace('_', '-')} is no option of --method {args.method}{advice}")
+            raise UserError(
+                f"--{name.replace('_', '-')} is no option of --method {args.method}{advice}"
+            )
     for name, value in METHODS[kind].items():
         vars(args).setdefault(name, value)
     if kind in ("rosa", "lora") and args.alpha is None:
         args.alpha = 2.0 * args.rank
     if args.method == "full" and args.dtype == "bfloat16":
         raise UserError(
-            "--method full needs --dtype float32: a bfloat16 weight does not see updates below 1/256 of itself"
+            "--method full needs --dtype float32: a bfloat16 weight does not see updates below "
+            "1/256 of itself"
         )
     if args.method == "full":
         args.dtype = "float32"
@@ -138,20 +227,32 @@ def check_args(args):
         raise UserError("--resume goes on with a run, --overwrite starts anew: choose one")
     if args.out is None:
         trained_on = args.task or Path(args.train_file or "toy").stem
-        args.out = Path("runs") / f"{Path(args.ckpt).absolute().name}-{trained_on}-{args.method.replace(':', '-')}"
+        args.out = (
+            Path("runs")
+            / f"{Path(args.ckpt).absolute().name}-{trained_on}-{args.method.replace(':', '-')}"
+        )
     args.task = args.task or "toy"
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     if args.batch_size % args.micro_batch_size:
-        sizes = f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size {args.micro_batch_size}"
+        sizes = (
+            f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size "
+            f"{args.micro_batch_size}"
+        )
         raise UserError(f"{sizes}: choose sizes that waste no forward pass")
     for target in getattr(args, "targets", "q").split(","):
         if target not in rosa.TARGETS:
-            raise UserError(f"--targets has the unknown target {target!r}: choose from {','.join(rosa.TARGETS)}")
+            raise UserError(
+                f"--targets has the unknown target {target!r}: choose from {','.join(rosa.TARGETS)}"
+            )
     if args.shard:
         if processes()[1] == 1:
-            raise UserError("--shard needs several processes: torchrun --nproc_per_node=N train.py ...")
+            raise UserError(
+                "--shard needs several processes: torchrun --nproc_per_node=N train.py ..."
+            )
         if kind not in ("rosa", "lora"):
-            raise UserError(f"--shard shards frozen weights, with --method rosa or lora: not with {args.method}")
+            raise UserError(
+                f"--shard shards frozen weights, with --method rosa or lora: not with {args.method}"
+            )
         if args.compile or args.checkpoint_activations:
             raise UserError("--shard goes with neither --compile nor --checkpoint-activations")
     return args
@@ -165,16 +266,22 @@ def main(args):
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # what "auto" has come to is part of the run
     train_set, val_set, places_in_file, too_long = load_data(args, load_tokenizer(ckpt))
-    model = load_model(ckpt, device, dtype, mapped=args.shard)  # mapped: on the CPU, in its files, until `shard`
+    # Mapped: on the CPU, in its files, until `shard`
+    model = load_model(ckpt, device, dtype, mapped=args.shard)
     if args.max_len > model.config.context:
-        raise UserError(f"--max-len {args.max_len} exceeds the model's context of {model.config.context}")
+        raise UserError(
+            f"--max-len {args.max_len} exceeds the model's context of {model.config.context}"
+        )
     description = runs.describe(args, ckpt, model, train_set, val_set)
     if args.resume:
         runs.check_same(args, description)
     torch.manual_seed(args.seed)
     attach(args, model)
-    selector = rosa.LayerSelector(model, args.k_ratio, args.select_every, args.score_ema, args.select)
-    # What trains is registered once, here. AdamW passes over what has no gradient: a frozen layer's moments stay.
+    selector = rosa.LayerSelector(
+        model, args.k_ratio, args.select_every, args.score_ema, args.select
+    )
+    # What trains is registered once, here. AdamW passes over what has no gradient: a frozen layer's
+    # moments stay.
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=args.lr, weight_decay=0.0)
     lengths = [len(prompt) + len(response) for prompt, response in train_set]
@@ -183,21 +290,32 @@ def main(args):
     warmup = max(1, math.ceil(0.05 * total_steps))
 
     say_if_bfloat16_is_slow(device, dtype)
-    num_layers, processes_note = len(model.model.layers), f"; {world} processes" if world > 1 else ""
-    trained, everything = (sum(p.numel() for p in group) for group in (trainable.values(), model.parameters()))
+    num_layers, processes_note = (
+        len(model.model.layers),
+        f"; {world} processes" if world > 1 else "",
+    )
+    trained, everything = (
+        sum(p.numel() for p in group) for group in (trainable.values(), model.parameters())
+    )
     on_targets = f" on {args.targets}" if "targets" in args else ""
-    print(f"model      {ckpt}: {num_layers} layers, {args.dtype} on {device}; what trains in float32{processes_note}")
+    print(
+        f"model      {ckpt}: {num_layers} layers, {args.dtype} on {device}; what trains in "
+        f"float32{processes_note}"
+    )
     choice = f"{selector.count} of {len(selector.candidates)} layers train at a time"
     print(f"method     {args.method}{on_targets}; {choice}")
     print(
-        f"trainable params: {trained:,} || all params: {everything:,} || trainable%: {100 * trained / everything:.4f}"
+        f"trainable params: {trained:,} || all params: {everything:,} || trainable%: "
+        f"{100 * trained / everything:.4f}"
     )
     print(
-        f"data       {len(train_set):,} examples of {sum(lengths):,} tokens to train on, {len(val_set):,} held out; "
+        f"data       {len(train_set):,} examples of {sum(lengths):,} tokens to train on, "
+        f"{len(val_set):,} held out; "
         f"{too_long:,} longer than {args.max_len} tokens left out"
     )
     print(
-        f"steps      {total_steps:,}: {total_steps / batches_per_epoch:.3g} epochs in batches of {args.batch_size}, "
+        f"steps      {total_steps:,}: {total_steps / batches_per_epoch:.3g} epochs in batches of "
+        f"{args.batch_size}, "
         f"{args.micro_batch_size} at a time"
     )
 
@@ -210,11 +328,13 @@ def main(args):
     if args.checkpoint_activations:
         kernels.checkpoint_activations(model)
     run = runs.Run(args, ckpt, model, trainable, optimizer, selector)
-    step = run.resume()  # with --resume: loads adapters, AdamW's moments, scores, active layers; else None
+    # With --resume: loads adapters, AdamW's moments, scores, active layers; else None
+    step = run.resume()
     process_group = gradient_group(device)
     if args.shard:
         shard(model, process_group, device, dtype)
-        # Adapters and norms stay whole, the same parameters, now on the device: this moves the moments there.
+        # Adapters and norms stay whole, the same parameters, now on the device: this moves the
+        # moments there.
         optimizer.load_state_dict(optimizer.state_dict())
     if step is None:
         step = 0
@@ -253,24 +373,29 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # DLS: at a probe every layer asks for gradients. With --select random all processes must draw the same layers,
-        # then each its own dropout. The seeds depend on step and rank alone, so that a resumed run draws the same.
+        # DLS: at a probe every layer asks for gradients. With --select random all processes must
+        # draw the same layers, then each its own dropout. The seeds depend on step and rank alone,
+        # so that a resumed run draws the same.
         torch.manual_seed(args.seed + step)
         selector.before_forward(step)
         torch.manual_seed(args.seed + step + rank * total_steps)
 
-        # Gradients of the mean loss per response token, over the micro-batches of all processes together.
+        # Gradients of the mean loss per response token, over the micro-batches of all processes
+        # together.
         response_tokens = sum(len(response) for _, response in batch)
         loss = 0.0
-        # Each process computes an even share, in as many micro-batches as the others: the last may be empty.
+        # Each process computes an even share, in as many micro-batches as the others: the last may
+        # be empty.
         for micro_batch in own_micro_batches(batch, args.micro_batch_size):
             tokens, labels = collate(micro_batch, device)
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()
             loss += micro_loss.item()
-        # Summed over processes: gradients, at a probe the LayerNorms' too, the loss, and the number of Ctrl-C.
+        # Summed over processes: gradients, at a probe the LayerNorms' too, the loss, and the number
+        # of Ctrl-C.
         loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
-        selector.after_backward()  # a probe scores the layers and selects: the others lose this step's gradient
+        # A probe scores the layers and selects: the others lose this step's gradient
+        selector.after_backward()
 
         # The step; one that is not finite is left out, and the run says which examples it was.
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
@@ -289,7 +414,8 @@ def main(args):
         status = f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {layers}"
         bar.set_postfix_str(status, refresh=False)
         bar.update()
-        run.save(step, total_steps, stop_requested=signals > 0)  # after a Ctrl-C it ends the run here
+        # After a Ctrl-C it ends the run here
+        run.save(step, total_steps, stop_requested=signals > 0)
     bar.close()
     run.finish(device)
 
@@ -308,34 +434,56 @@ def attach(args, model):
         peft_methods.attach_peft(model, args.method.removeprefix("peft:"), options)
     in_layers = any(parameter.requires_grad for parameter in model.model.layers.parameters())
     if args.k_ratio < 1 and not in_layers:
-        raise UserError(f"nothing that {args.method} trains is in a layer, so no layer can be selected: --k-ratio 1")
+        raise UserError(
+            f"nothing that {args.method} trains is in a layer, so no layer can be selected: "
+            "--k-ratio 1"
+        )
 
 
 def load_data(args, tokenizer):
-    """(training examples, validation examples, the training examples' places in their file, how many were longer than
-    --max-len). An example is (prompt ids, response ids), the end-of-sequence token included."""
+    """Four things: the training examples, the validation examples, the training examples' places in
+    their file, and how many were longer than --max-len. An example is (prompt ids, response ids),
+    the end-of-sequence token included."""
     examples = tasks.train_examples(args.task, args.data_dir, args.train_file, args.skip_empty)
     encoded = [
         tasks.encode_example(example, tokenizer)
-        for example in tqdm(examples, desc="tokenizing", leave=False, disable=processes()[0] > 0 or None)
+        for example in tqdm(
+            examples, desc="tokenizing", leave=False, disable=processes()[0] > 0 or None
+        )
     ]
-    kept = [i for i, (prompt, response) in enumerate(encoded) if len(prompt) + len(response) <= args.max_len]
+    kept = [
+        i
+        for i, (prompt, response) in enumerate(encoded)
+        if len(prompt) + len(response) <= args.max_len
+    ]
     val_size = args.val_size or min(300, max(1, len(kept) // 10))
     if len(kept) <= val_size:
-        fitting = f"{len(kept)} of {len(encoded)} examples have at most --max-len {args.max_len} tokens"
-        raise UserError(f"{fitting}: too few to hold --val-size {val_size} of them out and train on the rest")
+        fitting = (
+            f"{len(kept)} of {len(encoded)} examples have at most --max-len {args.max_len} tokens"
+        )
+        raise UserError(
+            f"{fitting}: too few to hold --val-size {val_size} of them out and train on the rest"
+        )
     random.Random(args.seed).shuffle(kept)
     held_out, places = kept[:val_size], kept[val_size:]
-    return [encoded[i] for i in places], [encoded[i] for i in held_out], places, len(encoded) - len(kept)
+    return (
+        [encoded[i] for i in places],
+        [encoded[i] for i in held_out],
+        places,
+        len(encoded) - len(kept),
+    )
 
 
 def make_batches(lengths, batch_size, seed):
-    """The batches of an epoch, as lists of indices: examples of similar length share a batch, so that little is padded,
-    and the batches come in random order. Sorting within pools of 64 batches groups them anew in each epoch."""
+    """The batches of an epoch, as lists of indices: examples of similar length share a batch, so
+    that little is padded, and the batches come in random order. Sorting within pools of 64 batches
+    groups them anew in each epoch."""
     rng = random.Random(seed)
     order = rng.sample(range(len(lengths)), len(lengths))
     pool = 64 * batch_size
-    pools = [sorted(order[i : i + pool], key=lambda j: lengths[j]) for i in range(0, len(order), pool)]
+    pools = [
+        sorted(order[i : i + pool], key=lambda j: lengths[j]) for i in range(0, len(order), pool)
+    ]
     order = [i for pool in pools for i in pool]
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     rng.shuffle(batches)
@@ -343,8 +491,9 @@ def make_batches(lengths, batch_size, seed):
 
 
 def collate(examples, device):
-    """Pad on the right: tokens [B, T], and labels [B, T], the next token where it belongs to the response, else -100.
-    A process without examples gets one token and nothing to predict: every process must take part in each pass."""
+    """Pad on the right: tokens [B, T], and labels [B, T], the next token where it belongs to the
+    response, else -100. A process without examples gets one token and nothing to predict: every
+    process must take part in each pass."""
     width = max((len(prompt) + len(response) for prompt, response in examples), default=2) - 1
     tokens = torch.zeros(max(1, len(examples)), width, dtype=torch.long)
     labels = torch.full_like(tokens, -100)
@@ -362,7 +511,9 @@ def validate(model, examples, args):
     by_length = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
     micro_batches = own_micro_batches(by_length, args.micro_batch_size)
     total = 0.0
-    for micro_batch in tqdm(micro_batches, desc="validation", leave=False, disable=processes()[0] > 0 or None):
+    for micro_batch in tqdm(
+        micro_batches, desc="validation", leave=False, disable=processes()[0] > 0 or None
+    ):
         total += model.loss(*collate(micro_batch, model.device)).item()
     model.train()
     return sum(gather(total)) / sum(len(response) for _, response in examples)

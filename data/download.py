@@ -1,13 +1,14 @@
-"""Fetch the data of LLM-Adapters (Hu et al., EMNLP 2023), training files and test sets, in its repository's own layout.
+"""Fetch the data of LLM-Adapters (Hu et al., EMNLP 2023), training files and test sets, in its
+repository's own layout.
 
     python data/download.py arithmetic                  # math_10k.json and 7 test sets
     python data/download.py commonsense                 # commonsense_15k.json and 8 test sets
     python data/download.py all --dir LLM-Adapters      # both, and commonsense_170k.json
 
-Every file is pinned: to one commit, and to the id that git gives its content. Data arrives in `<file>.partial`, which
-takes the name `<file>` only when its id is right. What was cut is resumed, what is there stays, so the same command
-again gets what is missing. What the files mean is for `tasks.py` to know.
-"""
+Every file is pinned: to one commit, and to the id that git gives its content. Data arrives in
+`<file>.partial`, which takes the name `<file>` only when its id is right. What was cut is resumed,
+what is there stays, so the same command again gets what is missing. What the files mean is for
+`tasks.py` to know."""
 
 import argparse
 import hashlib
@@ -47,8 +48,11 @@ BLOB_IDS = {
     "dataset/winogrande/test.json": "21257263593dd4d00546e1918c88ca0f357b08ad",
 }
 
-# The tasks that are fetched: those whose training file is LLM-Adapters'. A task of one's own has files of its own.
-FETCHED = [task for task, file in tasks.TRAIN_FILES.items() if f"ft-training_set/{file}" in BLOB_IDS]
+# The tasks that are fetched: those whose training file is LLM-Adapters'. A task of one's own has
+# files of its own.
+FETCHED = [
+    task for task, file in tasks.TRAIN_FILES.items() if f"ft-training_set/{file}" in BLOB_IDS
+]
 
 
 def parse_args(arguments=None):
@@ -58,7 +62,11 @@ def parse_args(arguments=None):
     p.error = fail
     p.add_argument("task", choices=(*FETCHED, "all"), help="whose files to fetch")
     p.add_argument("--dir", type=Path, default=tasks.DATA_DIR, help="where they go")
-    p.add_argument("--url", default=URL, help="where they come from: LLM-Adapters' repository, or a mirror of it")
+    p.add_argument(
+        "--url",
+        default=URL,
+        help="where they come from: LLM-Adapters' repository, or a mirror of it",
+    )
     args = p.parse_args(arguments)
     if not args.url.startswith(("https://", "http://")):
         fail(f"--url must begin with https:// or http://, not {args.url!r}")
@@ -80,16 +88,24 @@ def main(args):
     for file in files:
         try:
             print(f"{file:<39}{fetch(file, args.dir, args.url.rstrip('/'))}")
-        except (ValueError, OSError, HTTPException) as error:  # one file's trouble is not the others'
+        # One file's trouble is not the others'
+        except (ValueError, OSError, HTTPException) as error:
             if type(error) is URLError:  # but for this one: no server has answered
-                complain(f"{args.url} cannot be reached ({error.reason}): is there a network? --url takes a mirror")
+                complain(
+                    f"{args.url} cannot be reached ({error.reason}): is there a network? --url "
+                    "takes a mirror"
+                )
                 sys.exit(1)
             complain(f"{file}: {error}")
             failed += 1
     if failed:
-        complain(f"{failed} of {len(files)} files failed; the same command again resumes what is missing")
+        complain(
+            f"{failed} of {len(files)} files failed; the same command again resumes what is missing"
+        )
         sys.exit(1)
-    data_dir = "" if args.dir == Path(tasks.DATA_DIR) else f" --data-dir {shlex.quote(str(args.dir))}"
+    data_dir = (
+        "" if args.dir == Path(tasks.DATA_DIR) else f" --data-dir {shlex.quote(str(args.dir))}"
+    )
     for task in FETCHED if args.task == "all" else [args.task]:
         print(f"next: python train.py --ckpt CHECKPOINT --task {task}{data_dir}")
 
@@ -98,30 +114,42 @@ def files_of(task):
     """The paths, within the repository, of a task's training file and test sets."""
     if task == "all":
         return list(BLOB_IDS)
-    return [f"ft-training_set/{tasks.TRAIN_FILES[task]}", *(f"dataset/{name}/test.json" for name in tasks.TASKS[task])]
+    return [
+        f"ft-training_set/{tasks.TRAIN_FILES[task]}",
+        *(f"dataset/{name}/test.json" for name in tasks.TASKS[task]),
+    ]
 
 
 def fetch(file, directory, url):
-    """See to it that the directory has the file, and say how it came. Raises ValueError, OSError or HTTPException."""
+    """See to it that the directory has the file, and say how it came. Raises ValueError, OSError or
+    HTTPException."""
     final = directory / file
     partial = final.with_name(final.name + ".partial")
     if final.exists():
         if (found := blob_id(final)) != BLOB_IDS[file]:
-            raise ValueError(f"another version is there, with blob id {found}: delete it, or choose another --dir")
+            raise ValueError(
+                f"another version is there, with blob id {found}: delete it, or choose another "
+                "--dir"
+            )
         return "already there"
     download(f"{url}/{file}", partial)
     if (found := blob_id(partial)) != BLOB_IDS[file]:
         partial.unlink()
-        raise ValueError(f"what came is not the file: expected blob id {BLOB_IDS[file]}, found {found}; deleted")
+        raise ValueError(
+            f"what came is not the file: expected blob id {BLOB_IDS[file]}, found {found}; deleted"
+        )
     os.replace(partial, final)
     return f"{final.stat().st_size:>12,} bytes"
 
 
 def download(url, partial):
-    """Add to the file `partial` what it lacks of `url`. What has arrived stays there when the connection breaks."""
+    """Add to the file `partial` what it lacks of `url`. What has arrived stays there when the
+    connection breaks."""
     done = partial.stat().st_size if partial.exists() else 0  # bytes
     try:
-        response = urlopen(Request(url, headers={"Range": f"bytes={done}-"} if done else {}), timeout=TIMEOUT)
+        response = urlopen(
+            Request(url, headers={"Range": f"bytes={done}-"} if done else {}), timeout=TIMEOUT
+        )
     except HTTPError as error:
         if error.code != 416 or not done:
             raise
@@ -144,7 +172,8 @@ def download(url, partial):
         )
         partial.parent.mkdir(parents=True, exist_ok=True)
         with bar, open(partial, "ab" if done else "wb") as out:
-            while chunk := response.read1(1 << 16):  # read would lose the chunk in which the connection breaks
+            # Read would lose the chunk in which the connection breaks
+            while chunk := response.read1(1 << 16):
                 bar.update(out.write(chunk))
             done = out.tell()
     if total is not None and done < total:  # the end of a connection looks like the end of the file
@@ -152,7 +181,8 @@ def download(url, partial):
 
 
 def blob_id(path):
-    """The id by which git names a file's content: the SHA-1 of b"blob <size>\\0", the size in bytes, and the bytes."""
+    """The id by which git names a file's content: the SHA-1 of b"blob <size>\\0", the size in
+    bytes, and the bytes."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 

@@ -1,8 +1,8 @@
 """What an example is: its prompt, the task lists, the files, and when a response is right.
 
-Prompt, files and scoring are those of LLM-Adapters (Hu et al., EMNLP 2023; github.com/AGI-Edgerunners/LLM-Adapters), so
-that scores compare; a clone of that repository serves as the data directory. `toy` is made on the spot.
-"""
+Prompt, files and scoring are those of LLM-Adapters (Hu et al., EMNLP 2023;
+github.com/AGI-Edgerunners/LLM-Adapters), so that scores compare; a clone of that repository serves
+as the data directory. `toy` is made on the spot."""
 
 import json
 import math
@@ -32,11 +32,13 @@ TOY_SIZES = {"train": 2300, "test": 300}
 DATA_DIR = "LLM-Adapters"
 
 PROMPT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 PROMPT_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
@@ -47,7 +49,8 @@ def prompt_text(example):
 
 
 def encode_prompt(example, tokenizer):
-    """The ids that a model answers to: the beginning-of-sequence token, where the model has one, and the prompt."""
+    """The ids that a model answers to: the beginning-of-sequence token, where the model has one,
+    and the prompt."""
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return start + tokenizer.encode(prompt_text(example))
 
@@ -55,23 +58,29 @@ def encode_prompt(example, tokenizer):
 def encode_example(example, tokenizer):
     """(prompt ids, response ids), the response ending with the end-of-sequence token.
 
-    Prompt and response are encoded as one text, since a SentencePiece model would put a space before a response of
-    its own; only where a token straddles the two are they encoded apart, so that the prompt's ids never change."""
+    Prompt and response are encoded as one text, since a SentencePiece model would put a space
+    before a response of its own; only where a token straddles the two are they encoded apart, so
+    that the prompt's ids never change."""
     prompt, text = prompt_text(example), prompt_text(example) + example["output"]
     prompt_ids, ids = tokenizer.encode(prompt), tokenizer.encode(text)
-    response = ids[len(prompt_ids) :] if ids[: len(prompt_ids)] == prompt_ids else tokenizer.encode(example["output"])
+    response = (
+        ids[len(prompt_ids) :]
+        if ids[: len(prompt_ids)] == prompt_ids
+        else tokenizer.encode(example["output"])
+    )
     return encode_prompt(example, tokenizer), response + [tokenizer.eos_id]
 
 
 def test_sets(task):
-    """The names of a task's test sets; one set, or several separated by commas, are a task too. Raises UserError for
-    an unknown name."""
+    """The names of a task's test sets; one set, or several separated by commas, are a task too.
+    Raises UserError for an unknown name."""
     every = [name for names in TASKS.values() for name in names]
     names = TASKS.get(task) or task.split(",")
     for name in names:
         if name not in every:
             raise UserError(
-                f"unknown task {name!r}: choose from {', '.join(TASKS)}, or test sets of {', '.join(every)}"
+                f"unknown task {name!r}: choose from {', '.join(TASKS)}, or test sets of "
+                f"{', '.join(every)}"
             )
     return list(dict.fromkeys(names))
 
@@ -103,7 +112,8 @@ def train_examples(task, data_dir, train_file=None, skip_empty=False):
 
 
 def test_examples(name, data_dir, skip_empty=False):
-    """The examples of one test set, or None where its file is absent; `skip_empty` as in `load_examples`."""
+    """The examples of one test set, or None where its file is absent; `skip_empty` as in
+    `load_examples`."""
     if name == "toy":
         return toy.examples("test", TOY_SIZES["test"])
     file = Path(data_dir) / "dataset" / name / "test.json"
@@ -115,24 +125,30 @@ def test_examples(name, data_dir, skip_empty=False):
         try:
             choice = name in CHOICES or name == "AQuA"
             possible = (
-                extract_answer(name, answer) == answer if choice else math.isfinite(float(answer.replace(",", "")))
+                extract_answer(name, answer) == answer
+                if choice
+                else math.isfinite(float(answer.replace(",", "")))
             )
         except ValueError:
             possible = False
         if not possible:
             kind = "choice" if choice else "number"
-            raise UserError(f"{file}, {place}: the answer {answer!r:.50} is not a {kind} of {name}: fix it")
+            raise UserError(
+                f"{file}, {place}: the answer {answer!r:.50} is not a {kind} of {name}: fix it"
+            )
     return [example for _, example in placed]
 
 
-PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))  # the same by three names
+# The same by three names
+PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
 
 
 def load_examples(file, needed=("instruction", "output"), skip_empty=False):
-    """The examples in a JSON array, or in JSON Lines, as dicts: their fields `needed`, of "instruction", "output" and
-    "answer", are text, as is "input" where there is one; whatever else a record holds is not looked at. A question and
-    its response may go by any names in PAIRS. Raises UserError naming file and record, unless `skip_empty` leaves out
-    the records in which a needed field is empty or null."""
+    """The examples in a JSON array, or in JSON Lines, as dicts: their fields `needed`, of
+    "instruction", "output" and "answer", are text, as is "input" where there is one; whatever else
+    a record holds is not looked at. A question and its response may go by any names in PAIRS.
+    Raises UserError naming file and record, unless `skip_empty` leaves out the records in which a
+    needed field is empty or null."""
     return [example for _, example in placed_examples(file, needed, skip_empty)]
 
 
@@ -144,15 +160,24 @@ def placed_examples(file, needed, skip_empty):
             raise UserError(f"{file}, {place}: not an object but {type(record).__name__}")
         texts = {name: as_text(value) for name, value in record.items()}
         there = [name for name, text in texts.items() if text is not None]
-        choices = [{"instruction": p, "input": "input", "output": r, "answer": "answer"} for p, r in PAIRS]
-        # The most complete pair: a record may hold a prompt beside a question, or every name with nulls in most.
-        names = max(choices, key=lambda names: [sum(names[f] in held for f in needed) for held in (there, record)])
+        choices = [
+            {"instruction": p, "input": "input", "output": r, "answer": "answer"} for p, r in PAIRS
+        ]
+        # The most complete pair: a record may hold a prompt beside a question, or every name with
+        # nulls in most.
+        names = max(
+            choices,
+            key=lambda names: [sum(names[f] in held for f in needed) for held in (there, record)],
+        )
         if missing := [repr(names[field]) for field in needed if names[field] not in record]:
             listed = ", ".join(map(repr, there)) or "{}"
             raise UserError(
-                f"{file}, {place} has no {' and no '.join(missing)}, only {listed:.200}: rename or add fields"
+                f"{file}, {place} has no {' and no '.join(missing)}, only {listed:.200}: rename "
+                "or add fields"
             )
-        used = {field: texts[names[field]] for field in (*needed, "input") if names[field] in record}
+        used = {
+            field: texts[names[field]] for field in (*needed, "input") if names[field] in record
+        }
         for field, text in used.items():
             what = f"{file}, {place}: the field {names[field]!r}"
             if not isinstance(text, (str, type(None))):
@@ -164,8 +189,15 @@ def placed_examples(file, needed, skip_empty):
         else:
             examples.append((place, record | used))
     if empty and not skip_empty:
-        fields, first = " or ".join(dict.fromkeys(name for _, blank in empty for name in blank)), empty[0][0]
-        where, them = (f"{len(empty)} records, the first is {first}", "them") if len(empty) > 1 else (first, "it")
+        fields, first = (
+            " or ".join(dict.fromkeys(name for _, blank in empty for name in blank)),
+            empty[0][0],
+        )
+        where, them = (
+            (f"{len(empty)} records, the first is {first}", "them")
+            if len(empty) > 1
+            else (first, "it")
+        )
         advice = f"delete {them}, or leave {them} out with --skip-empty"
         raise UserError(f"{file}: the field {fields} is empty in {where}: {advice}")
     if not examples:
@@ -175,19 +207,23 @@ def placed_examples(file, needed, skip_empty):
 
 
 def as_text(value):
-    """A number or a truth value as JSON spells it; None for null and for NaN, which pandas has for an empty cell."""
+    """A number or a truth value as JSON spells it; None for null and for NaN, which pandas has for
+    an empty cell."""
     if value is None or value != value:
         return None
     return json.dumps(value) if isinstance(value, (bool, int, float)) else value
 
 
 def read_records(file):
-    """(place, value) of every element of a JSON array, or of every line of JSON Lines; a place is "record 0"."""
+    """(place, value) of every element of a JSON array, or of every line of JSON Lines; a place is
+    "record 0"."""
     try:
         with user_file(file):
             text = Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+        raise UserError(
+            f"{file} is not text in UTF-8: {error.reason} at byte {error.start}"
+        ) from None
     if text.lstrip().startswith("["):
         return [(f"record {i}", value) for i, value in enumerate(parse(text, file))]
     if goes_over_lines(text.lstrip()):
@@ -234,26 +270,33 @@ SAID = r"[Aa]nswer(?: is|:)[\s:*(]*([A-E])\b"
 ARTICLE = r"(?<![a-z,] )\bA (?!(?:{})\b(?!-))[a-z]"
 # In "Answer: A because ...": words that follow no article.
 AFTER_LETTER = (
-    "is was has gives equals works fits satisfies matches makes yields because since as for and or but so not by with "
+    "is was has gives equals works fits satisfies matches makes yields because since as for and "
+    "or but so not by with "
     "from if when where which that would the it we"
 )
 
 
 def extract_answer(name, response):
-    """What a response answers to a question of test set `name`, as text; "" where it gives no answer.
+    """What a response answers to a question of test set `name`, as text; "" where it gives no
+    answer.
 
-    As LLM-Adapters, case counting: the last number, commas removed; in commonsense, the first option named. Unlike it,
-    ".5" is a half, "untrue" does not name true, and AQuA's choice is the last letter said to be the answer, or else the
-    last that stands alone: there, it is the first capital A to E, be it that of "Because"."""
+    As LLM-Adapters, case counting: the last number, commas removed; in commonsense, the first
+    option named. Unlike it, ".5" is a half, "untrue" does not name true, and AQuA's choice is the
+    last letter said to be the answer, or else the last that stands alone: there, it is the first
+    capital A to E, be it that of "Because"."""
     if name in CHOICES:
         return next(iter(re.findall(CHOICES[name], response)), "")
     if name == "AQuA":
         no_article = re.sub(ARTICLE.format(AFTER_LETTER.replace(" ", "|")), "", response)
         alone = re.findall(r"\b[A-E]\b", re.sub(ARTICLE.format("is"), "", response))
         # Where there is no other letter, an A that may be an article is the choice.
-        return next(reversed(re.findall(SAID, no_article) or alone or re.findall(SAID, response)), "")
+        return next(
+            reversed(re.findall(SAID, no_article) or alone or re.findall(SAID, response)), ""
+        )
     # A point begins a number only where no word ends: "Rs.75" is 75.
-    return next(reversed(re.findall(r"-?(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)", response.replace(",", ""))), "")
+    return next(
+        reversed(re.findall(r"-?(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)", response.replace(",", ""))), ""
+    )
 
 
 def is_correct(name, response, answer):
@@ -265,10 +308,11 @@ def is_correct(name, response, answer):
 
 
 def options(name, example):
-    """The responses that a multiple-choice example of test set `name` admits, worded as in the training data.
+    """The responses that a multiple-choice example of test set `name` admits, worded as in the
+    training data.
 
-    They stand in the instruction: "Answer format: answer1/answer2/...", in AQuA "Answer Choices: (A) ... (B) ...".
-    Raises UserError where fewer than two do."""
+    They stand in the instruction: "Answer format: answer1/answer2/...", in AQuA "Answer Choices:
+    (A) ... (B) ...". Raises UserError where fewer than two do."""
     if name == "AQuA":
         marker, pattern, wording = "Answer Choices:", r"\(([A-E])\)", "The answer is ({})."
     elif name in CHOICES:
@@ -278,15 +322,19 @@ def options(name, example):
     _, marked, listed = example["instruction"].rpartition(marker)
     choices = dict.fromkeys(re.findall(pattern, listed))  # each once: "(E) both (A) and (B)"
     if not marked or len(choices) < 2:
-        raise UserError(f"{name}: fewer than two options stand after {marker!r} in {example['instruction'][-60:]!r}")
+        raise UserError(
+            f"{name}: fewer than two options stand after {marker!r} in "
+            f"{example['instruction'][-60:]!r}"
+        )
     return [wording.format(choice) for choice in choices]
 
 
 def wilson_interval(right, count):
-    """(low, high): the 95 % score interval of a proportion of which `right` in `count` is a sample (Wilson, 1927,
-    "Probable inference, the law of succession, and statistical inference").
+    """(low, high): the 95 % score interval of a proportion of which `right` in `count` is a sample
+    (Wilson, 1927, "Probable inference, the law of succession, and statistical inference").
 
-    With n = count, p = right/n and z the normal quantile 1.96, the q for which |p - q| <= z sqrt(q (1 - q)/n):
+    With n = count, p = right/n and z the normal quantile 1.96, the q for which |p - q| <= z sqrt(q
+    (1 - q)/n):
 
         (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)"""
     assert count >= 1 and 0 <= right <= count

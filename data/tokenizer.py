@@ -1,7 +1,7 @@
 """Text to token ids and back. Four names, whatever lies behind: encode, decode, bos_id, eos_id.
 
-Which tokens there are, and which begin and end a text, the checkpoint's files say, read as transformers 5 reads them.
-What a user writes never becomes a special token."""
+Which tokens there are, and which begin and end a text, the checkpoint's files say, read as
+transformers 5 reads them. What a user writes never becomes a special token."""
 
 import json
 import re
@@ -15,24 +15,34 @@ from sentencepiece import SentencePieceProcessor
 from data.errors import UserError, user_file
 
 HERE = Path(__file__).resolve().parent
-FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": True, "special": False}
+FLAGS = {
+    "lstrip": False,
+    "rstrip": False,
+    "single_word": False,
+    "normalized": True,
+    "special": False,
+}
 
 
 def load_tokenizer(ckpt):
-    """The tokenizer in a checkpoint directory: `tokenizer.json`, else SentencePiece's `tokenizer.model`, which is also
-    read where the package for the former is absent.
+    """The tokenizer in a checkpoint directory: `tokenizer.json`, else SentencePiece's
+    `tokenizer.model`, which is also read where the package for the former is absent.
 
-    It has .encode(text) -> list[int], no special token added and none recognised in the text; .decode(ids) -> str,
-    special tokens left out; .bos_id, the id that starts every sequence, or None where the model has none; .eos_id;
-    .vocab_size. Raises UserError."""
+    It has .encode(text) -> list[int], no special token added and none recognised in the text;
+    .decode(ids) -> str, special tokens left out; .bos_id, the id that starts every sequence, or
+    None where the model has none; .eos_id; .vocab_size. Raises UserError."""
     directory = Path(ckpt) if Path(ckpt).is_dir() else HERE / ckpt  # `tiny` lies beside this file
     settings = read_settings(directory)
     model, serialized = directory / "tokenizer.model", directory / "tokenizer.json"
     if not model.is_file() and not serialized.is_file():
-        raise UserError(f"{directory} has no tokenizer.model and no tokenizer.json: download the model's own")
+        raise UserError(
+            f"{directory} has no tokenizer.model and no tokenizer.json: download the model's own"
+        )
     try:
         readers = {serialized: JsonTokenizer, model: SentencePieceTokenizer}
-        tokenizer = next(reader(file, settings) for file, reader in readers.items() if file.is_file())
+        tokenizer = next(
+            reader(file, settings) for file, reader in readers.items() if file.is_file()
+        )
     except ModuleNotFoundError:
         needed = f"{serialized} needs the package tokenizers: pip install tokenizers"
         try:
@@ -48,9 +58,15 @@ def load_tokenizer(ckpt):
         raise UserError(f"{directory}: {problem}: download the model's own")
     if tokenizer.bos_id is not None and tokenizer.bos_id >= max(rows, tokenizer.vocab_size):
         tokenizer.bos_id = None  # the name of a token that there is not
-    for side, i, name in (("begin", tokenizer.bos_id, settings.bos), ("end", tokenizer.eos_id, settings.eos)):
+    for side, i, name in (
+        ("begin", tokenizer.bos_id, settings.bos),
+        ("end", tokenizer.eos_id, settings.eos),
+    ):
         if i is not None and not 0 <= i < rows:
-            problem = f"{i} is no {side}-of-sequence token: it is named {name!r}, the model has {rows} tokens"
+            problem = (
+                f"{i} is no {side}-of-sequence token: it is named {name!r}, the model has "
+                f"{rows} tokens"
+            )
             raise UserError(f"{directory}: {problem}: fix tokenizer_config.json")
     return tokenizer
 
@@ -67,26 +83,45 @@ def read_json(file):
 
 
 def read_settings(directory):
-    """What the files beside a tokenizer say of it: `added`, a token -> its flags, in the order of ids; `special`, the
-    tokens that no text produces; `bos` and `eos`, those by these names, or None; `legacy`, `rows`, ..."""
-    config, stated = read_json(directory / "config.json"), read_json(directory / "tokenizer_config.json")
+    """What the files beside a tokenizer say of it: `added`, a token -> its flags, in the order of
+    ids; `special`, the tokens that no text produces; `bos` and `eos`, those by these names, or
+    None; `legacy`, `rows`, ..."""
+    config, stated = (
+        read_json(directory / "config.json"),
+        read_json(directory / "tokenizer_config.json"),
+    )
     older = "added_tokens_decoder" not in stated  # only then do two more files count
     try:
         if older:
             stated |= read_json(directory / "special_tokens_map.json")
-            listed = {int(i): {"content": t} for t, i in read_json(directory / "added_tokens.json").items()}
+            listed = {
+                int(i): {"content": t}
+                for t, i in read_json(directory / "added_tokens.json").items()
+            }
         else:
             listed = {int(i): dict(token) for i, token in stated["added_tokens_decoder"].items()}
-        added = {listed[i]["content"]: {f: bool(listed[i].get(f, FLAGS[f])) for f in FLAGS} for i in sorted(listed)}
+        added = {
+            listed[i]["content"]: {f: bool(listed[i].get(f, FLAGS[f])) for f in FLAGS}
+            for i in sorted(listed)
+        }
         extra = stated.get("extra_special_tokens") or stated.get("additional_special_tokens") or ()
         extra = [content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{directory}: its list of added tokens is broken ({error}): download it again") from None
-    named = {name: content(stated.get(name)) for name in ("bos_token", "eos_token", *stated) if name.endswith("_token")}
+        raise UserError(
+            f"{directory}: its list of added tokens is broken ({error}): download it again"
+        ) from None
+    named = {
+        name: content(stated.get(name))
+        for name in ("bos_token", "eos_token", *stated)
+        if name.endswith("_token")
+    }
     special = [*named.values(), *extra, *(token for token in added if added[token]["special"])]
-    tokenizer_class = str(stated.get("tokenizer_class") or config.get("tokenizer_class") or "").removesuffix("Fast")
+    tokenizer_class = str(
+        stated.get("tokenizer_class") or config.get("tokenizer_class") or ""
+    ).removesuffix("Fast")
     if config.get("model_type") == "mistral":
-        tokenizer_class = "of no model"  # whatever it says, transformers takes the one that all models share
+        # Whatever it says, transformers takes the one that all models share
+        tokenizer_class = "of no model"
     rows, eos_id = config.get("vocab_size"), config.get("eos_token_id")
     eos_id = next(iter(eos_id), None) if isinstance(eos_id, list) else eos_id
     return SimpleNamespace(
@@ -111,37 +146,48 @@ def content(token):
 
 
 class SentencePieceTokenizer:
-    """LLaMA 1 and 2, Mistral: a space is put before a text, bytes stand in for unknown characters. The ids are those
-    of transformers 5. Its LlamaTokenizer puts none before a text that begins with one; its others, as SentencePiece
-    does, put a second there. After an added token they put one where the config says `legacy`."""
+    """LLaMA 1 and 2, Mistral: a space is put before a text, bytes stand in for unknown characters.
+    The ids are those of transformers 5. Its LlamaTokenizer puts none before a text that begins with
+    one; its others, as SentencePiece does, put a second there. After an added token they put one
+    where the config says `legacy`."""
 
     def __init__(self, file, settings):
         with user_file(file):
             proto = file.read_bytes()
-        for token in settings.special:  # a piece of type 4, a user's own, is found in every text; of type 3 in none
-            before = rb"(?<=\n." + re.escape(token.encode()) + rb"\x15.{4}\x18)"  # length, piece, score
+        # A piece of type 4, a user's own, is found in every text; of type 3 in none
+        for token in settings.special:
+            # Length, piece, score
+            before = rb"(?<=\n." + re.escape(token.encode()) + rb"\x15.{4}\x18)"
             proto = re.sub(before + rb"\x04", b"\x03", proto, flags=re.DOTALL)
-        # One more protobuf field after the others overrides the model's: normalizer_spec { add_dummy_prefix: false }.
+        # One more protobuf field after the others overrides the model's: normalizer_spec {
+        # add_dummy_prefix: false }.
         no_prefix = b"\x1a\x02\x18\x00"
         try:
             self.prefixing = SentencePieceProcessor(model_proto=proto)
             self.plain = model = SentencePieceProcessor(model_proto=proto + no_prefix)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{file} is not a SentencePiece model ({str(error).strip()}): download it again") from None
+            raise UserError(
+                f"{file} is not a SentencePiece model ({str(error).strip()}): download it again"
+            ) from None
         llama = settings.tokenizer_class in ("LlamaTokenizer", "")
         if llama and settings.add_prefix_space is False:
             self.prefixing = self.plain
         self.prefix_parts, self.prefix_spaces = settings.legacy, settings.legacy and not llama
 
         size, self.ids = model.vocab_size(), {}
-        for token in dict.fromkeys([*settings.added, *settings.special]):  # what the model lacks gets the next free id
+        # What the model lacks gets the next free id
+        for token in dict.fromkeys([*settings.added, *settings.special]):
             i = model.piece_to_id(token)
-            self.ids[token] = i if model.id_to_piece(i) == token else max([size - 1, *self.ids.values()]) + 1
+            self.ids[token] = (
+                i if model.id_to_piece(i) == token else max([size - 1, *self.ids.values()]) + 1
+            )
         self.vocab_size = max([size, *(self.ids[token] + 1 for token in settings.added)])
         bos_id, eos_id = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
         self.bos_id = self.ids.get(settings.bos, bos_id) if settings.add_bos else None
         self.eos_id = self.ids.get(settings.eos, settings.eos_id if eos_id is None else eos_id)
-        self.special = {i for i in range(size) if model.is_control(i) or model.is_unknown(i)} | {self.eos_id}
+        self.special = {i for i in range(size) if model.is_control(i) or model.is_unknown(i)} | {
+            self.eos_id
+        }
         self.special |= {self.ids[token] for token in settings.special}
         self.added = {i: token for token, i in self.ids.items() if i not in self.special}
         self.text_size = 1 + max({*range(size), *self.added} - self.special, default=-1)
@@ -156,12 +202,17 @@ class SentencePieceTokenizer:
     def encode(self, text):
         ids, end = [], 0
         for match in self.pattern.finditer(text):
-            ids += [*self.encode_part(text[end : match.start()], end), self.ids[match[match.lastindex]]]
+            ids += [
+                *self.encode_part(text[end : match.start()], end),
+                self.ids[match[match.lastindex]],
+            ]
             end = match.end()
         return ids + self.encode_part(text[end:], end)
 
     def encode_part(self, part, start):
-        prefix = (start == 0 or self.prefix_parts) and (self.prefix_spaces or not part.startswith((" ", "▁")))
+        prefix = (start == 0 or self.prefix_parts) and (
+            self.prefix_spaces or not part.startswith((" ", "▁"))
+        )
         return (self.prefixing if prefix else self.plain).encode(part)
 
     def decode(self, ids):
@@ -176,11 +227,16 @@ class SentencePieceTokenizer:
 
 
 def may_differ(file, tokenizer):
-    """Whether a tokenizer.json has a token, or begins a text, as the tokenizer made of tokenizer.model does not."""
+    """Whether a tokenizer.json has a token, or begins a text, as the tokenizer made of
+    tokenizer.model does not."""
     raw = read_json(file)
     try:
         tokens = {token["content"]: token["id"] for token in raw.get("added_tokens", ())}
-        first = ((raw.get("post_processor") or {}).get("single") or [{}])[0].get("SpecialToken", {}).get("id")
+        first = (
+            ((raw.get("post_processor") or {}).get("single") or [{}])[0]
+            .get("SpecialToken", {})
+            .get("id")
+        )
     except (AttributeError, KeyError, TypeError):
         return True
     ids = {token: tokenizer.plain.piece_to_id(token) for token in tokens} | tokenizer.ids
@@ -188,7 +244,8 @@ def may_differ(file, tokenizer):
 
 
 class JsonTokenizer:
-    """Whatever a tokenizer.json describes (LLaMA 3, Qwen, SmolLM, ...), through the optional package `tokenizers`."""
+    """Whatever a tokenizer.json describes (LLaMA 3, Qwen, SmolLM, ...), through the optional
+    package `tokenizers`."""
 
     def __init__(self, file, settings):
         from tokenizers import AddedToken, Tokenizer
@@ -198,13 +255,22 @@ class JsonTokenizer:
         except Exception as error:  # the package raises nothing narrower
             problem = f"is no tokenizer that the package tokenizers reads ({error})"
             raise UserError(f"{file} {problem}: download it again") from None
-        if settings.tokenizer_class == "LlamaTokenizer" and "ByteLevel" not in f"{model.pre_tokenizer}{model.decoder}":
+        if (
+            settings.tokenizer_class == "LlamaTokenizer"
+            and "ByteLevel" not in f"{model.pre_tokenizer}{model.decoder}"
+        ):
             self.follow_llama(settings)
         model.encode_special_tokens = True  # "</s>" in somebody's text is four characters
         model.no_truncation()
         model.no_padding()
-        listed = {token.content for token in model.get_added_tokens_decoder().values()} if settings.older else ()
-        model.add_tokens([AddedToken(t, **flags) for t, flags in settings.added.items() if t not in listed])
+        listed = (
+            {token.content for token in model.get_added_tokens_decoder().values()}
+            if settings.older
+            else ()
+        )
+        model.add_tokens(
+            [AddedToken(t, **flags) for t, flags in settings.added.items() if t not in listed]
+        )
         self.vocab_size = 1 + max(model.get_vocab().values(), default=-1)
         model.add_special_tokens(settings.special)  # those that are there already become special
 
@@ -226,8 +292,16 @@ class JsonTokenizer:
 
         prefixes = settings.add_prefix_space is not False
         scheme = ("always" if settings.legacy else "first") if prefixes else "never"
-        self.model.normalizer, self.model.pre_tokenizer = None, pre_tokenizers.Metaspace("▁", scheme, split=False)
-        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        self.model.normalizer, self.model.pre_tokenizer = (
+            None,
+            pre_tokenizers.Metaspace("▁", scheme, split=False),
+        )
+        parts = [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
         self.model.decoder = decoders.Sequence(parts if prefixes else parts[:-1])
 
     def encode(self, text):

@@ -1,4 +1,5 @@
-"""How scripts and commands are called: their help, their options' values, one-line errors, exit statuses.
+"""How scripts and commands are called: their help, their options' values, one-line errors, exit
+statuses.
 A mistake ends in one line that says what to type instead, and `--help` fits on a screen.
 Without it: argparse alone, and a traceback for a mistake.
 """
@@ -20,7 +21,8 @@ from extras.source import is_library
 
 
 class Stop(Exception):
-    """A run has to end before its time: Stop(what happened), with an exit status. What it has saved is whole."""
+    """A run has to end before its time: Stop(what happened), with an exit status. What it has saved
+    is whole."""
 
     def __init__(self, message, status=1):
         super().__init__(message)
@@ -28,10 +30,12 @@ class Stop(Exception):
 
 
 def run_script(name, parse_args, main, arguments=None, go_on=None):
-    """main(parse_args(arguments)), and every way in which it can end. arguments None: those of the process.
+    """main(parse_args(arguments)), and every way in which it can end. arguments None: those of the
+    process.
 
-    A UserError is one line on stderr, exit status 2. A mistake in the code is a traceback. go_on(arguments): a sentence
-    on what is kept, or what to type, where the script ends before its time."""
+    A UserError is one line on stderr, exit status 2. A mistake in the code is a traceback.
+    go_on(arguments): a sentence on what is kept, or what to type, where the script ends before its
+    time."""
     arguments = sys.argv[1:] if arguments is None else arguments
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -55,7 +59,8 @@ def run_script(name, parse_args, main, arguments=None, go_on=None):
         sys.stdout = open(os.devnull, "w")
         end(name, and_how_to_go_on("what it prints is read no longer"), 1)
     except Exception as error:
-        if getattr(error, "errno", None) == errno.ENAMETOOLONG:  # what was typed as the name of a file
+        # What was typed as the name of a file
+        if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             fail(name, f"{error.filename}: {error.strerror}")
         if died(error):
             end(name, and_how_to_go_on("another process has ended, and this one with it"), 1)
@@ -68,8 +73,8 @@ def run_script(name, parse_args, main, arguments=None, go_on=None):
 
 
 def add_innermost_line(error):
-    """Where a traceback ends inside a library, or in a line that raises anew what another line has raised, have it say
-    last in which line outside of libraries the mistake came up."""
+    """Where a traceback ends inside a library, or in a line that raises anew what another line has
+    raised, have it say last in which line outside of libraries the mistake came up."""
     first = error
     while first.__cause__ is not None:
         first = first.__cause__
@@ -81,14 +86,16 @@ def add_innermost_line(error):
 
 
 def show_what_can_be_shown():
-    """Where a terminal or a file is not in UTF-8, what it has no character for becomes a question mark, no error."""
+    """Where a terminal or a file is not in UTF-8, what it has no character for becomes a question
+    mark, no error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def fail(name, message, status=2):
-    """One line on stderr, and the end of all processes, whichever of them it was; status 2: by a user's mistake."""
+    """One line on stderr, and the end of all processes, whichever of them it was; status 2: by a
+    user's mistake."""
     close_bars()
     line = one_line(message)
     try:
@@ -109,9 +116,11 @@ def end(name, message, status):
 
 
 def one_line(message):
-    """A message, an exception say, as one line for a terminal, whatever the names and values that it quotes hold."""
+    """A message, an exception say, as one line for a terminal, whatever the names and values that
+    it quotes hold."""
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
-    return text if len(text) <= 600 else f"{text[:400]} ... {text[-180:]}"  # the end says what to do
+    # The end says what to do
+    return text if len(text) <= 600 else f"{text[:400]} ... {text[-180:]}"
 
 
 def resume_command(script, arguments):
@@ -154,21 +163,27 @@ class ShortHelp(argparse.Action):
 
 
 def script_parser(name, documentation):
-    """A parser for train.py or eval.py. The options of its group "more" are those that --help-all alone shows."""
+    """A parser for train.py or eval.py. The options of its group "more" are those that --help-all
+    alone shows."""
     parser = argparse.ArgumentParser(
         usage=f"python {name} [options]",
         description=documentation,
-        epilog=textwrap.fill(f"names of checkpoints: tiny, {', '.join(NAMES)}", 100, break_on_hyphens=False),
+        epilog=textwrap.fill(
+            f"names of checkpoints: tiny, {', '.join(NAMES)}", 100, break_on_hyphens=False
+        ),
         formatter_class=Help,
         add_help=False,
     )
     parser.error = refuse(name)
-    parser.add_argument("-h", "--help", "--help-all", action=ShortHelp, help="this; --help-all: every option")
+    parser.add_argument(
+        "-h", "--help", "--help-all", action=ShortHelp, help="this; --help-all: every option"
+    )
     return parser
 
 
 def refuse(name):
-    """What a parser does with a mistake: argparse's "argument --rank: must be ..." as "--rank must be ..."."""
+    """What a parser does with a mistake: argparse's "argument --rank: must be ..." as "--rank must
+    be ..."."""
 
     def error(message):
         if message.startswith("argument "):
@@ -179,9 +194,12 @@ def refuse(name):
 
 
 def command_parser(name, documentation):
-    """A parser for `python -m extras.<name>`. documentation: the command's own docstring, an example in it."""
+    """A parser for `python -m extras.<name>`. documentation: the command's own docstring, an
+    example in it."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m extras.{name}", description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m extras.{name}",
+        description=documentation,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.error = refuse(name)
     return parser
@@ -189,11 +207,19 @@ def command_parser(name, documentation):
 
 def add_model_arguments(parser):
     """The options by which a command chooses a model: --ckpt, --adapter, --device, --dtype."""
-    parser.add_argument("--ckpt", default="tiny", help="checkpoint, as train.py takes it (default: tiny)")
-    parser.add_argument("--adapter", help="adapter directory, as train.py writes it (default: the model alone)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ... (default: auto)")
+    parser.add_argument(
+        "--ckpt", default="tiny", help="checkpoint, as train.py takes it (default: tiny)"
+    )
+    parser.add_argument(
+        "--adapter", help="adapter directory, as train.py writes it (default: the model alone)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, mps, ... (default: auto)"
+    )
     dtypes = ("auto", "float32", "bfloat16")
-    parser.add_argument("--dtype", default="auto", choices=dtypes, help="of the base model (default: auto)")
+    parser.add_argument(
+        "--dtype", default="auto", choices=dtypes, help="of the base model (default: auto)"
+    )
 
 
 # --- values of options ---
@@ -221,7 +247,9 @@ def positive(text):
 
 def seed(text):
     """A whole number of 32 bits."""
-    return checked(int, text, lambda value: 0 <= value < 2**32, "must be a whole number from 0 to 2^32 - 1")
+    return checked(
+        int, text, lambda value: 0 <= value < 2**32, "must be a whole number from 0 to 2^32 - 1"
+    )
 
 
 def checked(kind, text, valid, requirement):

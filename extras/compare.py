@@ -1,4 +1,5 @@
-"""The table of runs side by side: what trained, validation loss, scores with their intervals, speed, memory.
+"""The table of runs side by side: what trained, validation loss, scores with their intervals,
+speed, memory.
 It is Markdown, which goes into a report as it is.
 Without it one reads args.json, summary.json, results.json and losses.json of each run directory.
 
@@ -10,11 +11,27 @@ from pathlib import Path
 from data.errors import UserError
 from extras.checkpoints import find_checkpoint, read_json
 from extras.commands import command_parser, run_script
-from extras.predictions import adapter_hash, checkpoint_hash, is_by_other_code, read_lines, stored_results
+from extras.predictions import (
+    adapter_hash,
+    checkpoint_hash,
+    is_by_other_code,
+    read_lines,
+    stored_results,
+)
 from extras.runs import code_of_the_method, edited_since, read_log, trained_on
 
 ABSENT = "–"
-SETTINGS = ("targets", "rank", "alpha", "low_freq_ratio", "pairs", "k_ratio", "select", "lr", "seed")
+SETTINGS = (
+    "targets",
+    "rank",
+    "alpha",
+    "low_freq_ratio",
+    "pairs",
+    "k_ratio",
+    "select",
+    "lr",
+    "seed",
+)
 
 
 def row_of(run):
@@ -25,19 +42,32 @@ def row_of(run):
     if not (options or summary or held["results"] or held["losses"]):
         answers = len(read_lines(run / "predictions.jsonl"))
         if answers:
-            raise UserError(f"{run} holds an evaluation that has not ended, {answers:,} answers and no results.json")
-        raise UserError(f"{run} is no run directory: it has no args.json, results.json or losses.json")
-    settings = [f"{name.replace('_', ' ')} {short(options[name])}" for name in SETTINGS if name in options]
+            raise UserError(
+                f"{run} holds an evaluation that has not ended, {answers:,} answers and no "
+                "results.json"
+            )
+        raise UserError(
+            f"{run} is no run directory: it has no args.json, results.json or losses.json"
+        )
+    settings = [
+        f"{name.replace('_', ' ')} {short(options[name])}" for name in SETTINGS if name in options
+    ]
     row = {"run": run.name, "method": ", ".join([options.get("method", "base"), *settings])}
     log = read_log(run / "log.jsonl")
     if log and options:
         row["model"] = Path(options["ckpt"]).name
-        row["trained on"] = f"{trained_on(options)}, {log[-1]['step']:,} steps of {options['batch_size']}"
+        row["trained on"] = (
+            f"{trained_on(options)}, {log[-1]['step']:,} steps of {options['batch_size']}"
+        )
     if summary:
-        row["trainable"] = f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})"
+        row["trainable"] = (
+            f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})"
+        )
         untrained = " (untrained)" if summary["val_loss"] == summary["val_loss_before"] else ""
         note = " (other code)" if edited_since(options, code_of_the_method()) else ""
-        row["validation loss"] = f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}{untrained}{note}"
+        row["validation loss"] = (
+            f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}{untrained}{note}"
+        )
     elif log:
         row["validation loss"] = "not finished"
     for result in shown(run, options, "results.json", held["results"]):
@@ -46,19 +76,24 @@ def row_of(run):
         row |= loss_cells(result)
     if summary:
         row["tokens/s"] = f"{summary['tokens_per_second']:,.0f}"
-        row["peak memory"] = f"{summary['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in summary else ABSENT
+        row["peak memory"] = (
+            f"{summary['peak_memory'] / 2**20:,.0f} MiB" if "peak_memory" in summary else ABSENT
+        )
     return row
 
 
 def score_cells(result):
-    """Column -> cell for one evaluation. What cannot be compared has columns of its own: other ways to score, other
-    lengths of answers, other questions. A column is (title, what is added where it is not alone, what it is of)."""
+    """Column -> cell for one evaluation. What cannot be compared has columns of its own: other ways
+    to score, other lengths of answers, other questions. A column is (title, what is added where it
+    is not alone, what it is of)."""
     note = note_on_code(result, result.get("score", "generate"))
     by_likelihood = result.get("score") == "likelihood"
     limit = result.get("max_new_tokens")
     cells = {}
     for name, score in result["scores"].items():
-        title = f"{name} (n = {result['counts'][name]:,}{', by likelihood' if by_likelihood else ''})"
+        title = (
+            f"{name} (n = {result['counts'][name]:,}{', by likelihood' if by_likelihood else ''})"
+        )
         detail = f"answers of up to {limit} tokens" if limit else ""
         questions = result.get("questions", {}).get(name)
         low, high = result["intervals"][name]
@@ -88,20 +123,30 @@ def note_on_code(result, kind):
 
 
 def shown(run, options, file, results):
-    """Those results in a run directory that are of its own checkpoint and adapter; a line for the others."""
+    """Those results in a run directory that are of its own checkpoint and adapter; a line for the
+    others."""
     own = [result for result in results if is_own(result, run, options, results)]
     if len(own) < len(results):
         others = [result for result in results if result not in own]
-        names = ", ".join(dict.fromkeys(str(result.get("ckpt", "an unknown one")) for result in others))
-        problem = f"of another adapter or checkpoint ({names}) than this run's, or do not say of which"
-        which = f"{len(others)} of the {len(results)} results in {run / file} are" if own else f"{run / file} is"
+        names = ", ".join(
+            dict.fromkeys(str(result.get("ckpt", "an unknown one")) for result in others)
+        )
+        problem = (
+            f"of another adapter or checkpoint ({names}) than this run's, or do not say of which"
+        )
+        which = (
+            f"{len(others)} of the {len(results)} results in {run / file} are"
+            if own
+            else f"{run / file} is"
+        )
         print(f"{which} not shown: {problem}")
     return own
 
 
 def is_own(result, run, options, results):
-    """Whether a result was made by the checkpoint and the adapter of the run. Where the directory holds no run, they
-    are those of the latest result; where the run's checkpoint is no longer there, it is known by its name."""
+    """Whether a result was made by the checkpoint and the adapter of the run. Where the directory
+    holds no run, they are those of the latest result; where the run's checkpoint is no longer
+    there, it is known by its name."""
     if "adapter" not in result or "checkpoint" not in result:
         return False  # as an early version has left it
     if not options:
@@ -121,21 +166,27 @@ def is_own(result, run, options, results):
 def table(rows):
     """The rows as lines of Markdown. Columns of one title say how they differ."""
     # The columns in the order of the fullest row.
-    columns = list(dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row))
-    titles = titles_of([column if isinstance(column, tuple) else (column, "", None) for column in columns])
+    columns = list(
+        dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    )
+    titles = titles_of(
+        [column if isinstance(column, tuple) else (column, "", None) for column in columns]
+    )
     lines = [titles, ["---"] * len(columns)]
     lines += [[row.get(column, ABSENT) for column in columns] for row in rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def titles_of(columns):
-    """The title of each column (title, detail, what it is of): with its detail where the title alone is not its own,
-    and with a number where both are not."""
+    """The title of each column (title, detail, what it is of): with its detail where the title
+    alone is not its own, and with a number where both are not."""
     titles = []
     for title, detail, _ in columns:
         details = {other for name, other, _ in columns if name == title}
         full = f"{title}, {detail}" if len(details) > 1 else title
-        alike = sum(other == full or other.startswith(f"{full}, other questions") for other in titles)
+        alike = sum(
+            other == full or other.startswith(f"{full}, other questions") for other in titles
+        )
         titles.append(f"{full}, other questions {alike + 1}" if alike else full)
     return titles
 
@@ -158,7 +209,11 @@ def main(args):
 def parse_args(arguments=None):
     parser = command_parser("compare", __doc__)
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run directory, as train.py and eval.py leave it"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run directory, as train.py and eval.py leave it",
     )
     return parser.parse_args(arguments)
 

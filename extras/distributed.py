@@ -1,6 +1,8 @@
-"""The processes that torchrun starts: what each computes, how gradients are summed, how all end with one; FSDP2.
+"""The processes that torchrun starts: what each computes, how gradients are summed, how all end
+with one; FSDP2.
 With them a run may use several devices or machines, and a model may be larger than one of them.
-Without it: one process on one device, which is all there is for this file too unless torchrun has started it.
+Without it: one process on one device, which is all there is for this file too unless torchrun has
+started it.
 """
 
 import math
@@ -18,15 +20,18 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  #
 
 
 def processes():
-    """(rank, number of processes), as torchrun tells each of those that it has started; alone: (0, 1)."""
+    """(rank, number of processes), as torchrun tells each of those that it has started; alone: (0,
+    1)."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check_launcher():
-    """Raise UserError where the environment has some of what torchrun sets, but not all: it was left there. The
-    variables are taken out then, so that this process knows itself to be alone."""
+    """Raise UserError where the environment has some of what torchrun sets, but not all: it was
+    left there. The variables are taken out then, so that this process knows itself to be alone."""
     values = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
-    numbers = [values.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")]
+    numbers = [
+        values.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    ]
     is_alone = values.get("WORLD_SIZE", "1") == "1" and values.get("RANK", "0") == "0"
     is_whole = len(values) == len(LAUNCHER) and all(number.isdecimal() for number in numbers)
     if is_alone or (is_whole and int(values["RANK"]) < int(values["WORLD_SIZE"])):
@@ -34,25 +39,28 @@ def check_launcher():
     for name in values:
         del os.environ[name]
     shown = " ".join(f"{name}={value}" for name, value in values.items())
-    raise UserError(f"the environment has {shown} and no launcher that goes with it: unset {' '.join(values)}")
+    raise UserError(
+        f"the environment has {shown} and no launcher that goes with it: unset {' '.join(values)}"
+    )
 
 
 def join_processes():
-    """Meet the other processes that torchrun has started, if it has. Of all only the first prints. Raises UserError for
-    an environment that no launcher has made."""
+    """Meet the other processes that torchrun has started, if it has. Of all only the first prints.
+    Raises UserError for an environment that no launcher has made."""
     check_launcher()
     rank, world = processes()
     if world > 1:
-        # Patient: others wait in `gather` while the first writes gigabytes. A process that dies is noticed at once.
+        # Patient: others wait in `gather` while the first writes gigabytes. A process that dies is
+        # noticed at once.
         torch.distributed.init_process_group("gloo", timeout=timedelta(hours=1))
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
 
 
 def gather(value=None, problem=None):
-    """The values that all processes give, in the order of their ranks, to each of them; it waits until all have come.
-    If one comes with a problem instead, (script, what is wrong, exit status), all end with that status: the first
-    prints it, and what others alone have found."""
+    """The values that all processes give, in the order of their ranks, to each of them; it waits
+    until all have come. If one comes with a problem instead, (script, what is wrong, exit status),
+    all end with that status: the first prints it, and what others alone have found."""
     gathered = [(value, problem)] * processes()[1]
     if len(gathered) > 1:
         torch.distributed.all_gather_object(gathered, (value, problem))
@@ -73,13 +81,15 @@ def close_bars():
 
 
 def gather_rounds(items, per_round, num_rounds):
-    """Yield num_rounds lists of what the iterators of all processes give, up to per_round items of each in a list."""
+    """Yield num_rounds lists of what the iterators of all processes give, up to per_round items of
+    each in a list."""
     for _ in range(num_rounds):
         yield list(chain(*gather(list(islice(items, per_round)))))
 
 
 def died(error):
-    """Whether an error says that another process has ended or no longer answers. Gloo's is a plain RuntimeError."""
+    """Whether an error says that another process has ended or no longer answers. Gloo's is a plain
+    RuntimeError."""
     if processes()[1] == 1 or not isinstance(error, RuntimeError):
         return False
     return "gloo" in str(error) or isinstance(error, torch.distributed.DistError)
@@ -97,7 +107,8 @@ def by_the_first(save):
 
 
 def gradient_group(device):
-    """The processes as a group in which one that is silent for 50 seconds is taken for dead; None for one alone."""
+    """The processes as a group in which one that is silent for 50 seconds is taken for dead; None
+    for one alone."""
     if processes()[1] == 1:
         return None
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -105,8 +116,9 @@ def gradient_group(device):
 
 
 def own_micro_batches(examples, size):
-    """What of these examples this process computes, in micro-batches of at most `size`. All processes have as many,
-    since those of a sharded model compute in step: where examples are too few for that, the last is empty."""
+    """What of these examples this process computes, in micro-batches of at most `size`. All
+    processes have as many, since those of a sharded model compute in step: where examples are too
+    few for that, the last is empty."""
     rank, world = processes()
     rounds = math.ceil(len(examples) / (size * world))
     size = math.ceil(len(examples) / (rounds * world))
@@ -115,12 +127,14 @@ def own_micro_batches(examples, size):
 
 
 def all_reduce_gradients(process_group, model, *numbers):
-    """Add up the gradients of all processes, in place, and some numbers, which are returned: in one message of
-    float32."""
+    """Add up the gradients of all processes, in place, and some numbers, which are returned: in one
+    message of float32."""
     if process_group is None:
         return numbers
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([*(grad.flatten().float() for grad in grads), torch.tensor(numbers, device=model.device)])
+    flat = torch.cat(
+        [*(grad.flatten().float() for grad in grads), torch.tensor(numbers, device=model.device)]
+    )
     torch.distributed.all_reduce(flat, group=process_group)
     *sums, numbers = flat.split([*(grad.numel() for grad in grads), len(numbers)])
     for grad, total in zip(grads, sums):
@@ -129,9 +143,9 @@ def all_reduce_gradients(process_group, model, *numbers):
 
 
 def shard(model, process_group, device, dtype):
-    """Leave each process some rows of every frozen weight (FSDP2). A layer's weights are brought together while it
-    computes, those of the embedding and lm_head from the forward to the backward pass. Adapters and norms, which are
-    small, all have."""
+    """Leave each process some rows of every frozen weight (FSDP2). A layer's weights are brought
+    together while it computes, those of the embedding and lm_head from the forward to the backward
+    pass. Adapters and norms, which are small, all have."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor

@@ -17,7 +17,12 @@ from data import tasks
 from data.errors import UserError, user_file
 from data.tokenizer import load_tokenizer
 from extras import checkpoints, peft_methods
-from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, say_if_bfloat16_is_slow
+from extras.checkpoints import (
+    choose_device_and_dtype,
+    find_checkpoint,
+    load_model,
+    say_if_bfloat16_is_slow,
+)
 from extras.commands import add_model_arguments, command_parser, count, run_script
 
 
@@ -31,15 +36,16 @@ def load_prompts(args, tokenizer):
                 return prompts
     if not prompts:
         raise UserError(
-            f"{args.data_dir} has no test set of {args.task}. To get them: {tasks.how_to_get(args.data_dir)}"
+            f"{args.data_dir} has no test set of {args.task}. To get them: "
+            f"{tasks.how_to_get(args.data_dir)}"
         )
     return prompts
 
 
 @torch.inference_mode()
 def mean_norms(model, prompts):
-    """name -> [L, d], q and k: the L2 norm over the tokens of a prompt of each dimension before the rotation, averaged
-    over prompts and heads."""
+    """name -> [L, d], q and k: the L2 norm over the tokens of a prompt of each dimension before the
+    rotation, averaged over prompts and heads."""
     norms = {"q": [], "k": []}  # of every prompt and layer in turn, [d]
 
     def record(name):
@@ -58,7 +64,10 @@ def mean_norms(model, prompts):
         model.hidden_states(torch.tensor([prompt], device=model.device))
     for hook in hooks:
         hook.remove()
-    return {name: torch.stack(found).unflatten(0, (len(prompts), -1)).mean(0).numpy() for name, found in norms.items()}
+    return {
+        name: torch.stack(found).unflatten(0, (len(prompts), -1)).mean(0).numpy()
+        for name, found in norms.items()
+    }
 
 
 def first_low_frequency_pair(model):
@@ -77,9 +86,17 @@ def draw(path, means, first_low, count):
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, (name, mean) in zip(figure.subplots(1, 2), means.items()):
         half = mean.shape[1] // 2
-        image = axes.imshow(mean, origin="lower", aspect="auto", cmap="magma", vmax=np.percentile(mean, 99.5))
+        image = axes.imshow(
+            mean, origin="lower", aspect="auto", cmap="magma", vmax=np.percentile(mean, 99.5)
+        )
         for left in (first_low, half + first_low):  # the two bands of low-frequency dimensions
-            axes.axvspan(left - 0.5, left - first_low + half - 0.5, fill=False, edgecolor="cyan", linewidth=1.5)
+            axes.axvspan(
+                left - 0.5,
+                left - first_low + half - 0.5,
+                fill=False,
+                edgecolor="cyan",
+                linewidth=1.5,
+            )
         axes.set(
             xlabel="head dimension (i and i + d/2 are a RoPE pair; low frequencies framed)",
             ylabel="layer",
@@ -92,14 +109,16 @@ def draw(path, means, first_low, count):
 
 
 def main(args):
-    """Print the norms by quarter of the pairs, write them beside the picture as .npz, q and k [L, d], and draw them."""
+    """Print the norms by quarter of the pairs, write them beside the picture as .npz, q and k [L,
+    d], and draw them."""
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     prompts = load_prompts(args, load_tokenizer(ckpt))
     model = load_model(ckpt, device, dtype)
     if (longest := max(map(len, prompts))) > model.config.context:
         raise UserError(
-            f"{args.task}: a prompt has {longest} tokens, more than the model's context of {model.config.context}"
+            f"{args.task}: a prompt has {longest} tokens, more than the model's context of "
+            f"{model.config.context}"
         )
     if args.adapter:
         peft_methods.load_adapter(model, args.adapter)
@@ -107,7 +126,9 @@ def main(args):
     say_if_bfloat16_is_slow(device, dtype)
     means, first_low = mean_norms(model, prompts), first_low_frequency_pair(model)
     half = model.config.head_dim // 2
-    quarters = np.array_split(np.sqrt(means["q"][:, :half] ** 2 + means["q"][:, half:] ** 2).mean(0), 4)
+    quarters = np.array_split(
+        np.sqrt(means["q"][:, :half] ** 2 + means["q"][:, half:] ** 2).mean(0), 4
+    )
     print(
         "mean norm of Q by quarter of the pairs, high to low frequency: "
         + ", ".join(f"{part.mean():.1f}" for part in quarters)
@@ -124,7 +145,9 @@ def parse_args(arguments=None):
     parser = command_parser("figure1", __doc__)
     parser.add_argument("png", type=Path, metavar="PNG", help="the picture to draw")
     add_model_arguments(parser)
-    parser.add_argument("--task", default="toy", help="whose test examples are the prompts (default: toy)")
+    parser.add_argument(
+        "--task", default="toy", help="whose test examples are the prompts (default: toy)"
+    )
     parser.add_argument("--limit", type=count, default=8, help="how many of them (default: 8)")
     parser.add_argument(
         "--data-dir",

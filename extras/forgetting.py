@@ -1,4 +1,5 @@
-"""The loss on what was not trained, without an adapter and with it: what fine-tuning has made the model forget.
+"""The loss on what was not trained, without an adapter and with it: what fine-tuning has made the
+model forget.
 Its numbers are nats per token, of the responses of another task or of any text.
 Without it: model.loss(tokens, labels) on text of one's own.
 
@@ -15,7 +16,12 @@ from data import tasks
 from data.errors import UserError, user_file
 from data.tokenizer import load_tokenizer
 from extras import checkpoints, peft_methods
-from extras.checkpoints import choose_device_and_dtype, find_checkpoint, load_model, say_if_bfloat16_is_slow
+from extras.checkpoints import (
+    choose_device_and_dtype,
+    find_checkpoint,
+    load_model,
+    say_if_bfloat16_is_slow,
+)
 from extras.commands import add_model_arguments, command_parser, count, run_script
 from extras.predictions import add_result, fingerprint, hash_of, result_code
 from extras.runs import say_if_unfinished
@@ -24,7 +30,8 @@ PIECE = 256  # tokens
 
 
 def load_texts(file, tokenizer, limit, skip_empty):
-    """A file as pairs (context ids, ids to predict): the examples of a .json or .jsonl, else the text in pieces."""
+    """A file as pairs (context ids, ids to predict): the examples of a .json or .jsonl, else the
+    text in pieces."""
     if file.suffix in (".json", ".jsonl"):
         examples = tasks.load_examples(file, skip_empty=skip_empty)
         return [tasks.encode_example(example, tokenizer) for example in examples[:limit]]
@@ -43,10 +50,13 @@ def load_texts(file, tokenizer, limit, skip_empty):
 
 @torch.inference_mode()
 def mean_loss(model, pairs, file, note=""):
-    """Mean cross-entropy of the predicted tokens, in nats per token. Raises FloatingPointError naming file and note."""
+    """Mean cross-entropy of the predicted tokens, in nats per token. Raises FloatingPointError
+    naming file and note."""
     total = 0.0
     for context, predicted in tqdm(
-        sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1])), desc=f"{file.name}{note}", leave=False
+        sorted(pairs, key=lambda pair: -len(pair[0]) - len(pair[1])),
+        desc=f"{file.name}{note}",
+        leave=False,
     ):
         ids = torch.tensor([context + predicted], device=model.device)
         labels = ids[:, 1:].clone()
@@ -58,7 +68,8 @@ def mean_loss(model, pairs, file, note=""):
 
 
 def main(args):
-    """Print the loss on each file, with --adapter that of the model alone too; add them to losses.json in --out."""
+    """Print the loss on each file, with --adapter that of the model alone too; add them to
+    losses.json in --out."""
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
@@ -73,7 +84,10 @@ def main(args):
     alone = {}
     if args.adapter:
         peft_methods.check_files(Path(args.adapter))  # before the work
-        alone = {file: mean_loss(model, pairs, file, ", without the adapter") for file, pairs in texts.items()}
+        alone = {
+            file: mean_loss(model, pairs, file, ", without the adapter")
+            for file, pairs in texts.items()
+        }
         peft_methods.load_adapter(model, args.adapter)
         checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
@@ -82,19 +96,27 @@ def main(args):
     with user_file(out):
         out.mkdir(parents=True, exist_ok=True)
     code = result_code("loss", args.adapter, own=[mean_loss])
-    result = fingerprint(ckpt, args.adapter and Path(args.adapter), dtype, code) | {"ckpt": str(args.ckpt)}
+    result = fingerprint(ckpt, args.adapter and Path(args.adapter), dtype, code) | {
+        "ckpt": str(args.ckpt)
+    }
     result |= {"losses": {}, "losses_alone": {}, "tokens": {}, "texts": {}}
     for file, pairs in texts.items():
         name = file.with_suffix("").as_posix()
         loss = mean_loss(model, pairs, file)
         num_tokens = sum(len(predicted) for _, predicted in pairs)
-        result["losses"][name], result["tokens"][name], result["texts"][name] = loss, num_tokens, hash_of(pairs)
+        result["losses"][name], result["tokens"][name], result["texts"][name] = (
+            loss,
+            num_tokens,
+            hash_of(pairs),
+        )
         change = ""
         if file in alone:
             result["losses_alone"][name] = alone[file]
             change = f", without the adapter {alone[file]:.4f}: {loss - alone[file]:+.4f}"
         print(f"{name:<32}{num_tokens:>9,} tokens   {loss:.4f} nats per token{change}")
-    add_result(out / "losses.json", result, ("checkpoint", "adapter", "settings", "code"), with_other_files)
+    add_result(
+        out / "losses.json", result, ("checkpoint", "adapter", "settings", "code"), with_other_files
+    )
 
 
 def with_other_files(old, new):
@@ -106,12 +128,23 @@ def with_other_files(old, new):
 def parse_args(arguments=None):
     parser = command_parser("forgetting", __doc__)
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help=".json or .jsonl of training examples, or any other text"
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help=".json or .jsonl of training examples, or any other text",
     )
     add_model_arguments(parser)
-    parser.add_argument("--skip-empty", action="store_true", help="leave out examples with an empty field")
-    parser.add_argument("--limit", type=count, help="only the first so many examples or pieces of each file")
-    parser.add_argument("--out", help="where losses.json goes (default: the adapter's directory, or runs/<ckpt>-base)")
+    parser.add_argument(
+        "--skip-empty", action="store_true", help="leave out examples with an empty field"
+    )
+    parser.add_argument(
+        "--limit", type=count, help="only the first so many examples or pieces of each file"
+    )
+    parser.add_argument(
+        "--out",
+        help="where losses.json goes (default: the adapter's directory, or runs/<ckpt>-base)",
+    )
     return parser.parse_args(arguments)
 
 

@@ -1,9 +1,10 @@
-"""Answers to many prompts at a time: a cache of many rows, continuous batching, likelihoods of options.
+"""Answers to many prompts at a time: a cache of many rows, continuous batching, likelihoods of
+options.
 With it evaluation is ten times as fast, and an answer can be shown token by token.
 Without it: model.generate(prompts, max_new_tokens, eos_id), one prompt after the other, or --plain.
 
-It calls model.hidden_states and model.logits as they are; its cache has the two names that model.py's own has.
-"""
+It calls model.hidden_states and model.logits as they are; its cache has the two names that
+model.py's own has."""
 
 import os
 
@@ -12,21 +13,24 @@ import torch
 from extras.kernels import PLAIN_ATTEND, edited
 from model import KVCache, Llama, check_prompts
 
-# What `stream` and `log_likelihoods` stand for, as it was written: where it has been edited, model.py's own answers.
-CACHE = {(KVCache, "__init__"): "129b54c32acb", (KVCache, "update"): "5b01abe26962"}
+# What `stream` and `log_likelihoods` stand for, as it was written: where it has been edited,
+# model.py's own answers.
+CACHE = {(KVCache, "__init__"): "129b54c32acb", (KVCache, "update"): "0fba299a7f85"}
 PLAIN = {(Llama, "generate"): "4562163c881f"} | CACHE
 LIKELIHOODS = {(Llama, "loss"): "84864ca6024f", (Llama, "logits"): "3238416f55cf"} | CACHE
 LOG_LIKELIHOOD = "99b2a4d161c2"  # of the function of that name in eval.py
 
 
 def stand_ins(fingerprints):
-    """The method that this file stands for, the first of PLAIN or LIKELIHOODS; none where one of them was edited."""
+    """The method that this file stands for, the first of PLAIN or LIKELIHOODS; none where one of
+    them was edited."""
     owner, name = next(iter(fingerprints))
     return [] if edited(fingerprints) else [f"{owner.__name__}.{name}"]
 
 
 def stands_aside(fingerprints, instead):
-    """Whether what a function here stands for has been edited; then a line says what runs instead."""
+    """Whether what a function here stands for has been edited; then a line says what runs
+    instead."""
     reason = edited(fingerprints)
     if reason:
         print(f"inference  {reason}: {instead}")
@@ -34,17 +38,19 @@ def stands_aside(fingerprints, instead):
 
 
 def generate(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=None):
-    """What model.generate returns, `batch_size` prompts at a time (None: all). In float32 an answer does not depend on
-    the others; in bfloat16 rounding, which depends on the batch's shape, may tip the choice between two alike tokens.
-    on_token(i, ids) is called with the ids of answer i so far as each comes."""
+    """What model.generate returns, `batch_size` prompts at a time (None: all). In float32 an answer
+    does not depend on the others; in bfloat16 rounding, which depends on the batch's shape, may tip
+    the choice between two alike tokens. on_token(i, ids) is called with the ids of answer i so far
+    as each comes."""
     answers = dict(stream(model, prompts, max_new_tokens, eos_id, batch_size, on_token))
     return [answers[i] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
 def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=None):
-    """What `generate` returns, each answer as it ends: yields (i, new ids of prompt i). The next prompts take the slots
-    of those answered, so that a long answer does not keep the slots beside it empty."""
+    """What `generate` returns, each answer as it ends: yields (i, new ids of prompt i). The next
+    prompts take the slots of those answered, so that a long answer does not keep the slots beside
+    it empty."""
     check_prompts(prompts, max_new_tokens, model.config)
     if stands_aside(PLAIN, "answering with Llama.generate, one prompt after the other"):
         for i, prompt in enumerate(prompts):
@@ -57,15 +63,18 @@ def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=Non
     answers = [[] for _ in prompts]
     num_slots = min(batch_size or len(prompts), len(prompts))
     cache = shared_prefix_cache(model, prompts, num_slots, max_new_tokens)
-    waiting, running = list(range(len(prompts))), []  # running[slot]: the prompt that this row of the cache belongs to
+    # running[slot]: the prompt that this row of the cache belongs to
+    waiting, running = list(range(len(prompts))), []
     x = torch.empty(0, model.config.hidden_size, device=model.device, dtype=model.dtype)
     while waiting or running:
         free = num_slots - len(running)
-        if waiting and free >= min(len(waiting), max(1, num_slots // 4)):  # several at a time: one alone is slow
+        # Several at a time: one alone is slow
+        if waiting and free >= min(len(waiting), max(1, num_slots // 4)):
             new, waiting = waiting[:free], waiting[free:]
             x = torch.cat((x, prefill(model, [prompts[i] for i in new], cache, len(running))))
             running += new
-        highest, next_ids = model.logits(x).float().max(-1)  # [n] each; float: on a CPU this is slow in bfloat16
+        # [n] each; float: on a CPU this is slow in bfloat16
+        highest, next_ids = model.logits(x).float().max(-1)
         if not highest.isfinite().all():
             raise FloatingPointError("the model's logits are not finite: try --dtype float32")
         unfinished = []
@@ -87,13 +96,18 @@ def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=Non
 
 @torch.inference_mode()
 def log_likelihoods(model, prompts, continuations):
-    """Summed log-probability, in nats, of each of a prompt's continuations: continuations[i] is a list of lists of ids
-    that may follow prompts[i], and so many numbers come back for it. A prompt is computed once for all of its own.
+    """Summed log-probability, in nats, of each of a prompt's continuations: continuations[i] is a
+    list of lists of ids that may follow prompts[i], and so many numbers come back for it. A prompt
+    is computed once for all of its own.
 
     Raises ValueError for a text beyond the model's context."""
-    longest = max(len(prompt) + len(ids) for prompt, options in zip(prompts, continuations) for ids in options)
+    longest = max(
+        len(prompt) + len(ids) for prompt, options in zip(prompts, continuations) for ids in options
+    )
     if longest > model.config.context:
-        raise ValueError(f"{longest} tokens are more than the model's context of {model.config.context}")
+        raise ValueError(
+            f"{longest} tokens are more than the model's context of {model.config.context}"
+        )
     prompt_of = torch.tensor(
         [i for i, options in enumerate(continuations) for _ in options], device=model.device
     )  # [N]
@@ -115,14 +129,17 @@ def log_likelihoods(model, prompts, continuations):
 
 @torch.inference_mode()
 def shared_prefix_cache(model, prompts, num_rows, room):
-    """A cache of so many rows, each of which holds what all the prompts, lists of ids, begin with, computed once, and
-    has space for the longest of them and `room` more positions."""
+    """A cache of so many rows, each of which holds what all the prompts, lists of ids, begin with,
+    computed once, and has space for the longest of them and `room` more positions."""
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     cache = BatchedCache(model, num_rows, longest + room)
-    # commonprefix serves any sequences; of each prompt at least a token is left to be computed on its own.
+    # commonprefix serves any sequences; of each prompt at least a token is left to be computed on
+    # its own.
     prefix = min(len(os.path.commonprefix(prompts)), shortest - 1) if len(prompts) > 1 else 0
     if prefix:
-        model.hidden_states(torch.tensor([prompts[0][:prefix]], device=model.device), cache.use(slice(0, 1)))
+        model.hidden_states(
+            torch.tensor([prompts[0][:prefix]], device=model.device), cache.use(slice(0, 1))
+        )
         for tensor in cache.keys + cache.values:
             tensor[1:, :, :prefix] = tensor[:1, :, :prefix]
     cache.prefix = prefix
@@ -131,9 +148,10 @@ def shared_prefix_cache(model, prompts, num_rows, room):
 
 @torch.inference_mode()
 def prefill(model, prompts, cache, first=0):
-    """Prompts through the model into the rows of a `shared_prefix_cache` from `first` on; all rows so far come next.
-    Returns the hidden state of each one's last token, [n, D]."""
-    # On a CPU a few at a time: what one operation writes is still in the processor's cache when the next one reads it.
+    """Prompts through the model into the rows of a `shared_prefix_cache` from `first` on; all rows
+    so far come next. Returns the hidden state of each one's last token, [n, D]."""
+    # On a CPU a few at a time: what one operation writes is still in the processor's cache when the
+    # next one reads it.
     group = 8 if model.device.type == "cpu" else len(prompts)
     last = []
     for i in range(0, len(prompts), group):
@@ -142,7 +160,8 @@ def prefill(model, prompts, cache, first=0):
         cache.lengths[rows] = cache.prefix
         x = model.hidden_states(tokens.to(model.device), cache.use(rows))  # [n, T, D]
         last.append(x[torch.arange(len(x)), ends - 1])
-        cache.lengths[rows] = cache.prefix + ends.to(model.device)  # padding lies beyond: hidden, then overwritten
+        # Padding lies beyond: hidden, then overwritten
+        cache.lengths[rows] = cache.prefix + ends.to(model.device)
     cache.use(slice(0, first + len(prompts)))
     return torch.cat(last)
 
@@ -157,25 +176,31 @@ def pad(rows):
 
 
 class BatchedCache:
-    """Keys (rotated) and values of every layer for many rows, of which `lengths[row]` positions are filled. A forward
-    pass concerns the rows that `use` was called with."""
+    """Keys (rotated) and values of every layer for many rows, of which `lengths[row]` positions are
+    filled. A forward pass concerns the rows that `use` was called with."""
 
     def __init__(self, model, num_rows, num_positions):
         config = model.config
         n, K, S, d = num_rows, config.num_key_value_heads, num_positions, config.head_dim
 
-        def zeros(
-            *shape,
-        ):  # not whatever memory held: a hidden position still meets its weight of 0, and 0 * nan is nan
-            return [torch.zeros(shape, device=model.device, dtype=model.dtype) for _ in model.model.layers]
+        # Not whatever memory held: a hidden position still meets its weight of 0, and 0 * nan is
+        # nan.
+        def zeros(*shape):
+            return [
+                torch.zeros(shape, device=model.device, dtype=model.dtype)
+                for _ in model.model.layers
+            ]
 
         # On a CPU keys lie in memory as [n, K, d, S]: so a few queries multiply them faster.
         on_cpu = model.device.type == "cpu"
-        self.keys = [keys.transpose(2, 3) for keys in zeros(n, K, d, S)] if on_cpu else zeros(n, K, S, d)
+        self.keys = (
+            [keys.transpose(2, 3) for keys in zeros(n, K, d, S)] if on_cpu else zeros(n, K, S, d)
+        )
         self.values = zeros(n, K, S, d)
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=model.device)
         self.prefix = 0  # so many positions are filled alike in every row
-        self.masks_are_bool = edited(PLAIN_ATTEND) is not None  # as KVCache's are, of which a reader's attend knows
+        # As KVCache's are, of which a reader's attend knows
+        self.masks_are_bool = edited(PLAIN_ATTEND) is not None
 
     def use(self, rows):
         """Let the next tokens be those of these rows, a slice. Returns the cache."""
@@ -200,16 +225,24 @@ class BatchedCache:
         return self.keys[layer][self.rows, :, :S], self.values[layer][self.rows, :, :S], self.mask
 
     def locate(self, T):
-        """Once a forward pass, for all layers: where the T new tokens of each row go, and what they see."""
+        """Once a forward pass, for all layers: where the T new tokens of each row go, and what they
+        see."""
         device = self.lengths.device
         positions = self.length[:, None] + torch.arange(T, device=device)  # [n, T]
-        self.index = torch.arange(len(self.lengths), device=device)[self.rows, None], slice(None), positions
+        self.index = (
+            torch.arange(len(self.lengths), device=device)[self.rows, None],
+            slice(None),
+            positions,
+        )
         S = int(positions.max()) + 1
         self.mask = None  # nothing lies before the tokens
         if S > T:
             seen = torch.arange(S, device=device) <= positions[..., None]  # [n, T, S]
-            if not self.masks_are_bool:  # added to the scores, it need not be made a mask of numbers in every layer
-                seen = torch.zeros(seen.shape, device=device, dtype=self.keys[0].dtype).masked_fill_(~seen, -torch.inf)
+            # Added to the scores, it need not be made a mask of numbers in every layer
+            if not self.masks_are_bool:
+                seen = torch.zeros(
+                    seen.shape, device=device, dtype=self.keys[0].dtype
+                ).masked_fill_(~seen, -torch.inf)
             self.mask = seen[:, None]
 
     def select(self, rows):
@@ -221,8 +254,8 @@ class BatchedCache:
         self.use(slice(0, len(rows)))
 
     def keep(self, slots):
-        """Drop all rows but `slots` (ascending). Returns the slot that each remaining row comes from: the last rows
-        move into the holes, so that no more is copied than was dropped."""
+        """Drop all rows but `slots` (ascending). Returns the slot that each remaining row comes
+        from: the last rows move into the holes, so that no more is copied than was dropped."""
         count = len(slots)
         movers = [slot for slot in slots if slot >= count]
         holes = sorted(set(range(count)) - set(slots))

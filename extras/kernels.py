@@ -1,11 +1,13 @@
-"""Faster or smaller versions of the formulas in model.py and rosa.py, put in by one line: `accelerate(model)`.
-Training is a quarter faster with them (SmolLM2, bfloat16, a CPU), and keeps two thirds as much for the backward pass.
+"""Faster or smaller versions of the formulas in model.py and rosa.py, put in by one line:
+`accelerate(model)`.
+Training is a quarter faster with them (SmolLM2, bfloat16, a CPU), and keeps two thirds as much for
+the backward pass.
 Without it: leave the line out, or type --plain; model.py and rosa.py compute the same.
 
-A kernel trusts nothing. It stands for one method as it was written: its fingerprint is a hash of that method's tokens,
-and where the method has been edited, or its source can't be found, the method runs as it is and one line says so. What
-PyTorch does not document is tried on a few numbers first; where this PyTorch or this processor has it not, likewise.
-"""
+A kernel trusts nothing. It stands for one method as it was written: its fingerprint is a hash of
+that method's tokens, and where the method has been edited, or its source can't be found, the method
+runs as it is and one line says so. What PyTorch does not document is tried on a few numbers first;
+where this PyTorch or this processor has it not, likewise."""
 
 import functools
 import platform
@@ -27,13 +29,15 @@ from rosa import RoAE
 
 
 class Kernel(NamedTuple):
-    """function stands for the method `name` of a class. fingerprints: of that method, and of what else it relies on."""
+    """function stands for the method `name` of a class. fingerprints: of that method, and of what
+    else it relies on."""
 
     cls: type
     name: str
     function: FunctionType
     fingerprints: dict
-    fits: FunctionType = lambda module: True  # whether it can stand for the method of this very module
+    # Whether it can stand for the method of this very module
+    fits: FunctionType = lambda module: True
 
     @property
     def stands_for(self):
@@ -41,24 +45,36 @@ class Kernel(NamedTuple):
 
 
 def accelerate(model, inference=False):
-    """Exchange the plain methods of the model's modules for kernels, after `attach`, `load_adapter` or `merge`.
+    """Exchange the plain methods of the model's modules for kernels, after `attach`, `load_adapter`
+    or `merge`.
 
-    inference: linear layers' weights are laid out anew where that makes them faster; the model can then no longer be
-    trained, merged or saved. Returns (the methods exchanged, {method left plain: why}), and prints a line for each of
-    the latter; under torchrun what one process leaves out all leave out."""
+    inference: linear layers' weights are laid out anew where that makes them faster; the model can
+    then no longer be trained, merged or saved. Returns (the methods exchanged, {method left plain:
+    why}), and prints a line for each of the latter; under torchrun what one process leaves out all
+    leave out."""
     Operators.look_up()
     left = {}
     for kernel in KERNELS:
         if reason := edited(kernel.fingerprints):
             left[kernel.stands_for] = reason
-    if not Operators.onednn and platform.machine() in ("x86_64", "AMD64") and model.device.type == "cpu":
+    if (
+        not Operators.onednn
+        and platform.machine() in ("x86_64", "AMD64")
+        and model.device.type == "cpu"
+    ):
         left["Linear.forward"] = "this PyTorch or processor has no oneDNN product"
     left = {name: reason for each in gather(left) for name, reason in each.items()}
     for name, reason in left.items():
         print(f"kernels    {reason}: running {name} as written")
-    # A linear layer inside a wrapper of another kind, such as one of peft, stays: its weight may be read there.
+    # A linear layer inside a wrapper of another kind, such as one of peft, stays: its weight may be
+    # read there.
     parents = (Llama, Attention, MLP, RoAE)
-    linears = {child for parent in model.modules() if type(parent) in parents for child in parent.children()}
+    linears = {
+        child
+        for parent in model.modules()
+        if type(parent) in parents
+        for child in parent.children()
+    }
     exchanged = set()
     for kernel in KERNELS:
         for module in model.modules() if kernel.stands_for not in left else ():
@@ -79,8 +95,8 @@ def has_hooks(module):
 
 
 def edited(fingerprints):
-    """Why none of the functions in {(class or module, name): fingerprint} may be stood for: a line, or None where all
-    are as they were."""
+    """Why none of the functions in {(class or module, name): fingerprint} may be stood for: a line,
+    or None where all are as they were."""
     for (owner, name), expected in fingerprints.items():
         shown = owner.__name__ if isinstance(owner, type) else Path(owner.__file__).stem
         try:
@@ -91,7 +107,8 @@ def edited(fingerprints):
 
 
 def say_what_runs(exchanged, from_inference=()):
-    """One line: what runs from extras/kernels.py and extras/inference.py in the place of which methods."""
+    """One line: what runs from extras/kernels.py and extras/inference.py in the place of which
+    methods."""
     places = {"extras/kernels.py": exchanged, "extras/inference.py": from_inference}
     parts = [f"{place} stands for {', '.join(names)}" for place, names in places.items() if names]
     if parts:
@@ -107,7 +124,8 @@ def linear_forward(self, x):
 
 @torch.no_grad()
 def pack(module):
-    """Lay the weight of a linear layer out as an x86 CPU multiplies by it fastest; elsewhere nothing happens."""
+    """Lay the weight of a linear layer out as an x86 CPU multiplies by it fastest; elsewhere
+    nothing happens."""
     if is_onednn(module.weight) and not module.weight.is_mkldnn:
         module.weight = nn.Parameter(reordered(module.weight.detach()), requires_grad=False)
 
@@ -120,7 +138,8 @@ def rms_norm_forward(self, x):
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """Keeps x and one number a token for the backward pass, where autograd would keep every intermediate."""
+    """Keeps x and one number a token for the backward pass, where autograd would keep every
+    intermediate."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -170,14 +189,15 @@ SHORT = 512  # tokens: so far all scores of a head are held at once where that i
 
 
 def attend(self, q, k, v, mask):
-    """The plain method's inputs and result. Heads that share a key/value head stand in for a longer sequence, so that
-    no key is repeated."""
+    """The plain method's inputs and result. Heads that share a key/value head stand in for a longer
+    sequence, so that no key is repeated."""
     B, H, T, d = q.shape
     K, S = k.shape[1:3]
     if mask is not None:
         q = q.reshape(B, K, -1, d)  # [B, K, H/K * T, d]
         if q.device.type == "cpu" and q.shape[2] <= SHORT:
-            # In plain matrix products: for a few queries PyTorch's own kernel takes half as long again.
+            # In plain matrix products: for a few queries PyTorch's own kernel takes half as long
+            # again.
             scores = ((q.float() * d**-0.5) @ k.float().transpose(2, 3)).view(B, K, H // K, T, S)
             if mask.dtype == torch.bool:
                 mask = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, -torch.inf)
@@ -188,29 +208,38 @@ def attend(self, q, k, v, mask):
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT:
         return CausalAttention.apply(q, k, v)
     dtype = q.dtype
-    if q.requires_grad and q.device.type == "cpu":  # PyTorch's backward pass there takes twice as long in bfloat16
+    # PyTorch's backward pass there takes twice as long in bfloat16
+    if q.requires_grad and q.device.type == "cpu":
         q, k, v = q.float(), k.float(), v.float()
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).to(dtype)
 
 
 class CausalAttention(torch.autograd.Function):
-    """Causal attention in plain matrix products: in bfloat16 on a CPU three times as fast as PyTorch's kernel, backward
-    pass included, for texts that are SHORT: it keeps their [T, T] probabilities. q [B, H, T, d]; k, v [B, K, T, d]."""
+    """Causal attention in plain matrix products: in bfloat16 on a CPU three times as fast as
+    PyTorch's kernel, backward pass included, for texts that are SHORT: it keeps their [T, T]
+    probabilities. q [B, H, T, d]; k, v [B, K, T, d]."""
 
     @staticmethod
     def forward(ctx, q, k, v):
         B, H, T, d = q.shape
         K = k.shape[1]
         q, k, v = q.reshape(B * K, -1, d), k.reshape(B * K, T, d), v.reshape(B * K, T, d)
-        # What is taken from all keys alike changes all scores of a query alike, and softmax does not see it. Scores
-        # come out in bfloat16, finest near zero: without their mean keys give smaller ones (Qwen2.5's bias is large).
+        # What is taken from all keys alike changes all scores of a query alike, and softmax does
+        # not see it. Scores come out in bfloat16, finest near zero: without their mean keys give
+        # smaller ones (Qwen2.5's bias is large).
         centred = (k.float() - k.float().mean(1, keepdim=True)).to(k.dtype)
-        mask = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1).repeat(H // K, 1)  # [H/K * T, T]
-        scores = torch.baddbmm(mask, q, centred.transpose(1, 2), alpha=d**-0.5)  # [B * K, H/K * T, T]
-        # A score of 64 is off by an eighth: of such, seen in a sample of rows, bfloat16 has too few digits.
-        checked = q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()  # which knows no numbers
+        # [H/K * T, T]
+        mask = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1).repeat(H // K, 1)
+        # [B * K, H/K * T, T]
+        scores = torch.baddbmm(mask, q, centred.transpose(1, 2), alpha=d**-0.5)
+        # A score of 64 is off by an eighth: of such, seen in a sample of rows, bfloat16 has too few
+        # digits.
+        # Which knows no numbers
+        checked = q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
         if checked and scores[:, ::16].amax(-1).abs().amax() > 64:
-            scores = torch.baddbmm(mask.float(), q.float(), k.float().transpose(1, 2), alpha=d**-0.5)
+            scores = torch.baddbmm(
+                mask.float(), q.float(), k.float().transpose(1, 2), alpha=d**-0.5
+            )
         probabilities = scores.softmax(-1).to(q.dtype)
         ctx.save_for_backward(q, k, v, probabilities)
         return (probabilities @ v).view(B, H, T, d)
@@ -221,7 +250,9 @@ class CausalAttention(torch.autograd.Function):
         B, H, T, d = grad.shape
         grad = grad.reshape(q.shape)
         grad_v = probabilities.transpose(1, 2) @ grad
-        grad_scores = Operators.softmax_backward(grad @ v.transpose(1, 2), probabilities).mul_(d**-0.5)
+        grad_scores = Operators.softmax_backward(grad @ v.transpose(1, 2), probabilities).mul_(
+            d**-0.5
+        )
         grad_q, grad_k = grad_scores @ k, grad_scores.transpose(1, 2) @ q
         return grad_q.view(B, H, T, d), grad_k.view(B, -1, T, d), grad_v.view(B, -1, T, d)
 
@@ -231,14 +262,16 @@ class CausalAttention(torch.autograd.Function):
 
 def loss(self, tokens, labels):
     labelled = labels != -100
-    return SummedCrossEntropy.apply(self.hidden_states(tokens)[labelled], self.lm_head.weight, labels[labelled])
+    return SummedCrossEntropy.apply(
+        self.hidden_states(tokens)[labelled], self.lm_head.weight, labels[labelled]
+    )
 
 
 class SummedCrossEntropy(torch.autograd.Function):
     """Sum over rows of -log softmax(hidden @ weight.T)[label], some rows at a time.
 
-    The gradients are made in the forward pass, slice by slice, while the logits are at hand: what is kept for the
-    backward pass is [N, D], never [N, V]."""
+    The gradients are made in the forward pass, slice by slice, while the logits are at hand: what
+    is kept for the backward pass is [N, D], never [N, V]."""
 
     SLICE = 2**23  # float32 logits held at once: 32 MiB
 
@@ -255,7 +288,8 @@ class SummedCrossEntropy(torch.autograd.Function):
             loss -= at_label.sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            grad = log_probs.exp_().scatter_add_(1, label, -torch.ones_like(at_label)).to(h.dtype)  # softmax - 1
+            # Softmax - 1
+            grad = log_probs.exp_().scatter_add_(1, label, -torch.ones_like(at_label)).to(h.dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = linear(grad, weight.T)
             if grad_weight is not None:
@@ -290,7 +324,8 @@ def pairs_slice(adapter):
 
 
 def adds_to_its_rows(adapter):
-    """Whether the kernel adds to the very rows that the plain method adds to: they may have been chosen otherwise."""
+    """Whether the kernel adds to the very rows that the plain method adds to: they may have been
+    chosen otherwise."""
     rows = torch.arange(adapter.linear.out_features)
     if adapter.low_freq_ratio != 1 and adapter.pairs != "random":
         rows = rows.view(adapter.num_heads, 2, -1)[..., pairs_slice(adapter)].flatten()
@@ -298,8 +333,8 @@ def adds_to_its_rows(adapter):
 
 
 class AddToPairs(torch.autograd.Function):
-    """Adds the update, [.., rows], to the pairs `columns` of every head of y, [.., out], in place. The gradient passes
-    as it is: autograd alone would copy all of it."""
+    """Adds the update, [.., rows], to the pairs `columns` of every head of y, [.., out], in place.
+    The gradient passes as it is: autograd alone would copy all of it."""
 
     @staticmethod
     def forward(ctx, y, update, num_heads, columns):
@@ -335,7 +370,9 @@ KERNELS = [
         linear_forward,
         PLAIN_LINEAR,
         fits=lambda module: (
-            module.weight.is_mkldnn or is_onednn(module.weight) and module.weight.dtype == torch.float32
+            module.weight.is_mkldnn
+            or is_onednn(module.weight)
+            and module.weight.dtype == torch.float32
         ),
     ),
     Kernel(RMSNorm, "forward", rms_norm_forward, {(RMSNorm, "forward"): "4e383c7b4692"}),
@@ -362,7 +399,8 @@ KERNELS = [
 
 
 def checkpoint_activations(model):
-    """Keep one tensor a layer for the backward pass and compute the rest again: slower, in less memory."""
+    """Keep one tensor a layer for the backward pass and compute the rest again: slower, in less
+    memory."""
     for layer in model.model.layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
@@ -371,11 +409,17 @@ def compile_layers(model):
     """Have every layer compiled at its first call, if anything can be compiled here."""
     try:
         torch.compile(torch.square)(torch.ones(2, device=model.device))
-    except Exception as error:  # no C++ compiler, no Triton, a Python that is not supported: each its own class
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        return print(f"compile    nothing can be compiled here ({reason.strip()}): going on without")
+    # No C++ compiler, no Triton, a Python that is not supported: each its own class
+    except Exception as error:
+        reason = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
+        return print(
+            f"compile    nothing can be compiled here ({reason.strip()}): going on without"
+        )
     if hasattr(torch._dynamo.config, "recompile_limit"):
-        # A layer that trains, is probed, is frozen, runs without gradients: each is compiled code of its own.
+        # A layer that trains, is probed, is frozen, runs without gradients: each is compiled code
+        # of its own.
         torch._dynamo.config.recompile_limit = 64
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)

@@ -1,13 +1,14 @@
-"""How the bundled checkpoint `data/tiny` was made: a SentencePiece tokenizer, a LLaMA of 2.3 million parameters.
+"""How the bundled checkpoint `data/tiny` was made: a SentencePiece tokenizer, a LLaMA of 2.3
+million parameters.
 Thanks to it the first command needs no download.
 Without it: any other checkpoint.
 
     python -m extras.make_tiny OUT_DIR --minutes 30
 
-It is pretrained on synthetic prose about quantities: little stories in which people gain, lose and share things, with
-the sums written out, and lists of sums. No text has the form of an instruction and its response, and no story has the
-numbers of a test problem of `toy.py`. So the model knows the words and the arithmetic, and cannot do the task.
-"""
+It is pretrained on synthetic prose about quantities: little stories in which people gain, lose and
+share things, with the sums written out, and lists of sums. No text has the form of an instruction
+and its response, and no story has the numbers of a test problem of `toy.py`. So the model knows the
+words and the arithmetic, and cannot do the task."""
 
 import io
 import math
@@ -58,18 +59,26 @@ def sums(rng):
 
 
 def note(rng):
-    """A note that uses the words of letters and lists, so that the tokenizer and the model have met them."""
-    name, other, item, count = rng.choice(toy.GIRLS), rng.choice(toy.BOYS), rng.choice(toy.ITEMS), rng.randint(2, 60)
+    """A note that uses the words of letters and lists, so that the tokenizer and the model have met
+    them."""
+    name, other, item, count = (
+        rng.choice(toy.GIRLS),
+        rng.choice(toy.BOYS),
+        rng.choice(toy.ITEMS),
+        rng.randint(2, 60),
+    )
     return rng.choice(
         [
             f"Below is a list that describes {count} {item}.",
             f"{name} has a task: write a note that describes {count} {item} to {other}.",
-            f"{other} writes: the request is for {count} {item}. {name} completes the request appropriately.",
+            f"{other} writes: the request is for {count} {item}. {name} completes the request "
+            "appropriately.",
             f"An instruction for {name} and {other}: count the {item}. The response is {count}.",
             f"The instruction below is for {other}. It describes a request for {count} {item}.",
             f"# {item.capitalize()}\n{name} has an answer to the request: {count} {item}.",
             f"## {name} and {other}\nThe answer that completes the list is {count}.",
-            f"{name}: Instruction and request.\n### {other}: Response. Write that the task is complete.",
+            f"{name}: Instruction and request.\n### {other}: Response. Write that the task is "
+            "complete.",
         ]
     )
 
@@ -80,7 +89,8 @@ def document(rng):
 
 
 def train_tokenizer(rng):
-    """1,024 pieces, each digit its own, bytes for whatever else: the bytes of a SentencePiece `tokenizer.model`."""
+    """1,024 pieces, each digit its own, bytes for whatever else: the bytes of a SentencePiece
+    `tokenizer.model`."""
     lines = (line for _ in range(20000) for line in document(rng).split("\n") if line)
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -135,7 +145,9 @@ def main(args):
         )
     )
     print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     start, step, tokens = time.monotonic(), 0, 0
     while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
         lr = 2e-3 * min(1, (step + 1) / 200) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))

@@ -1,5 +1,7 @@
-"""A checkpoint with an adapter folded in, each weight in the dtype in which it is stored, in files of at most 5 GB.
-What reads Hugging Face's models reads it; little memory is enough, and what rounding has cost is said.
+"""A checkpoint with an adapter folded in, each weight in the dtype in which it is stored, in files
+of at most 5 GB.
+What reads Hugging Face's models reads it; little memory is enough, and what rounding has cost is
+said.
 Without it: rosa.merge(model) and model.save_pretrained(directory), with the whole model in memory.
 
     python -m extras.merge --ckpt tiny --adapter runs/tiny-toy-rosa --out merged
@@ -43,7 +45,8 @@ MERGED = {(rosa.RoAE, "forward"): "19f590aa9e30", (rosa, "merge"): "e814ae8f17db
 
 
 def merge_if_unedited(model):
-    """rosa.merge(model) where that computes what the adapters compute; else they stay, and a line says so."""
+    """rosa.merge(model) where that computes what the adapters compute; else they stay, and a line
+    says so."""
     if reason := edited(MERGED):
         print(f"adapter    {reason}: running RoAE.forward as written, not merged")
     else:
@@ -51,11 +54,12 @@ def merge_if_unedited(model):
 
 
 def merge_checkpoint(ckpt, adapter, out):
-    """Write the checkpoint in directory `ckpt` with an adapter folded into its weights, each in the dtype that it is
-    stored in, as the Hugging Face directory `out`. No more is in memory than the tensors of one file, 5 GB.
+    """Write the checkpoint in directory `ckpt` with an adapter folded into its weights, each in the
+    dtype that it is stored in, as the Hugging Face directory `out`. No more is in memory than the
+    tensors of one file, 5 GB.
 
-    Returns what rounding has cost: the logits of a few prompts, [positions, V] in float32, with the adapter beside the
-    weights, and as merged. Whatever it raises, it leaves nothing behind."""
+    Returns what rounding has cost: the logits of a few prompts, [positions, V] in float32, with the
+    adapter beside the weights, and as merged. Whatever it raises, it leaves nothing behind."""
     partial = out.with_name(out.name + ".partial")
     for directory in (out, partial):
         if directory.exists():
@@ -65,7 +69,9 @@ def merge_checkpoint(ckpt, adapter, out):
     updated = updater(model, adapter)
     sizes = {name: math.prod(stored.shape) * SIZES[stored.dtype] for name, stored in table.items()}
     parameters = dict(model.named_parameters())
-    check_names(ckpt, [table[name].name for name in table], [parameters[name].shape for name in table])
+    check_names(
+        ckpt, [table[name].name for name in table], [parameters[name].shape for name in table]
+    )
     files = split_into_files(sizes)
 
     with user_file(partial):
@@ -73,26 +79,36 @@ def merge_checkpoint(ckpt, adapter, out):
     try:
         if (free := shutil.disk_usage(partial).free) < sum(sizes.values()):
             raise UserError(
-                f"--out {out} needs {sum(sizes.values()) / 1e9:.1f} GB, only {free / 1e9:.1f} are free there"
+                f"--out {out} needs {sum(sizes.values()) / 1e9:.1f} GB, only {free / 1e9:.1f} are "
+                "free there"
             )
         for file, names in files.items():
             tensors = {name: read_tensor(table, name) for name in names}  # mapped, not read yet
             tensors = {
-                table[name].name: rounded(name, updated(name, tensor), tensor.dtype) for name, tensor in tensors.items()
+                table[name].name: rounded(name, updated(name, tensor), tensor.dtype)
+                for name, tensor in tensors.items()
             }
             with user_file(partial / file):
                 save_file(tensors, partial / file, metadata={"format": "pt"})
         if len(files) > 1:
             index = {
                 "metadata": {"total_size": sum(sizes.values())},
-                "weight_map": {table[name].name: file for file, names in files.items() for name in names},
+                "weight_map": {
+                    table[name].name: file for file, names in files.items() for name in names
+                },
             }
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            (partial / "model.safetensors.index.json").write_text(
+                json.dumps(index, indent=2) + "\n"
+            )
         shutil.copyfile(ckpt / "config.json", partial / "config.json")
         stated = read_json(ckpt / "config.json")
         config = stated | {"architectures": [FAMILIES[model.config.model_type][0]]}
-        if config.get("tie_word_embeddings") and not model.config.tie_word_embeddings:  # its lm_head is another
-            print("lm_head is not the embedding to which config.json ties it: both are kept, and untied")
+        # Its lm_head is another
+        if config.get("tie_word_embeddings") and not model.config.tie_word_embeddings:
+            print(
+                "lm_head is not the embedding to which config.json ties it: both are kept, and "
+                "untied"
+            )
             config["tie_word_embeddings"] = False
         if config != stated:
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -100,9 +116,13 @@ def merge_checkpoint(ckpt, adapter, out):
         check_names(ckpt, list(written), list(written.values()))
         copy_companions(ckpt, partial)
         _, merged = meta_model(partial)
-        tokens, lengths = pad([tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 4)])
+        tokens, lengths = pad(
+            [tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 4)]
+        )
         real = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]: where there is no padding
-        before = logits_layer_by_layer(model, tokens, lambda name: updated(name, read_tensor(table, name)))[real]
+        before = logits_layer_by_layer(
+            model, tokens, lambda name: updated(name, read_tensor(table, name))
+        )[real]
         after = logits_layer_by_layer(model, tokens, lambda name: read_tensor(merged, name))[real]
         os.rename(partial, out)
     except BaseException:
@@ -115,7 +135,9 @@ def rounded(name, weight, dtype):
     """The weight in a dtype. Raises FloatingPointError where that makes an infinity of a number."""
     small = weight.to(dtype)
     if small is not weight and not small.isfinite().all():
-        advice = "train with a smaller --lr or --alpha, or store the checkpoint in bfloat16 or float32"
+        advice = (
+            "train with a smaller --lr or --alpha, or store the checkpoint in bfloat16 or float32"
+        )
         raise FloatingPointError(f"{name}: the merged weight is not finite in {dtype}: {advice}")
     return small
 
@@ -129,7 +151,9 @@ def split_into_files(sizes):
         shards[-1].append(name)
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
+    return {
+        f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)
+    }
 
 
 def shapes_in_files(directory):
@@ -142,20 +166,25 @@ def shapes_in_files(directory):
 
 
 def check_names(ckpt, names, shapes):
-    """Raise UserError unless these tensors, under these names and in these shapes, stand in the checkpoint's files too:
-    then whoever reads the checkpoint reads what is written."""
+    """Raise UserError unless these tensors, under these names and in these shapes, stand in the
+    checkpoint's files too: then whoever reads the checkpoint reads what is written."""
     stored = shapes_in_files(ckpt)
     for name, shape in zip(names, shapes, strict=True):
         if stored.get(name) != tuple(shape) or names.count(name) > 1:
-            problem = f"the model's tensors are not those of its files, {name} {list(shape)} among them"
-            advice = "rosa.merge(model) and model.save_pretrained write what Llama.from_pretrained reads"
+            problem = (
+                f"the model's tensors are not those of its files, {name} {list(shape)} among them"
+            )
+            advice = (
+                "rosa.merge(model) and model.save_pretrained write what Llama.from_pretrained reads"
+            )
             raise UserError(f"{ckpt}: {problem}: nobody else could read what is written; {advice}")
 
 
 @torch.inference_mode()
 def logits_layer_by_layer(model, tokens, read):
-    """model(tokens) in float32, [B, T, V], of a model on the meta device, with one part's weights in memory at a time:
-    each part reads its own by name before it computes, and drops them afterwards."""
+    """model(tokens) in float32, [B, T, V], of a model on the meta device, with one part's weights
+    in memory at a time: each part reads its own by name before it computes, and drops them
+    afterwards."""
     parts = [
         "model.embed_tokens",
         "model.norm",
@@ -169,7 +198,9 @@ def logits_layer_by_layer(model, tokens, read):
         def load(part, inputs, name=name):
             tied = name == "lm_head" and model.config.tie_word_embeddings
             prefix = "model.embed_tokens" if tied else name
-            part.load_state_dict({key: read(f"{prefix}.{key}").float() for key in part.state_dict()}, assign=True)
+            part.load_state_dict(
+                {key: read(f"{prefix}.{key}").float() for key in part.state_dict()}, assign=True
+            )
 
         def drop(part, inputs, output):
             part.to("meta")
@@ -182,28 +213,39 @@ def logits_layer_by_layer(model, tokens, read):
 
 
 def updater(model, directory):
-    """A function from a weight's name and the weight to the weight that rosa.merge makes of it with the adapter in a
-    directory, in float32 at least; a weight that has no adapter is returned as it is. The model may be on the meta
-    device."""
+    """A function from a weight's name and the weight to the weight that rosa.merge makes of it with
+    the adapter in a directory, in float32 at least; a weight that has no adapter is returned as it
+    is. The model may be on the meta device."""
     peft_methods.check_files(directory)
     with refusals_of("rosa"):
         arguments, tensors = rosa.read_adapter(directory, as_lora=True)
     if "peft" in arguments:
         peft_type = arguments["peft"]["peft_type"]
         advice = "load both with the package peft, and call merge_and_unload()"
-        raise UserError(f"{directory} is an adapter of type {peft_type}, which rosa.merge cannot merge: {advice}")
+        raise UserError(
+            f"{directory} is an adapter of type {peft_type}, which rosa.merge cannot merge: "
+            f"{advice}"
+        )
     peft_methods.check_targets(directory, arguments["targets"])
     with refusals_of("rosa"):
         rosa.check_lora(directory, tensors, model, arguments)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise FloatingPointError(f"{directory}: {name} holds numbers that are not finite: train it again")
+            raise FloatingPointError(
+                f"{directory}: {name} holds numbers that are not finite: train it again"
+            )
     without_memory = rosa.adapters(rosa.attach(copy.deepcopy(model).to("meta"), **arguments))
 
-    merged = {f"base_model.model.{name}.lora_{factor}.weight" for name in without_memory for factor in "AB"}
+    merged = {
+        f"base_model.model.{name}.lora_{factor}.weight"
+        for name in without_memory
+        for factor in "AB"
+    }
     if others := sorted(tensors.keys() - merged):
         advice = "rosa.merge(model) and model.save_pretrained merge what rosa.py knows of"
-        raise UserError(f"{directory} holds {others[0]}, which is no part of what is merged here: {advice}")
+        raise UserError(
+            f"{directory} holds {others[0]}, which is no part of what is merged here: {advice}"
+        )
 
     @torch.no_grad()
     def updated(name, weight):
@@ -211,10 +253,14 @@ def updater(model, directory):
         if name not in without_memory:
             return weight
         like = without_memory[name]
-        linear = nn.Linear(like.linear.in_features, like.linear.out_features, bias=False, device="meta")
+        linear = nn.Linear(
+            like.linear.in_features, like.linear.out_features, bias=False, device="meta"
+        )
         dtype = torch.promote_types(weight.dtype, torch.float32)
         linear.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
-        adapter = rosa.RoAE(linear, like.num_heads, like.rank, like.alpha, like.low_freq_ratio, like.pairs)
+        adapter = rosa.RoAE(
+            linear, like.num_heads, like.rank, like.alpha, like.low_freq_ratio, like.pairs
+        )
         adapter.A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
         adapter.B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"][adapter.rows])
         alone = copy.deepcopy(adapter).double()
@@ -223,7 +269,10 @@ def updater(model, directory):
         found = rosa.merge(nn.ModuleDict({"adapted": alone})).adapted(x)
         if (found - expected).norm() > 1e-3 * (expected - without).norm() + 1e-6 * expected.norm():
             problem = f"merged, {name} computes something else than RoAE.forward"
-            raise UserError(f"{problem}: has RoAE.forward or rosa.merge in rosa.py been edited without the other?")
+            raise UserError(
+                f"{problem}: has RoAE.forward or rosa.merge in rosa.py been edited without the "
+                "other?"
+            )
         return rosa.merge(nn.ModuleDict({"adapted": adapter})).adapted.weight
 
     return updated
@@ -239,17 +288,28 @@ def main(args):
     same = (before.argmax(-1) == after.argmax(-1)).sum()
     moved, largest = (after - before).abs().max(), before.abs().max()
     print(
-        f"{args.out} holds the merged checkpoint. Its rounding moved a logit by {moved:.2g} at most (the largest is "
+        f"{args.out} holds the merged checkpoint. Its rounding moved a logit by {moved:.2g} at "
+        "most (the largest is "
         f"{largest:.3g}); of {len(before)} next tokens {same} are the same."
     )
 
 
 def parse_args(arguments=None):
     parser = command_parser("merge", __doc__)
-    parser.add_argument("--ckpt", required=True, help="checkpoint: a directory, or a name as train.py takes it")
-    parser.add_argument("--adapter", required=True, type=Path, help="adapter directory, as train.py or PEFT writes it")
     parser.add_argument(
-        "--out", required=True, type=Path, help="directory to be made: a complete Hugging Face checkpoint"
+        "--ckpt", required=True, help="checkpoint: a directory, or a name as train.py takes it"
+    )
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        type=Path,
+        help="adapter directory, as train.py or PEFT writes it",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        type=Path,
+        help="directory to be made: a complete Hugging Face checkpoint",
     )
     return parser.parse_args(arguments)
 

@@ -1,5 +1,6 @@
 """What PyTorch has and does not document: a few operators, each tried before it is used.
-They make the kernels a few per cent faster on a CPU; where a processor or a version lacks one, nothing breaks.
+They make the kernels a few per cent faster on a CPU; where a processor or a version lacks one,
+nothing breaks.
 Without it: the plain formulas that stand beside the operators here.
 """
 
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 
 
 class Operators:
-    """What PyTorch has and does not document, asked for here alone. As written these are plain formulas; `look_up` puts
-    the operator in the place of its formula where this PyTorch and processor have it, and both compute the same."""
+    """What PyTorch has and does not document, asked for here alone. As written these are plain
+    formulas; `look_up` puts the operator in the place of its formula where this PyTorch and
+    processor have it, and both compute the same."""
 
     formulas = {}  # name -> the formula, once all were looked up
-    onednn = frozenset()  # the dtypes in which oneDNN's product serves for F.linear, with packed weights too
+    # The dtypes in which oneDNN's product serves for F.linear, with packed weights too
+    onednn = frozenset()
 
     @staticmethod
     def reshaped(y, shape):
@@ -35,7 +38,8 @@ class Operators:
     @torch.inference_mode(False)
     @torch.no_grad()
     def look_up(cls):
-        """Once in a process, not while this file is imported: operators start threads, which a fork loses."""
+        """Once in a process, not while this file is imported: operators start threads, which a fork
+        loses."""
         if cls.formulas:
             return
         aten, x, w, p = torch.ops.aten, *torch.linspace(-2, 2, 48, device="cpu").view(3, 4, 4)
@@ -56,15 +60,22 @@ class Operators:
                 dtype
                 for dtype in (torch.float32, torch.bfloat16)
                 if does_the_same(call_onednn, F.linear, x.to(dtype), w.to(dtype), p[0].to(dtype))
-                and does_the_same(lambda x, w: call_onednn(x, reordered(w), None), F.linear, x.to(dtype), w.to(dtype))
+                and does_the_same(
+                    lambda x, w: call_onednn(x, reordered(w), None),
+                    F.linear,
+                    x.to(dtype),
+                    w.to(dtype),
+                )
             )
 
 
 def does_the_same(operator, formula, *inputs):
-    """Whether an operator is there and computes what the formula does, roughly: of rounding this decides nothing."""
+    """Whether an operator is there and computes what the formula does, roughly: of rounding this
+    decides nothing."""
     try:
         return torch.allclose(operator(*inputs), formula(*inputs), rtol=0.05, atol=0.05)
-    except (AttributeError, RuntimeError, TypeError):  # absent, refused on this processor, called otherwise by now
+    # Absent, refused on this processor, called otherwise by now
+    except (AttributeError, RuntimeError, TypeError):
         return False
 
 
@@ -76,13 +87,16 @@ def call_onednn(x, weight, bias):  # [N, in]
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-# torch.compile cannot compile that call itself, but any operator that is registered with the shape of its result.
+# torch.compile cannot compile that call itself, but any operator that is registered with the shape
+# of its result.
 if not hasattr(torch.ops.rosa, "linear"):  # when this file is loaded once more
     OPERATORS = torch.library.Library("rosa", "DEF")
     OPERATORS.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
     OPERATORS.impl("linear", call_onednn, "CPU")
     torch.library.register_fake(
-        "rosa::linear", lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]), lib=OPERATORS
+        "rosa::linear",
+        lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]),
+        lib=OPERATORS,
     )
 
 
@@ -93,16 +107,23 @@ def reordered(weight):  # [out, in], as oneDNN reads it fastest
 def linear(x, weight, bias=None):
     """x @ weight.T + bias: [.., in], [out, in], [out] -> [.., out].
 
-    In float32 on an x86 CPU through oneDNN, which PyTorch itself calls for bfloat16 alone: the same sums at twice the
-    rate of MKL where that does not use AVX-512 (measured on an AMD EPYC). The weight may be packed: `pack`."""
+    In float32 on an x86 CPU through oneDNN, which PyTorch itself calls for bfloat16 alone: the same
+    sums at twice the rate of MKL where that does not use AVX-512 (measured on an AMD EPYC). The
+    weight may be packed: `pack`."""
     if is_onednn(x) and (x.dtype == torch.float32 or weight.is_mkldnn):
-        return OneDNNLinear.apply(x, weight, bias) if torch.is_grad_enabled() else onednn_linear(x, weight, bias)
+        return (
+            OneDNNLinear.apply(x, weight, bias)
+            if torch.is_grad_enabled()
+            else onednn_linear(x, weight, bias)
+        )
     return F.linear(x, weight, bias)
 
 
 def onednn_linear(x, weight, bias):  # [.., in], [out, in], [out] or None
     call = torch.ops.rosa.linear if torch.compiler.is_compiling() else call_onednn
-    return Operators.reshaped(call(x.reshape(-1, x.shape[-1]), weight, bias), (*x.shape[:-1], weight.shape[0]))
+    return Operators.reshaped(
+        call(x.reshape(-1, x.shape[-1]), weight, bias), (*x.shape[:-1], weight.shape[0])
+    )
 
 
 class OneDNNLinear(torch.autograd.Function):

@@ -21,17 +21,21 @@ from model import Llama, LlamaConfig
 
 
 class Predictions:
-    """The answers so far: number of the question -> its line. questions: (test set, index, example, prompt ids) tuples.
+    """The answers so far: number of the question -> its line. questions: (test set, index, example,
+    prompt ids) tuples.
 
-    made_by: what the answers depend on beside the question, as `fingerprint` has it. Lines of other adapters, settings
-    or code don't count here, and stay in the file."""
+    made_by: what the answers depend on beside the question, as `fingerprint` has it. Lines of other
+    adapters, settings or code don't count here, and stay in the file."""
 
     def __init__(self, out, made_by, questions):
         self.out, self.questions = out, questions
         self.path = out / "predictions.jsonl"
-        self.settings = "-".join(str(made_by[name]) for name in ("checkpoint", "adapter", "settings"))
+        self.settings = "-".join(
+            str(made_by[name]) for name in ("checkpoint", "adapter", "settings")
+        )
         self.code = hash_of(made_by["code"])
-        lines = gather(read_lines(self.path) if processes()[0] == 0 else None)[0]  # one file, whoever reads it
+        # One file, whoever reads it
+        lines = gather(read_lines(self.path) if processes()[0] == 0 else None)[0]
         numbers = {}
         for number, (name, i, example, prompt) in enumerate(questions):
             numbers[name, i, hash_of(prompt), example["answer"]] = number
@@ -45,11 +49,19 @@ class Predictions:
             else:
                 by_other_code.add(number)
         if again := by_other_code - self.lines.keys():
-            print(f"answers    {len(again):,} in {self.path} were answered by other code: asking again")
+            print(
+                f"answers    {len(again):,} in {self.path} were answered by other code: asking "
+                "again"
+            )
         elif lines and not self.lines:
-            print(f"answers    those in {self.path} are of another adapter, settings or questions: starting anew")
+            print(
+                f"answers    those in {self.path} are of another adapter, settings or questions: "
+                "starting anew"
+            )
         if self.lines:
-            print(f"answers    {len(self.lines):,} of {len(questions):,} are in {self.path} already")
+            print(
+                f"answers    {len(self.lines):,} of {len(questions):,} are in {self.path} already"
+            )
         self.prepare()
 
     def prepare(self):
@@ -69,37 +81,54 @@ class Predictions:
         return sorted(numbers, key=lambda number: (-len(self.questions[number][3]), number))
 
     def add(self, number, response, finish_reason, judged):
-        """An answer, on disk at once. finish_reason: "stop", "length" (cut at --max-new-tokens), "no room". judged: the
-        fields "extracted" and "correct"."""
+        """An answer, on disk at once. finish_reason: "stop", "length" (cut at --max-new-tokens),
+        "no room". judged: the fields "extracted" and "correct"."""
         name, i, example, prompt = self.questions[number]
-        line = {"set": name, "index": i, "instruction": example["instruction"], "answer": example["answer"]}
+        line = {
+            "set": name,
+            "index": i,
+            "instruction": example["instruction"],
+            "answer": example["answer"],
+        }
         line |= {"response": response} | judged | {"finish_reason": finish_reason}
         line |= {"prompt": hash_of(prompt), "settings": self.settings, "code": self.code}
         self.lines[number] = line
         if processes()[0] == 0:
-            with user_file(self.path), locked(self.out), open(self.path, "a", encoding="utf-8") as file:
+            with (
+                user_file(self.path),
+                locked(self.out),
+                open(self.path, "a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps(line) + "\n")
 
     def finish(self, results):
-        """Write these answers in the order of the questions, before those of anything else, and results.json."""
+        """Write these answers in the order of the questions, before those of anything else, and
+        results.json."""
         if processes()[0] == 0:
             own = {identity(line): line for _, line in sorted(self.lines.items())}
             with user_file(self.path), locked(self.out):
                 others = [line for line in read_lines(self.path) if identity(line) not in own]
                 lines = [json.dumps(line) + "\n" for line in [*own.values(), *others]]
                 write_whole(self.path, "".join(lines))
-            add_result(self.out / "results.json", results, ("checkpoint", "adapter", "settings", "questions"))
+            add_result(
+                self.out / "results.json",
+                results,
+                ("checkpoint", "adapter", "settings", "questions"),
+            )
         print(f"every answer is in {self.path}")
 
 
 def identity(line):
     """What two lines have in common that answer one question in one way."""
-    return tuple(line.get(name) for name in ("set", "index", "prompt", "answer", "settings", "code"))
+    return tuple(
+        line.get(name) for name in ("set", "index", "prompt", "answer", "settings", "code")
+    )
 
 
 def add_result(path, result, identifying, merge=lambda old, new: new):
-    """Write a result into a JSON file that keeps those before it under "others", the latest last. One that has the same
-    values under the identifying names is replaced, by merge(it, the new one)."""
+    """Write a result into a JSON file that keeps those before it under "others", the latest last.
+    One that has the same values under the identifying names is replaced, by merge(it, the new
+    one)."""
     with user_file(path), locked(path.parent):
         for old in stored_results(path):
             if same(old, result, identifying):
@@ -123,23 +152,33 @@ def stored_results(path):
 
 
 def fingerprint(ckpt, adapter, settings, code):
-    """What a result belongs to: the checkpoint, the adapter (None: none) and the settings, each in twelve characters,
-    and the code that has made it, as file -> twelve characters."""
-    made_by = {"checkpoint": checkpoint_hash(ckpt), "adapter": adapter_hash(adapter), "settings": hash_of(settings)}
+    """What a result belongs to: the checkpoint, the adapter (None: none) and the settings, each in
+    twelve characters, and the code that has made it, as file -> twelve characters."""
+    made_by = {
+        "checkpoint": checkpoint_hash(ckpt),
+        "adapter": adapter_hash(adapter),
+        "settings": hash_of(settings),
+    }
     return made_by | {"code": code}
 
 
-# Files that may stand for methods of model.py and rosa.py. --plain leaves them out, and has the same results.
+# Files that may stand for methods of model.py and rosa.py. --plain leaves them out, and has the
+# same results.
 STAND_INS = ("extras/kernels.py", "extras/operators.py", "extras/inference.py")
 
 
 def result_code(kind, adapter=None, own=()):
-    """file -> fingerprint of the code that makes a result. kind: "generate", the ids of an answer; "likelihood", and
-    "loss". adapter: whether there is one. own: functions of the caller's that take part."""
+    """file -> fingerprint of the code that makes a result. kind: "generate", the ids of an answer;
+    "likelihood", and "loss". adapter: whether there is one. own: functions of the caller's that
+    take part."""
     method = Llama.generate if kind == "generate" else Llama.loss
     reading = [LlamaConfig.from_file, Llama.from_pretrained]
     text = [tasks.encode_prompt if kind == "generate" else tasks.encode_example]
-    text += [getattr(cls, name) for cls in (SentencePieceTokenizer, JsonTokenizer) for name in ("encode", "decode")]
+    text += [
+        getattr(cls, name)
+        for cls in (SentencePieceTokenizer, JsonTokenizer)
+        for name in ("encode", "decode")
+    ]
     adapting = [rosa.load_adapter] if adapter else []
     code = reached_code(Llama, LlamaConfig, method, *reading, *text, *adapting)
     if kind != "loss":
@@ -155,17 +194,23 @@ def is_by_other_code(result, kind):
 
 
 def checkpoint_hash(ckpt):
-    """Of its config, of its tokenizer's files, and of the names, sizes and times of its weights; of nothing that a run
-    or an evaluation leaves in its directory."""
+    """Of its config, of its tokenizer's files, and of the names, sizes and times of its weights; of
+    nothing that a run or an evaluation leaves in its directory."""
     small = [ckpt / "config.json", *companions(ckpt)]
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint_files(ckpt)]
+    weights = [
+        (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint_files(ckpt)
+    ]
     return hash_of([(file.name, file.read_bytes()) for file in small] + weights)
 
 
 def adapter_hash(directory):
     """None where no adapter is."""
     files = [directory / name for name in ADAPTER_FILES] if directory else []
-    return hash_of([file.read_bytes() for file in files]) if files and all(map(Path.is_file, files)) else None
+    return (
+        hash_of([file.read_bytes() for file in files])
+        if files and all(map(Path.is_file, files))
+        else None
+    )
 
 
 def hash_of(value):
@@ -173,10 +218,13 @@ def hash_of(value):
 
 
 def read_lines(path):
-    """The lines of a predictions.jsonl, but those that were cut short, and whatever else is no answer."""
+    """The lines of a predictions.jsonl, but those that were cut short, and whatever else is no
+    answer."""
     needed = {"set", "index", "prompt", "answer", "response", "correct"}
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+    for text in (
+        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ()
+    ):
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict) and needed <= line.keys():

@@ -1,4 +1,5 @@
-"""What code says: fingerprints of functions and files that change with the code, and not with comments or layout.
+"""What code says: fingerprints of functions and files that change with the code, and not with
+comments or layout.
 By them kernels know whether they may stand for a method, and results know which code has made them.
 Without it: delete the old results by hand after every edit, and hope that no kernel hides the edit.
 """
@@ -19,15 +20,17 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
 def fingerprint(function):
-    """Twelve characters that change with what a function says: not with its comments, its docstring, its layout, or
-    the messages of its `raise` statements. A decorator changes it. Raises TypeError for what is no plain function, and
-    OSError or a tokenizer's error where the source cannot be had."""
+    """Twelve characters that change with what a function says: not with its comments, its
+    docstring, its layout, or the messages of its `raise` statements. A decorator changes it. Raises
+    TypeError for what is no plain function, and OSError or a tokenizer's error where the source
+    cannot be had."""
     if type(function) is not FunctionType:
         raise TypeError(f"{function} is no plain function")
     parts = []
     while function is not None:
         code, wrapped = function.__code__, vars(function).get("__wrapped__")
-        is_librarys_decorator = wrapped is not None and is_library(code.co_filename)  # such as torch.no_grad's
+        # Such as torch.no_grad's
+        is_librarys_decorator = wrapped is not None and is_library(code.co_filename)
         parts.append(code.co_qualname if is_librarys_decorator else words_of_code(code))
         function = wrapped
     return short_hash(" of ".join(parts))
@@ -51,7 +54,8 @@ def words(source):
     f_string, depth = None, 0  # where an f-string begins, and how many are open
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         name = tokenize.tok_name[token.type]
-        # From Python 3.12 on an f-string is many tokens. Its text is taken whole, as one token, as before.
+        # From Python 3.12 on an f-string is many tokens. Its text is taken whole, as one token, as
+        # before.
         if name in ("FSTRING_START", "TSTRING_START"):
             f_string = f_string or token.start
             depth += 1
@@ -103,10 +107,11 @@ def is_library(file):
 def reached_code(*starts):
     """file -> fingerprint of the code there that a call of these functions and classes may come to.
 
-    What a function may come to is found by the names in it: a function or class of that name among its globals, and a
-    method of that name in any class that was found before. So it may find too much, and misses only what is looked up
-    by a name that is computed. The functions are those that modules and classes hold now, wherever they were written.
-    Files of extras/ and of libraries are left out."""
+    What a function may come to is found by the names in it: a function or class of that name among
+    its globals, and a method of that name in any class that was found before. So it may find too
+    much, and misses only what is looked up by a name that is computed. The functions are those that
+    modules and classes hold now, wherever they were written. Files of extras/ and of libraries are
+    left out."""
     search = Search()
     for start in starts:
         search.add(start)
@@ -129,7 +134,8 @@ class Search:
         self.tried = set()  # (id of an owner, name)
 
     def add(self, value, name="", file=""):
-        """Take in a function, a class, a module or a constant; other values say nothing of the code."""
+        """Take in a function, a class, a module or a constant; other values say nothing of the
+        code."""
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
         if isinstance(value, property):
@@ -169,8 +175,11 @@ class Search:
         self.add_owner(cls)
         for base in cls.__bases__:
             self.add(base)
-        for name, value in vars(cls).items():  # what Python itself calls, and values such as a config's defaults
-            is_called_by_python = name == "forward" or (name.startswith("__") and name.endswith("__"))
+        # What Python itself calls, and values such as a config's defaults
+        for name, value in vars(cls).items():
+            is_called_by_python = name == "forward" or (
+                name.startswith("__") and name.endswith("__")
+            )
             if isinstance(value, FunctionType) and is_called_by_python:
                 self.add(value)
             elif not name.startswith("__"):
@@ -186,7 +195,8 @@ class Search:
             self.owners.append(owner)
 
     def new_names(self):
-        """Look every name up in every class and module found so far; whether there was one to look up."""
+        """Look every name up in every class and module found so far; whether there was one to look
+        up."""
         pairs = [(owner, name) for owner in self.owners for name in self.names & vars(owner).keys()]
         new = [(owner, name) for owner, name in pairs if (id(owner), name) not in self.tried]
         for owner, name in new:
@@ -196,7 +206,8 @@ class Search:
 
 
 def is_own(file):
-    """Whether a file is the project's, outside extras/, or a notebook of who changes the project."""
+    """Whether a file is the project's, outside extras/, or a notebook of who changes the
+    project."""
     in_extras = file.startswith(str(HERE / "extras"))
     is_generated = file in ("", "<string>")  # as the methods of a dataclass are
     return not in_extras and not is_generated and not is_library(file)
@@ -227,7 +238,8 @@ def text_of(code):
 
 
 def constant_text(value):
-    """A number, a text, a pattern, a dtype, or a collection of them as text, the same in every process; else None."""
+    """A number, a text, a pattern, a dtype, or a collection of them as text, the same in every
+    process; else None."""
     if value is None or isinstance(value, (str, bytes, int, float, re.Pattern)):
         return repr(value)
     if type(value).__name__ == "dtype":

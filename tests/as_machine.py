@@ -1,16 +1,16 @@
 """Run a command as a lesser x86 machine would, to see here what fails there.
 
-    python tests/as_machine.py avx2      -- python -m pytest -q     no AVX-512: oneDNN's operators refuse bfloat16
-    python tests/as_machine.py avx512    -- python -m pytest -q     AVX-512, but no instruction for bfloat16
-    python tests/as_machine.py bf16      -- python -m pytest -q     AVX512-BF16, but no AMX
-    python tests/as_machine.py no-onednn -- python -m pytest -q     a PyTorch without oneDNN and its operators
-    python tests/as_machine.py one-core  -- python -m pytest -q     one thread
+    python tests/as_machine.py avx2      -- python -m pytest -q    no AVX-512, no bfloat16
+    python tests/as_machine.py avx512    -- python -m pytest -q    AVX-512, no bfloat16
+    python tests/as_machine.py bf16      -- python -m pytest -q    AVX512-BF16, no AMX
+    python tests/as_machine.py no-onednn -- python -m pytest -q    no oneDNN
+    python tests/as_machine.py one-core  -- python -m pytest -q    one thread
 
-ATen, oneDNN and MKL are held back by variables of their own. What PyTorch says of the processor, and the operators that
-a processor may refuse, are replaced right after `import torch`, in the command and in every Python process that it
-starts, by a `sitecustomize` of which PYTHONPATH tells them (one that is started with -I, -E or -S does not look). A
-machine can only be held back: without AVX-512, avx512 is avx2. Speed is imitated as far as instructions make it.
-"""
+ATen, oneDNN and MKL are held back by variables of their own. What PyTorch says of the processor,
+and the operators that a processor may refuse, are replaced right after `import torch`, in the
+command and in every Python process that it starts, by a `sitecustomize` of which PYTHONPATH tells
+them (one that is started with -I, -E or -S does not look). A machine can only be held back: without
+AVX-512, avx512 is avx2. Speed is imitated as far as instructions make it."""
 
 import importlib.abc
 import importlib.util
@@ -21,7 +21,11 @@ import tempfile
 from pathlib import Path
 
 VARIABLES = {
-    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
     "avx512": {
         "ATEN_CPU_CAPABILITY": "avx512",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI",
@@ -44,12 +48,17 @@ def hold_back(torch, kind):
     for name in ABSENT.get(kind, ()):
         setattr(torch.cpu, name, lambda: False)
     if kind == "avx2":
-        packets, call = [getattr(torch.ops.mkldnn, name) for name in LINEAR], torch._ops.OpOverloadPacket.__call__
+        packets, call = (
+            [getattr(torch.ops.mkldnn, name) for name in LINEAR],
+            torch._ops.OpOverloadPacket.__call__,
+        )
 
         def refuse(self, *given, **options):
             dtypes = {getattr(x, "dtype", None) for x in given}
             if any(self is packet for packet in packets) and torch.bfloat16 in dtypes:
-                raise RuntimeError("bf16 path needs the cpu support avx512bw, avx512vl and avx512dq")
+                raise RuntimeError(
+                    "bf16 path needs the cpu support avx512bw, avx512vl and avx512dq"
+                )
             return call(self, *given, **options)
 
         torch._ops.OpOverloadPacket.__call__ = refuse
@@ -57,16 +66,22 @@ def hold_back(torch, kind):
         torch._C._has_mkldnn = torch.backends.mkldnn.enabled = False
         torch.backends.mkldnn.is_available = lambda: False
         space = torch._ops._OpNamespace
-        for method in ("__getattr__", "__getattribute__"):  # the second finds what was asked for before
+        # The second finds what was asked for before
+        for method in ("__getattr__", "__getattribute__"):
             setattr(space, method, hiding(getattr(space, method)))
 
 
 def hiding(look_up):
-    """A namespace of operators in which PyTorch itself finds all, and others no linear layer of oneDNN's."""
+    """A namespace of operators in which PyTorch itself finds all, and others no linear layer of
+    oneDNN's."""
 
     def find(self, name):
         asking = sys._getframe(1).f_globals.get("__name__", "")
-        if name in LINEAR and self.__dict__.get("name") == "mkldnn" and asking.split(".")[0] != "torch":
+        if (
+            name in LINEAR
+            and self.__dict__.get("name") == "mkldnn"
+            and asking.split(".")[0] != "torch"
+        ):
             raise AttributeError(f"'_OpNamespace' 'mkldnn' object has no attribute {name!r}")
         return look_up(self, name)
 
@@ -97,7 +112,9 @@ class Finder(importlib.abc.MetaPathFinder):
 def main():
     kind, *command = sys.argv[1:] or [""]
     if kind not in VARIABLES or command[:1] != ["--"] or len(command) < 2:
-        usage = f"type python tests/as_machine.py KIND -- COMMAND, KIND one of {', '.join(VARIABLES)}"
+        usage = (
+            f"type python tests/as_machine.py KIND -- COMMAND, KIND one of {', '.join(VARIABLES)}"
+        )
         print(f"as_machine.py: {usage}", file=sys.stderr)
         sys.exit(2)
     with tempfile.TemporaryDirectory() as site:
@@ -108,7 +125,10 @@ def main():
         )
         paths = [site, *filter(None, [os.environ.get("PYTHONPATH")])]
         sys.exit(
-            subprocess.call(command[1:], env=os.environ | VARIABLES[kind] | {"PYTHONPATH": os.pathsep.join(paths)})
+            subprocess.call(
+                command[1:],
+                env=os.environ | VARIABLES[kind] | {"PYTHONPATH": os.pathsep.join(paths)},
+            )
         )
 
 

@@ -50,8 +50,13 @@ def generator_of(seed):
 
 
 def random_model(seed=0, dtype=torch.float32, **changes):
-    """A Llama with random weights large enough that every part matters, norms and biases included."""
-    fields = {name: value for name, value in (BASE | changes).items() if name in LlamaConfig.__dataclass_fields__}
+    """A Llama with random weights large enough that every part matters, norms and biases
+    included."""
+    fields = {
+        name: value
+        for name, value in (BASE | changes).items()
+        if name in LlamaConfig.__dataclass_fields__
+    }
     model = Llama(LlamaConfig(**fields))
     generator = generator_of(seed)
     with torch.no_grad():
@@ -62,14 +67,16 @@ def random_model(seed=0, dtype=torch.float32, **changes):
 
 
 def decisive_model(prompts, count, **changes):
-    """A random model whose greedy answers hang on no rounding: nowhere is the second token as likely as the first but
-    for rounding."""
+    """A random model whose greedy answers hang on no rounding: nowhere is the second token as
+    likely as the first but for rounding."""
     for seed in range(50):
         model = random_model(seed, **changes)
         for prompt, ids in zip(prompts, inference.generate(model, prompts, count, None)):
             logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 :]
             first, second = logits.topk(2).values.unbind(-1)
-            if (first - second).min() <= 2 * bound(**of_model(model.config)) * logits.square().mean().sqrt():
+            if (first - second).min() <= 2 * bound(
+                **of_model(model.config)
+            ) * logits.square().mean().sqrt():
                 break
         else:
             return model
@@ -88,9 +95,9 @@ def random_tokens(*shape, seed=0, vocab_size=97):
 
 
 def assert_same_tensors(model, expected):
-    """Two models have the same parameters, to the bit: reading and writing round nothing. What the two compute is the
-    same to rounding only: where a tensor lies in memory, as one mapped from a file does, may decide in which order a
-    product is added up."""
+    """Two models have the same parameters, to the bit: reading and writing round nothing. What the
+    two compute is the same to rounding only: where a tensor lies in memory, as one mapped from a
+    file does, may decide in which order a product is added up."""
     tensors, others = model.state_dict(), expected.state_dict()
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
@@ -109,13 +116,15 @@ def randomise_adapters(model, seed=1):
 
 
 def smooth_adamw():
-    """AdamW divides a gradient by its own size: of one that is nearly zero, all rounding, it makes a whole step. With
-    an eps far above rounding its steps differ as little as the gradients do; for runs that are compared to rounding."""
+    """AdamW divides a gradient by its own size: of one that is nearly zero, all rounding, it makes
+    a whole step. With an eps far above rounding its steps differ as little as the gradients do; for
+    runs that are compared to rounding."""
     return functools.partial(torch.optim.AdamW, eps=1e-3)
 
 
 def without_operators(monkeypatch):
-    """As on a machine, or in a PyTorch, that has none of the operators that PyTorch does not document."""
+    """As on a machine, or in a PyTorch, that has none of the operators that PyTorch does not
+    document."""
     Operators.look_up()
     monkeypatch.setattr(Operators, "onednn", frozenset())
     for name, formula in Operators.formulas.items():
@@ -125,9 +134,12 @@ def without_operators(monkeypatch):
 def forkserver():
     """Starts processes that need not import torch anew: each is a fork of one that has."""
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["train", "eval", "torch._dynamo", "torch.distributed.fsdp", "matplotlib.figure"])
+    processes.set_forkserver_preload(
+        ["train", "eval", "torch._dynamo", "torch.distributed.fsdp", "matplotlib.figure"]
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # before Python 3.13 it does not look where we do
+        # Before Python 3.13 it does not look where we do
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         multiprocessing.forkserver.ensure_running()
     return processes
 
@@ -148,8 +160,8 @@ def model():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """What takes longer than the runs themselves and changes nothing in them: hundreds of problems drawn, disks waited
-    for."""
+    """What takes longer than the runs themselves and changes nothing in them: hundreds of problems
+    drawn, disks waited for."""
     from data import tasks
 
     monkeypatch.setitem(tasks.TOY_SIZES, "train", 100)
@@ -162,9 +174,12 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def ckpt(tmp_path, monkeypatch):
-    """A checkpoint directory `ckpt` in an empty working directory: 1,024 tokens, 4 layers, a context of 256."""
+    """A checkpoint directory `ckpt` in an empty working directory: 1,024 tokens, 4 layers, a
+    context of 256."""
     monkeypatch.chdir(tmp_path)
-    random_model(vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256).save_pretrained("ckpt")
+    random_model(vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256).save_pretrained(
+        "ckpt"
+    )
     shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", "ckpt")
     return "ckpt"
 
@@ -177,7 +192,8 @@ def run(script, *arguments):
 
 
 SHORT = (
-    "--ckpt ckpt --max-steps 6 --batch-size 8 --micro-batch-size 8 --val-size 20 --eval-every 3 --max-len "
+    "--ckpt ckpt --max-steps 6 --batch-size 8 --micro-batch-size 8 --val-size 20 --eval-every 3 "
+    "--max-len "
     "200 --select-every 2 --device cpu --dtype float32"
 ).split()
 QUICK = (*SHORT, "--rank", 4, "--alpha", 8, "--lr", 1e-2)

@@ -1,7 +1,7 @@
 """A copy of the project that a reader has edited, and its scripts, run there as a user runs them.
 
-Each copy runs in a process of its own, forked from one that has imported PyTorch, so that no time is spent on that.
-"""
+Each copy runs in a process of its own, forked from one that has imported PyTorch, so that no time
+is spent on that."""
 
 import contextlib
 import importlib
@@ -39,8 +39,8 @@ def edit(directory, file, old, new):
 
 
 def run_copy(directory, *commands):
-    """Run commands, "train.py --ckpt ckpt", say, one after the other in a copy of the project. Returns of each the exit
-    status, what it has printed, and what it has printed on stderr."""
+    """Run commands, "train.py --ckpt ckpt", say, one after the other in a copy of the project.
+    Returns of each the exit status, what it has printed, and what it has printed on stderr."""
     process = forkserver().Process(target=run_here, args=(directory, commands))
     process.start()
     process.join()
@@ -48,11 +48,14 @@ def run_copy(directory, *commands):
 
 
 def run_jobs(jobs):
-    """Run (directory, the copy to start from, edits, commands) one after the other, each in a fork of this process, and
-    say in a file `done` when one has ended. For a process that runs beside the tests."""
+    """Run (directory, the copy to start from, edits, commands) one after the other, each in a fork
+    of this process, and say in a file `done` when one has ended. For a process that runs beside the
+    tests."""
     for directory, start, edits, commands in jobs:
         if start:
-            shutil.copytree(start, directory, ignore=shutil.ignore_patterns("merged", "done", "__pycache__"))
+            shutil.copytree(
+                start, directory, ignore=shutil.ignore_patterns("merged", "done", "__pycache__")
+            )
         try:
             for one in edits:
                 edit(directory, *one)
@@ -86,7 +89,8 @@ def run_here(directory, commands):
     import torch
 
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its usual one is a semaphore of the system, which `os._exit` leaves behind
+    # Its usual one is a semaphore of the system, which `os._exit` leaves behind
+    tqdm.set_lock(threading.RLock())
     for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
         del sys.modules[name]
     sys.path[:] = [str(directory), *(path for path in sys.path if Path(path).resolve() != ROOT)]

@@ -1,4 +1,5 @@
-"""An independent LLaMA: NumPy, float64, one sequence, no cache, no cleverness. What `model.py` is compared with."""
+"""An independent LLaMA: NumPy, float64, one sequence, no cache, no cleverness. What `model.py` is
+compared with."""
 
 import json
 
@@ -7,7 +8,8 @@ from safetensors.numpy import load_file
 
 
 def logits(directory, tokens):
-    """Logits [T, V] in float64 for a list of T token ids, from a checkpoint directory with float32 tensors."""
+    """Logits [T, V] in float64 for a list of T token ids, from a checkpoint directory with float32
+    tensors."""
     config = json.loads((directory / "config.json").read_text())
     weights = {}
     for file in sorted(directory.glob("*.safetensors")):
@@ -25,7 +27,9 @@ def logits(directory, tokens):
 
     def norm(x, name):
         return (
-            x / np.sqrt((x**2).mean(-1, keepdims=True) + config.get("rms_norm_eps", 1e-6)) * weights[name + ".weight"]
+            x
+            / np.sqrt((x**2).mean(-1, keepdims=True) + config.get("rms_norm_eps", 1e-6))
+            * weights[name + ".weight"]
         )
 
     def rotate(x):  # [T, d]: pair i as the complex number x[i] + j x[i + d/2]
@@ -48,7 +52,9 @@ def logits(directory, tokens):
         x = x + linear(out, layer + "self_attn.o_proj")
         h = norm(x, layer + "post_attention_layernorm")
         gate = linear(h, layer + "mlp.gate_proj")
-        x = x + linear(gate / (1 + np.exp(-gate)) * linear(h, layer + "mlp.up_proj"), layer + "mlp.down_proj")
+        x = x + linear(
+            gate / (1 + np.exp(-gate)) * linear(h, layer + "mlp.up_proj"), layer + "mlp.down_proj"
+        )
     head = "model.embed_tokens" if config.get("tie_word_embeddings") else "lm_head"
     return norm(x, "model.norm") @ weights[head + ".weight"].T
 

@@ -1,4 +1,5 @@
-"""Statements about `extras/checkpoints.py`: where a checkpoint is found, and what is said of one that does not fit."""
+"""Statements about `extras/checkpoints.py`: where a checkpoint is found, and what is said of one
+that does not fit."""
 
 import json
 import shutil
@@ -21,15 +22,22 @@ from model import Llama
 def test_checkpoints_are_found_by_name(tmp_path, monkeypatch, model):
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("checkpoints/mine")
-    assert find_checkpoint("mine").samefile("checkpoints/mine") and find_checkpoint("tiny").name == "tiny"
-    with pytest.raises(UserError, match="no checkpoint 'other'.* names known are tiny, llama2-7b, "):
+    assert (
+        find_checkpoint("mine").samefile("checkpoints/mine")
+        and find_checkpoint("tiny").name == "tiny"
+    )
+    with pytest.raises(
+        UserError, match="no checkpoint 'other'.* names known are tiny, llama2-7b, "
+    ):
         find_checkpoint("other")
     with pytest.raises(UserError, match="no config.json"):
         find_checkpoint("checkpoints")
 
 
 @pytest.mark.parametrize("name", ["llama2-7b", "some.org/A-model_1"])
-def test_a_name_is_looked_for_here_then_in_the_cache_of_hugging_face(tmp_path, monkeypatch, model, name):
+def test_a_name_is_looked_for_here_then_in_the_cache_of_hugging_face(
+    tmp_path, monkeypatch, model, name
+):
     repository = {"llama2-7b": "meta-llama/Llama-2-7b-hf"}.get(name, name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", "$PWD/cache")
@@ -37,7 +45,9 @@ def test_a_name_is_looked_for_here_then_in_the_cache_of_hugging_face(tmp_path, m
     patterns = r"--include '\*.json' --include 'tokenizer\*' --include 'model\*.safetensors'"
 
     def is_absent():
-        with pytest.raises(UserError, match=f"To download it .*: hf download {repository} {patterns}"):
+        with pytest.raises(
+            UserError, match=f"To download it .*: hf download {repository} {patterns}"
+        ):
             find_checkpoint(name)
 
     is_absent()
@@ -47,16 +57,23 @@ def test_a_name_is_looked_for_here_then_in_the_cache_of_hugging_face(tmp_path, m
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0123abc")
     assert find_checkpoint(name) == cached / "snapshots" / "0123abc"
-    assert load_model(find_checkpoint(name)).name_or_path == repository  # which an adapter's config will name
+    # Which an adapter's config will name
+    assert load_model(find_checkpoint(name)).name_or_path == repository
     (cached / "snapshots" / "0123abc" / "model.safetensors").rename(tmp_path / "weights")
     is_absent()  # config.json alone is no checkpoint
     for nearer in (f"checkpoints/{name}", name):
         model.save_pretrained(nearer)
         assert find_checkpoint(name).samefile(nearer)
-    assert load_model(find_checkpoint(name)).name_or_path == str(tmp_path / name)  # where PEFT finds it
+    # Where PEFT finds it
+    assert load_model(find_checkpoint(name)).name_or_path == str(tmp_path / name)
 
 
-HOMES = ({}, {"HF_HOME": "~/h"}, {"XDG_CACHE_HOME": "/x"}, {"HF_HOME": "$HOME/h", "HF_HUB_CACHE": "/c"})
+HOMES = (
+    {},
+    {"HF_HOME": "~/h"},
+    {"XDG_CACHE_HOME": "/x"},
+    {"HF_HOME": "$HOME/h", "HF_HUB_CACHE": "/c"},
+)
 
 
 @pytest.mark.parametrize("environment", [*HOMES, {"HF_HUB_CACHE": "~/c", "XDG_CACHE_HOME": "/x"}])
@@ -67,16 +84,23 @@ def test_the_cache_is_where_hugging_face_has_it(monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     script = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
-    theirs = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    theirs = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert str(hub_cache()) == theirs
 
 
 def shard(directory):
     """Split model.safetensors in two, with an index."""
     tensors = load_file(directory / "model.safetensors")
-    where = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    where = {
+        name: f"model-0000{1 + (i % 2)}-of-00002.safetensors"
+        for i, name in enumerate(sorted(tensors))
+    }
     for file in set(where.values()):
-        save_file({name: tensors[name] for name in tensors if where[name] == file}, directory / file)
+        save_file(
+            {name: tensors[name] for name in tensors if where[name] == file}, directory / file
+        )
     (directory / "model.safetensors").unlink()
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
@@ -84,7 +108,8 @@ def shard(directory):
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_checkpoint_that_fits_is_loaded_as_from_pretrained_loads_it(tmp_path, tied, sharded):
-    """In one file or in shards; what old checkpoints hold beyond the parameters is passed over by both."""
+    """In one file or in shards; what old checkpoints hold beyond the parameters is passed over by
+    both."""
     model, tokens = random_model(tie_word_embeddings=tied), random_tokens(1, 9)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -93,7 +118,11 @@ def test_a_checkpoint_that_fits_is_loaded_as_from_pretrained_loads_it(tmp_path, 
     save_file(tensors, tmp_path / "model.safetensors")
     if sharded:
         shard(tmp_path)
-    for loaded in (Llama.from_pretrained(tmp_path), load_model(tmp_path), load_model(tmp_path, mapped=True)):
+    for loaded in (
+        Llama.from_pretrained(tmp_path),
+        load_model(tmp_path),
+        load_model(tmp_path, mapped=True),
+    ):
         assert_same_tensors(loaded, model)
         assert_close(loaded(tokens), model(tokens), **of_model(model.config))
         assert not loaded.training
@@ -101,20 +130,31 @@ def test_a_checkpoint_that_fits_is_loaded_as_from_pretrained_loads_it(tmp_path, 
 
 
 def test_a_checkpoint_that_was_saved_without_its_lm_head_lacks_a_prefix_only(tmp_path):
-    """Of tied embeddings; without these the lm_head is missing. Merged, it is a checkpoint like any other."""
+    """Of tied embeddings; without these the lm_head is missing. Merged, it is a checkpoint like any
+    other."""
     model, tokens = random_model(tie_word_embeddings=True, vocab_size=1024), random_tokens(1, 9)
     model.save_pretrained(tmp_path / "a")
     rosa.save_adapter(randomise_adapters(rosa.attach(model, rank=4)), tmp_path / "adapter")
-    file, config = tmp_path / "a" / "model.safetensors", json.loads((tmp_path / "a" / "config.json").read_text())
-    save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
-    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    file, config = (
+        tmp_path / "a" / "model.safetensors",
+        json.loads((tmp_path / "a" / "config.json").read_text()),
+    )
+    save_file(
+        {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file
+    )
+    (tmp_path / "a" / "config.json").write_text(
+        json.dumps(config | {"architectures": ["LlamaModel"]})
+    )
     shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", tmp_path / "a")
     for loaded in (Llama.from_pretrained(tmp_path / "a"), load_model(tmp_path / "a")):
         assert_same_tensors(rosa.load_adapter(loaded, tmp_path / "adapter"), model)
         assert_close(loaded(tokens), model(tokens), **of_model(model.config))
     merge_checkpoint(tmp_path / "a", tmp_path / "adapter", tmp_path / "merged")
-    assert_same_tensors(Llama.from_pretrained(tmp_path / "merged"), rosa.merge(model))  # by one formula
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    # By one formula
+    assert_same_tensors(Llama.from_pretrained(tmp_path / "merged"), rosa.merge(model))
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == [
+        "LlamaForCausalLM"
+    ]
     (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     for load in (Llama.from_pretrained, load_model):
         with pytest.raises(ValueError, match="lm_head.weight"):
@@ -125,18 +165,28 @@ def test_a_context_that_config_json_does_not_state_is_said(tmp_path, capsys):
     scaling = {"rope_type": "linear", "factor": 2.0}
     random_model(rope_scaling=scaling).save_pretrained(tmp_path)
     assert load_model(tmp_path).config.context == 256
-    said = "context    taken to be 256 tokens, not 128: linear scaling by 2.0 of what config.json has\n"
+    said = (
+        "context    taken to be 256 tokens, not 128: linear scaling by 2.0 of what config.json "
+        "has\n"
+    )
     assert capsys.readouterr().out == said
-    for changes, said in (({"sliding_window": 20}, "20 tokens, not 128: the sliding window\n"), ({}, "")):
+    for changes, said in (
+        ({"sliding_window": 20}, "20 tokens, not 128: the sliding window\n"),
+        ({}, ""),
+    ):
         random_model(model_type="mistral", **changes).save_pretrained(tmp_path)
         load_model(tmp_path)
         assert capsys.readouterr().out == (said and f"context    taken to be {said}")
 
 
-def test_an_lm_head_other_than_the_embedding_that_it_is_tied_to_counts_here_and_in_what_is_written(tmp_path, capsys):
+def test_an_lm_head_other_than_the_embedding_that_it_is_tied_to_counts_here_and_in_what_is_written(
+    tmp_path, capsys
+):
     model, tokens = random_model(), random_tokens(1, 9)
     model.save_pretrained(tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "config.json").read_text()) | {"tie_word_embeddings": True}
+    config = json.loads((tmp_path / "a" / "config.json").read_text()) | {
+        "tie_word_embeddings": True
+    }
     (tmp_path / "a" / "config.json").write_text(json.dumps(config))
     for load in (Llama.from_pretrained, load_model):
         loaded = load(tmp_path / "a")
@@ -154,7 +204,10 @@ def test_an_lm_head_other_than_the_embedding_that_it_is_tied_to_counts_here_and_
 def test_tensors_of_several_dtypes_become_a_model_of_one(tmp_path, model, stated, expected):
     """The one that the config names, or the widest; a checkpoint of one dtype stays as it is."""
     model.bfloat16().save_pretrained(tmp_path)
-    file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    file, config = (
+        tmp_path / "model.safetensors",
+        json.loads((tmp_path / "config.json").read_text()),
+    )
     (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
     assert Llama.from_pretrained(tmp_path).dtype == torch.bfloat16
     (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": stated}))
@@ -163,7 +216,10 @@ def test_tensors_of_several_dtypes_become_a_model_of_one(tmp_path, model, stated
     loaded = Llama.from_pretrained(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {expected}
     assert_close(
-        loaded(random_tokens(1, 9)), model(random_tokens(1, 9)), **of_model(model.config), dtype=torch.bfloat16
+        loaded(random_tokens(1, 9)),
+        model(random_tokens(1, 9)),
+        **of_model(model.config),
+        dtype=torch.bfloat16,
     )
 
 
@@ -171,7 +227,10 @@ def test_names_that_do_not_fit_are_shown_on_both_sides_and_a_pointer_is_called_o
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file({f"_orig_mod.{name}": tensor for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(ValueError, match="missing lm_head.weight; unexpected _orig_mod.lm_head.weight; missing model"):
+    with pytest.raises(
+        ValueError,
+        match="missing lm_head.weight; unexpected _orig_mod.lm_head.weight; missing model",
+    ):
         load_model(tmp_path)
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
     with pytest.raises(ValueError, match="is a Git LFS pointer, not the weights: git lfs pull"):
@@ -181,7 +240,12 @@ def test_names_that_do_not_fit_are_shown_on_both_sides_and_a_pointer_is_called_o
 UP, HEAD, NORM = "model.layers.0.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"
 MISFITS = [  # a tensor (None: taken away), what from_pretrained says of it, what load_model does
     (UP, torch.zeros(48, 32).char(), f"{UP} is torch.int8", f"{UP} is stored as I8"),
-    (HEAD, torch.zeros(3, 5), "[3, 5], not floats [97, 32]", f"{HEAD} has shape [3, 5], config.json says [97, 32]"),
+    (
+        HEAD,
+        torch.zeros(3, 5),
+        "[3, 5], not floats [97, 32]",
+        f"{HEAD} has shape [3, 5], config.json says [97, 32]",
+    ),
     ("extra", torch.zeros(3), "the tensor extra belongs to no parameter", "unexpected extra"),
     (NORM, None, f"the tensor {NORM} is missing", f"missing {NORM}"),
 ]
@@ -192,7 +256,9 @@ def test_a_tensor_that_does_not_fit_is_named_and_by_load_model_all_of_them(tmp_p
     stored, file = load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
 
     def refused(load, changes):
-        tensors = {name: tensor for name, tensor in (stored | changes).items() if tensor is not None}
+        tensors = {
+            name: tensor for name, tensor in (stored | changes).items() if tensor is not None
+        }
         save_file(tensors, file)
         with pytest.raises(ValueError, match=str(tmp_path)) as error:
             load(tmp_path)

@@ -33,7 +33,9 @@ def test_the_loss_on_anything_else(ckpt, capsys):
     Path("other.json").write_text(json.dumps(toy.examples("train", 12)))
     sentences = [f"{name} has {n} pears, and no more.\n" for n, name in enumerate(toy.GIRLS * 3)]
     Path("notes.txt").write_text("".join(sentences))
-    forgetting.run("other.json notes.txt --ckpt ckpt --limit 10 --out runs/out --dtype float32".split())
+    forgetting.run(
+        "other.json notes.txt --ckpt ckpt --limit 10 --out runs/out --dtype float32".split()
+    )
     losses = json.loads(Path("runs/out/losses.json").read_text())["losses"]
     printed = capsys.readouterr().out
     model, tokenizer = Llama.from_pretrained("ckpt"), load_tokenizer("ckpt")
@@ -42,7 +44,9 @@ def test_the_loss_on_anything_else(ckpt, capsys):
     parts = [[tokenizer.bos_id, *ids[i : i + 256]] for i in range(0, len(ids), 256)]
     with torch.no_grad():
         examples = model.loss(*train.collate(pairs, "cpu")).item()
-        text = sum(model.loss(torch.tensor([part[:-1]]), torch.tensor([part[1:]])).item() for part in parts)
+        text = sum(
+            model.loss(torch.tensor([part[:-1]]), torch.tensor([part[1:]])).item() for part in parts
+        )
     rounding = of_model(model.config)
     num_tokens = sum(len(response) for _, response in pairs)
     assert losses["other"] == near(examples / num_tokens, **rounding)
@@ -52,12 +56,18 @@ def test_the_loss_on_anything_else(ckpt, capsys):
     for folder in "ab":
         Path(folder).mkdir()
         shutil.copy("other.json", folder)
-        forgetting.run(f"{folder}/other.json --ckpt ckpt --limit 1 --out runs/out --dtype float32".split())
+        forgetting.run(
+            f"{folder}/other.json --ckpt ckpt --limit 1 --out runs/out --dtype float32".split()
+        )
     kept = json.loads(Path("runs/out/losses.json").read_text())["losses"]
-    assert set(kept) == {"other", "notes", "a/other", "b/other"} and kept["other"] == losses["other"]
+    assert (
+        set(kept) == {"other", "notes", "a/other", "b/other"} and kept["other"] == losses["other"]
+    )
 
 
-def test_what_was_forgotten_is_the_loss_with_the_adapter_beside_that_without_it(ckpt, monkeypatch, capsys):
+def test_what_was_forgotten_is_the_loss_with_the_adapter_beside_that_without_it(
+    ckpt, monkeypatch, capsys
+):
     adapter = rosa.attach(Llama.from_pretrained("ckpt"), 4, 8)
     with torch.no_grad():
         for each in rosa.adapters(adapter).values():
@@ -69,15 +79,23 @@ def test_what_was_forgotten_is_the_loss_with_the_adapter_beside_that_without_it(
         forgetting.run(f"notes.txt --ckpt ckpt --dtype float32 --out out/{model} {options}".split())
         losses[model] = json.loads(Path(f"out/{model}/losses.json").read_text())
     alone, changed = losses["ckpt"]["losses"]["notes"], losses["a"]["losses"]["notes"]
-    assert alone != changed and losses["ckpt"]["losses_alone"] == {} and losses["a"]["losses_alone"] == {"notes": alone}
-    change = f"{changed:.4f} nats per token, without the adapter {alone:.4f}: {changed - alone:+.4f}"
+    assert (
+        alone != changed
+        and losses["ckpt"]["losses_alone"] == {}
+        and losses["a"]["losses_alone"] == {"notes": alone}
+    )
+    change = (
+        f"{changed:.4f} nats per token, without the adapter {alone:.4f}: {changed - alone:+.4f}"
+    )
     assert change in capsys.readouterr().out
     compare.run(["out/a"])
     assert f"| {alone:.4f} → {changed:.4f} |" in capsys.readouterr().out
     monkeypatch.setattr(Llama, "loss", lambda self, tokens, labels: torch.tensor(torch.inf))
     with pytest.raises(SystemExit):
         forgetting.run("notes.txt --ckpt ckpt --adapter a".split())
-    assert "the loss on notes.txt, without the adapter is inf: try --dtype" in capsys.readouterr().err
+    assert (
+        "the loss on notes.txt, without the adapter is inf: try --dtype" in capsys.readouterr().err
+    )
 
 
 def test_empty_records_are_left_out_where_a_user_says_so(ckpt, capsys):
@@ -94,7 +112,9 @@ def test_empty_records_are_left_out_where_a_user_says_so(ckpt, capsys):
     assert losses["records"] == losses["whole"]
     write_test_sets(".", ["gsm8k"])
     file = Path("dataset/gsm8k/test.json")
-    file.write_text(json.dumps([{"instruction": "", "output": "1", "answer": 1}, *json.loads(file.read_text())]))
+    file.write_text(
+        json.dumps([{"instruction": "", "output": "1", "answer": 1}, *json.loads(file.read_text())])
+    )
     command = "--ckpt ckpt --task gsm8k --data-dir . --out out --max-new-tokens 1".split()
     with pytest.raises(ValueError, match="--skip-empty"):
         run(eval_script, *command)
@@ -106,12 +126,20 @@ def test_the_bundled_checkpoint_is_what_make_tiny_makes(tmp_path, capsys):
     """Its vocabulary; the weights would take half an hour."""
     make_tiny.run([str(tmp_path / "new" / "tiny"), "--minutes", "0.005"])
     assert "2,337,216 parameters" in capsys.readouterr().out
-    made, bundled = (Llama.from_pretrained(path) for path in (tmp_path / "new" / "tiny", ROOT / "data" / "tiny"))
+    made, bundled = (
+        Llama.from_pretrained(path) for path in (tmp_path / "new" / "tiny", ROOT / "data" / "tiny")
+    )
     assert (made.config, made.dtype) == (bundled.config, bundled.dtype)
-    ours, theirs = (load_tokenizer(path).plain for path in (tmp_path / "new" / "tiny", ROOT / "data" / "tiny"))
-    assert [ours.id_to_piece(i) for i in range(1024)] == [theirs.id_to_piece(i) for i in range(1024)]
+    ours, theirs = (
+        load_tokenizer(path).plain for path in (tmp_path / "new" / "tiny", ROOT / "data" / "tiny")
+    )
+    assert [ours.id_to_piece(i) for i in range(1024)] == [
+        theirs.id_to_piece(i) for i in range(1024)
+    ]
     tokens = torch.tensor([[1, *ours.encode("Tom has 3 pens. He buys 4 more. Now he has 7 pens.")]])
-    before, after = (model.float().loss(tokens[:, :-1], tokens[:, 1:]) for model in (Llama(made.config), made))
+    before, after = (
+        model.float().loss(tokens[:, :-1], tokens[:, 1:]) for model in (Llama(made.config), made)
+    )
     assert after < before  # it has learned something
 
 
@@ -125,7 +153,8 @@ def test_activations_are_the_norms_of_q_and_k(ckpt, monkeypatch, capsys):
             x = model.model.embed_tokens(torch.tensor([tasks.encode_prompt(example, tokenizer)]))
             h = model.model.layers[0].input_layernorm(x)
             for name in expected:
-                states = model.model.layers[0].self_attn.get_submodule(f"{name}_proj")(h)[0]  # [T, heads * d]
+                # [T, heads * d]
+                states = model.model.layers[0].self_attn.get_submodule(f"{name}_proj")(h)[0]
                 expected[name] += states.view(len(states), -1, d).square().sum(0).sqrt().mean(0) / 5
     for name in expected:
         assert means[name].shape == (4, d)
@@ -142,7 +171,18 @@ def test_runs_side_by_side(ckpt, capsys):
     run(train, *QUICK, "--out", "runs/a")
     run(train, *QUICK, "--out", "runs/b", "--method", "lora")
     for out, adapter in (("runs/a", ["--adapter", "runs/a"]), ("runs/base", [])):
-        run(eval_script, "--ckpt", "ckpt", "--limit", 8, "--max-new-tokens", 5, "--out", out, *adapter)
+        run(
+            eval_script,
+            "--ckpt",
+            "ckpt",
+            "--limit",
+            8,
+            "--max-new-tokens",
+            5,
+            "--out",
+            out,
+            *adapter,
+        )
     Path("other.json").write_text(json.dumps(toy.examples("train", 5)))
     forgetting.run(["other.json", "--ckpt", "ckpt", "--out", "runs/base"])
     capsys.readouterr()
@@ -153,13 +193,23 @@ def test_runs_side_by_side(ckpt, capsys):
     assert list(rows) == ["base", "a", "b"] and set(rule) == {"---"}
     base, a, b = rows.values()
     summary = json.loads(Path("runs/b/summary.json").read_text())
-    assert b["validation loss"] == f"{read_log('runs/b')[0]['val_loss']:.4f} → {summary['val_loss']:.4f}"
+    assert (
+        b["validation loss"]
+        == f"{read_log('runs/b')[0]['val_loss']:.4f} → {summary['val_loss']:.4f}"
+    )
     share = 100 * summary["trainable"] / summary["parameters"]
     assert b["trainable"] == f"{summary['trainable']:,} ({share:.2f}%)" and b["toy (n = 8)"] == "–"
     settings = "rosa, targets q,k, rank 4, alpha 8, low freq ratio 0.5, pairs low, k ratio 0.5"
-    assert a["method"].startswith(settings) and b["peak memory"] == f"{summary['peak_memory'] / 2**20:,.0f} MiB"
+    assert (
+        a["method"].startswith(settings)
+        and b["peak memory"] == f"{summary['peak_memory'] / 2**20:,.0f} MiB"
+    )
     assert a["toy (n = 8)"].startswith("0.0% (0.0–32.4)")
-    (loss,) = (value for column, value in base.items() if re.fullmatch(r"loss on other \([0-9]+ tokens\)", column))
+    (loss,) = (
+        value
+        for column, value in base.items()
+        if re.fullmatch(r"loss on other \([0-9]+ tokens\)", column)
+    )
     assert (base["method"], base["tokens/s"]) == ("base", "–") and float(loss) > 1
 
 
@@ -171,17 +221,26 @@ def test_a_run_that_was_stopped_or_has_learned_nothing_says_so_in_the_table(ckpt
     compare.run(["stopped", "nothing"])
     *_, stopped, nothing = capsys.readouterr().out.splitlines()
     before = f"{read_log('nothing')[0]['val_loss']:.4f}"
-    assert "| toy, 2 steps of 8 | – | not finished |" in stopped and f"| {before} → {before} (untrained) |" in nothing
+    assert (
+        "| toy, 2 steps of 8 | – | not finished |" in stopped
+        and f"| {before} → {before} (untrained) |" in nothing
+    )
 
 
-def test_an_adapter_of_a_run_that_was_stopped_or_has_learned_nothing_is_used_with_a_line_that_says_so(ckpt, capsys):
+def test_an_adapter_of_a_run_that_was_stopped_or_has_learned_nothing_is_used_with_a_line(
+    ckpt, capsys
+):
     for out, more in (("whole", []), ("nothing", ["--max-steps", 1, "--lr", 1e-30])):
         run(train, *QUICK, "--out", out, *more)
     shutil.copytree("whole", "stopped")
     Path("stopped/summary.json").unlink()
     best = best_step("stopped")
     assert best > 0
-    expected = {"whole": "", "nothing": "untrained  nothing: no step", "stopped": f"best so far, of step {best}\n"}
+    expected = {
+        "whole": "",
+        "nothing": "untrained  nothing: no step",
+        "stopped": f"best so far, of step {best}\n",
+    }
     Path("other.json").write_text(json.dumps(toy.examples("train", 5)))
     for out, line in expected.items():
         for script, more in (
@@ -208,15 +267,21 @@ def test_a_result_of_another_adapter_is_not_shown(ckpt, capsys, how):
         run(train, *QUICK, "--max-steps", 2, "--out", "a", "--overwrite", "--seed", 1)
     else:
         results = json.loads(Path("a/results.json").read_text())
-        Path("a/results.json").write_text(json.dumps({key: x for key, x in results.items() if key != "adapter"}))
+        Path("a/results.json").write_text(
+            json.dumps({key: x for key, x in results.items() if key != "adapter"})
+        )
         Path("a/losses.json").write_text('{"other": 1.5}')
     capsys.readouterr()
     compare.run(["a"])
     shown = capsys.readouterr().out
-    assert "toy (n = 8)" not in shown and "loss on other" not in shown and "validation loss" in shown
+    assert (
+        "toy (n = 8)" not in shown and "loss on other" not in shown and "validation loss" in shown
+    )
     removed = not Path("a/results.json").exists() and not Path("a/predictions.jsonl").exists()
     assert removed == (how == "trained anew") == (not Path("a/losses.json").exists())
-    assert removed or "a/results.json is not shown" in shown and "a/losses.json is not shown" in shown
+    assert (
+        removed or "a/results.json is not shown" in shown and "a/losses.json is not shown" in shown
+    )
 
 
 # --- what the scripts say ---
@@ -224,9 +289,12 @@ def test_a_result_of_another_adapter_is_not_shown(ckpt, capsys, how):
 
 def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkeypatch):
     run(train, *QUICK, "--max-steps", 1, "--out", "a")
-    monkeypatch.setattr(inference, "generate", lambda *given, on_token: [on_token(0, [0xF0, 0x9F])] and [[]])
+    monkeypatch.setattr(
+        inference, "generate", lambda *given, on_token: [on_token(0, [0xF0, 0x9F])] and [[]]
+    )
     monkeypatch.setattr(SentencePieceTokenizer, "decode", lambda self, ids: "\N{HOT SPRINGS} hot")
-    for call, shown in ((compare.run, b" ? "), (eval_script.run, b"? hot")):  # the first the arrow between two losses
+    # The first the arrow between two losses
+    for call, shown in ((compare.run, b" ? "), (eval_script.run, b"? hot")):
         screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
         monkeypatch.setattr(sys, "stdout", screen)
         call(["a"] if call is compare.run else ["--prompt", "a"])
@@ -234,8 +302,14 @@ def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkey
         assert shown in screen.buffer.getvalue()
 
 
-VALUES = {"count": (["1", "99"], ["0", "-1", "1.5", "x"]), "share": (["1", "1e-9"], ["0", "1.01", "nan"])}
-VALUES |= {"positive": (["1e-9", "7"], ["0", "-1", "inf", "nan"]), "seed": (["0", "4294967295"], ["-1", "4294967296"])}
+VALUES = {
+    "count": (["1", "99"], ["0", "-1", "1.5", "x"]),
+    "share": (["1", "1e-9"], ["0", "1.01", "nan"]),
+}
+VALUES |= {
+    "positive": (["1e-9", "7"], ["0", "-1", "inf", "nan"]),
+    "seed": (["0", "4294967295"], ["-1", "4294967296"]),
+}
 
 
 @pytest.mark.parametrize("kind", VALUES)
@@ -257,7 +331,11 @@ def help_text(script, option, capsys):
     """What a script prints, and its parser."""
     parsers, parse = [], argparse.ArgumentParser.parse_args
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(argparse.ArgumentParser, "parse_args", lambda self, *a: (parsers.append(self), parse(self, *a)))
+        patch.setattr(
+            argparse.ArgumentParser,
+            "parse_args",
+            lambda self, *a: (parsers.append(self), parse(self, *a)),
+        )
         script.parse_args([option])
     assert stopped.value.code == 0
     return capsys.readouterr().out, parsers[0]
@@ -265,21 +343,30 @@ def help_text(script, option, capsys):
 
 @pytest.mark.parametrize("script", [train, eval_script])
 @pytest.mark.parametrize("columns", ["60", "500"])
-def test_help_fits_on_a_screen_and_help_all_shows_every_option(script, columns, capsys, monkeypatch):
+def test_help_fits_on_a_screen_and_help_all_shows_every_option(
+    script, columns, capsys, monkeypatch
+):
     monkeypatch.setenv("COLUMNS", columns)  # of the terminal
-    (short, _), (dash, _), (long, parser) = (help_text(script, each, capsys) for each in ("--help", "-h", "--help-all"))
+    (short, _), (dash, _), (long, parser) = (
+        help_text(script, each, capsys) for each in ("--help", "-h", "--help-all")
+    )
     lines, name = short.splitlines(), Path(script.__file__).name
     assert short == dash and len(lines) <= 40 and max(map(len, lines)) <= 100
     assert any(line.strip().startswith(f"python {name} --ckpt ") for line in lines)  # an example
     assert {"tiny", *NAMES} <= set(short.replace(",", " ").split())
     words = set(long.replace(",", " ").split())
     options = {option for action in parser._actions for option in action.option_strings}
-    assert options <= words and {f"--{option.replace('_', '-')}" for option in vars(script.parse_args([]))} <= words
+    assert (
+        options <= words
+        and {f"--{option.replace('_', '-')}" for option in vars(script.parse_args([]))} <= words
+    )
     assert options - set(short.replace(",", " ").split()) >= {"--plain", "--device", "--dtype"}
     assert all(action.help for action in parser._actions) and "None" not in long
     for action in parser._actions:  # defaults are said, once
         if action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help:
-            assert " ".join(f"{action.help} (default: {action.default})".split()) in " ".join(long.split())
+            assert " ".join(f"{action.help} (default: {action.default})".split()) in " ".join(
+                long.split()
+            )
     assert "default: 64) (default" not in " ".join(long.split()) and long.count("(default: ") > 9
 
 
@@ -287,11 +374,21 @@ def test_an_absent_package_is_a_line_with_what_to_install(ckpt, monkeypatch, cap
     no_package(monkeypatch, "peft")
     with pytest.raises(SystemExit) as stopped:
         train.run("--ckpt ckpt --max-len 200 --val-size 20 --method peft:IA3".split())
-    assert stopped.value.code == 2 and "needs the package peft: pip install peft" in capsys.readouterr().err
+    assert (
+        stopped.value.code == 2
+        and "needs the package peft: pip install peft" in capsys.readouterr().err
+    )
 
 
-LEFT = [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": ""}, {"RANK": "1"}, {"RANK": ""}, {"RANK": "x", "WORLD_SIZE": "1"}]
-LEFT += [dict(zip(distributed.LAUNCHER, ("3", "0", "2", "localhost", "1")))]  # of two processes the fourth
+LEFT = [
+    {"WORLD_SIZE": "2"},
+    {"WORLD_SIZE": ""},
+    {"RANK": "1"},
+    {"RANK": ""},
+    {"RANK": "x", "WORLD_SIZE": "1"},
+]
+# Of two processes the fourth
+LEFT += [dict(zip(distributed.LAUNCHER, ("3", "0", "2", "localhost", "1")))]
 CALLS = {
     train: "--ckpt ckpt",
     eval_script: "--ckpt ckpt --limit 1",
@@ -316,14 +413,20 @@ def test_what_a_launcher_left_in_the_environment_is_one_line(ckpt, monkeypatch, 
     assert sorted(path.name for path in Path().iterdir()) == ["ckpt"]
 
 
-COMMANDS = {"no checkpoint 'absent'": "eval.py --ckpt absent", "--ckpt, --adapter, --out": "-m extras.merge"}
+COMMANDS = {
+    "no checkpoint 'absent'": "eval.py --ckpt absent",
+    "--ckpt, --adapter, --out": "-m extras.merge",
+}
 COMMANDS |= {"python -m extras.merge": "rosa.py merge"}  # which was the command
 
 
 @functools.cache
 def start_scripts():
     pipes = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [subprocess.Popen([sys.executable, *command.split()], **pipes) for command in COMMANDS.values()]
+    return [
+        subprocess.Popen([sys.executable, *command.split()], **pipes)
+        for command in COMMANDS.values()
+    ]
 
 
 @pytest.mark.ahead(start=start_scripts)

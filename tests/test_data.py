@@ -32,26 +32,34 @@ def test_toy_problems_are_right_and_train_and_test_share_no_numbers(monkeypatch)
                 left, right = equation.split(" = ")
                 a, sign, b = left.split()
                 assert int(right) == OPERATIONS[sign](int(a), int(b)) >= 0
-            assert example["output"].endswith(f" = {example['answer']}. The answer is {example['answer']}.")
+            assert example["output"].endswith(
+                f" = {example['answer']}. The answer is {example['answer']}."
+            )
             assert tasks.is_correct("toy", example["output"], example["answer"])
             assert not tasks.is_correct("toy", example["output"] + " 1000", example["answer"])
             split_keys[split].add(keys[example["instruction"]])
     assert not split_keys["train"] & split_keys["test"] and len(split_keys["test"]) > 200
     rng = random.Random(0)
-    assert 0.05 < sum(toy.split_of(toy.problem(rng)[0]) == "test" for _ in range(20000)) / 20000 < 0.15
+    assert (
+        0.05 < sum(toy.split_of(toy.problem(rng)[0]) == "test" for _ in range(20000)) / 20000 < 0.15
+    )
 
 
 def test_toy_problems_depend_on_the_seed_alone():
-    assert toy.examples("train", 20) == toy.examples("train", 20) != toy.examples("train", 20, seed=1)
+    assert (
+        toy.examples("train", 20) == toy.examples("train", 20) != toy.examples("train", 20, seed=1)
+    )
 
 
 def test_the_prompt_is_that_of_llm_adapters():
     assert tasks.prompt_text({"instruction": "Add {1} and 2.", "output": "3", "input": ""}) == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n"
         "### Instruction:\nAdd {1} and 2.\n\n### Response:\n"
     )
     assert tasks.prompt_text({"instruction": "Add.", "input": "1 2"}) == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
     )
@@ -63,7 +71,9 @@ PLAIN = [{"instruction": "Add 1 and 2.", "output": "3"}]
 PLAIN += [{"instruction": "Name it.", "input": "\u2028 a\nb", "output": "é"}]
 
 
-@pytest.mark.parametrize("fields", [("instruction", "output"), ("prompt", "completion"), ("question", "answer")])
+@pytest.mark.parametrize(
+    "fields", [("instruction", "output"), ("prompt", "completion"), ("question", "answer")]
+)
 @pytest.mark.parametrize("lines", [False, True])
 def test_a_persons_own_examples(tmp_path, fields, lines):
     names = dict(zip(("instruction", "output"), fields))
@@ -73,7 +83,9 @@ def test_a_persons_own_examples(tmp_path, fields, lines):
         text = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n"
     (tmp_path / "data").write_bytes(("\ufeff" + text).encode())
     examples = tasks.load_examples(tmp_path / "data")
-    assert [{key: example[key] for key in plain} for plain, example in zip(PLAIN, examples, strict=True)] == PLAIN
+    assert [
+        {key: example[key] for key in plain} for plain, example in zip(PLAIN, examples, strict=True)
+    ] == PLAIN
     assert tasks.prompt_text(examples[1]) == tasks.prompt_text(PLAIN[1])
 
 
@@ -98,14 +110,19 @@ def test_null_is_absent_and_a_number_is_its_text(tmp_path):
 
 @pytest.mark.parametrize("unused", [None, 7, "", [1], {"a": 1}, "\ud800"])
 def test_a_field_that_is_not_used_is_not_looked_at(tmp_path, unused):
-    (example,) = load(tmp_path, {"instruction": "a", "output": "b", "answer": unused, "prompt": unused, "id": unused})
+    (example,) = load(
+        tmp_path,
+        {"instruction": "a", "output": "b", "answer": unused, "prompt": unused, "id": unused},
+    )
     assert (example["instruction"], example["output"]) == ("a", "b")
     needed = "instruction", "answer"
     (example,) = load(tmp_path, {"instruction": "a", "output": unused, "answer": 7}, needed=needed)
     assert (example["instruction"], example["answer"]) == ("a", "7")
 
 
-@pytest.mark.parametrize("others", [{"prompt": "c"}, {"instruction": "c", "output": None, "prompt": None}])
+@pytest.mark.parametrize(
+    "others", [{"prompt": "c"}, {"instruction": "c", "output": None, "prompt": None}]
+)
 def test_the_pair_that_is_complete_is_read(tmp_path, others):
     (example,) = load(tmp_path, others | {"question": "a", "answer": "b"})
     assert (example["instruction"], example["output"]) == ("a", "b")
@@ -113,17 +130,21 @@ def test_the_pair_that_is_complete_is_read(tmp_path, others):
 
 def test_examples_with_an_empty_field_are_counted_or_left_out(tmp_path):
     records = [
-        {"instruction": str(i), "output": None if i % 10 == 3 else "" if i % 10 == 5 else "b"} for i in range(50)
+        {"instruction": str(i), "output": None if i % 10 == 3 else "" if i % 10 == 5 else "b"}
+        for i in range(50)
     ]
     first = (
-        "the field 'output' is empty in 10 records, the first is record 3: delete them, or leave them out with --skip"
+        "the field 'output' is empty in 10 records, the first is record 3: delete them, or "
+        "leave them out with --skip"
     )
     with pytest.raises(ValueError, match=first):
         load(tmp_path, *records)
     left = [str(i) for i in range(50) if i % 10 not in (3, 5)]
     assert [example["instruction"] for example in load(tmp_path, *records, skip_empty=True)] == left
     assert len(tasks.train_examples("my own", "", tmp_path / "data", skip_empty=True)) == 40
-    with pytest.raises(ValueError, match="the field 'prompt' or 'completion' is empty in 2 records"):
+    with pytest.raises(
+        ValueError, match="the field 'prompt' or 'completion' is empty in 2 records"
+    ):
         load(tmp_path, {"prompt": "", "completion": "b"}, {"prompt": "a", "completion": ""})
     with pytest.raises(ValueError, match="must hold at least one example without an empty field"):
         load(tmp_path, {"prompt": "a", "completion": ""}, skip_empty=True)
@@ -132,23 +153,33 @@ def test_examples_with_an_empty_field_are_counted_or_left_out(tmp_path):
 def test_a_test_set_leaves_out_empty_examples_and_names_the_place_of_a_wrong_answer(tmp_path):
     test_set = tmp_path / "dataset" / "gsm8k" / "test.json"
     test_set.parent.mkdir(parents=True)
-    lines = [json.dumps({"instruction": "a", "output": "", "answer": answer}) for answer in (0, "", 2.5, "two")]
+    lines = [
+        json.dumps({"instruction": "a", "output": "", "answer": answer})
+        for answer in (0, "", 2.5, "two")
+    ]
     test_set.write_text("\n".join(lines[:3]))
     with pytest.raises(
-        ValueError, match="test.json: the field 'answer' is empty in line 2: delete it, or leave it out"
+        ValueError,
+        match="test.json: the field 'answer' is empty in line 2: delete it, or leave it out",
     ):
         tasks.test_examples("gsm8k", tmp_path)
     examples = tasks.test_examples("gsm8k", tmp_path, skip_empty=True)
     assert [example["answer"] for example in examples] == ["0", "2.5"]
     test_set.write_text("\n".join(lines))
-    with pytest.raises(ValueError, match="test.json, line 4: the answer 'two' is not a number of gsm8k"):
+    with pytest.raises(
+        ValueError, match="test.json, line 4: the answer 'two' is not a number of gsm8k"
+    ):
         tasks.test_examples("gsm8k", tmp_path, skip_empty=True)
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_objects_over_several_lines_are_said_to_be_that(tmp_path, count):
-    (tmp_path / "data").write_text("\n".join(json.dumps(record, indent=1) for record in PLAIN[:count]))
-    with pytest.raises(ValueError, match=r"holds a JSON object over several lines: put it in \[ \], with a comma"):
+    (tmp_path / "data").write_text(
+        "\n".join(json.dumps(record, indent=1) for record in PLAIN[:count])
+    )
+    with pytest.raises(
+        ValueError, match=r"holds a JSON object over several lines: put it in \[ \], with a comma"
+    ):
         tasks.load_examples(tmp_path / "data")
 
 
@@ -159,7 +190,9 @@ def test_a_task_is_its_test_sets_or_one_of_them(tmp_path):
         tasks.test_sets("algebra")
 
 
-def test_the_files_of_a_task_lie_as_in_llm_adapters_and_a_persons_own_beside_them_or_anywhere(tmp_path):
+def test_the_files_of_a_task_lie_as_in_llm_adapters_and_a_persons_own_beside_them_or_anywhere(
+    tmp_path,
+):
     absent = rf"math_10k.json is absent. To get it: python data.download.py all --dir {tmp_path}$"
     with pytest.raises(UserError, match=absent):
         tasks.train_examples("arithmetic", tmp_path)
@@ -167,7 +200,11 @@ def test_the_files_of_a_task_lie_as_in_llm_adapters_and_a_persons_own_beside_the
         tasks.train_examples("gsm8k", tmp_path)
     math, more = (tmp_path / "ft-training_set" / name for name in ("math_10k.json", "more.json"))
     test_set = tmp_path / "dataset" / "gsm8k" / "test.json"
-    for file, field, value in ((math, "output", "b"), (more, "output", "d"), (test_set, "answer", "1")):
+    for file, field, value in (
+        (math, "output", "b"),
+        (more, "output", "d"),
+        (test_set, "answer", "1"),
+    ):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps([{"instruction": "a", field: value}]))
     assert tasks.train_examples("arithmetic", tmp_path) == [{"instruction": "a", "output": "b"}]

@@ -32,14 +32,18 @@ from extras.kernels import accelerate
 from model import MLP, Llama
 
 pytestmark = pytest.mark.numeric
-RUN = "--ckpt ckpt --max-steps 8 --batch-size 6 --micro-batch-size 3 --val-size 9 --eval-every 4 --save-every 3"
+RUN = (
+    "--ckpt ckpt --max-steps 8 --batch-size 6 --micro-batch-size 3 --val-size 9 --eval-every 4 "
+    "--save-every 3"
+)
 RUN += " --max-len 200 --select-every 3 --device cpu --dtype float32"
 
 
 @pytest.fixture
 def ckpt(ckpt, monkeypatch):
     """The directory `ckpt` in an empty working directory, and fewer examples of toy."""
-    monkeypatch.setitem(tasks.TOY_SIZES, "train", 40)  # 31 to train on: the last batch of an epoch is one example
+    # 31 to train on: the last batch of an epoch is one example
+    monkeypatch.setitem(tasks.TOY_SIZES, "train", 40)
     monkeypatch.setitem(tasks.TOY_SIZES, "test", 13)
     monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())  # here, and in `member`
 
@@ -47,9 +51,14 @@ def ckpt(ckpt, monkeypatch):
 def member(rank, world, port, script, arguments, before):
     """What torchrun starts."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process would leave behind
+    # Its own is a semaphore of the system, which a killed process would leave behind
+    tqdm.set_lock(threading.RLock())
     torch.optim.AdamW = smooth_adamw()
     tasks.TOY_SIZES.update(train=40, test=13)
     for number, name in ((1, "out"), (2, "err")):
@@ -61,8 +70,9 @@ def member(rank, world, port, script, arguments, before):
 
 
 def start(world, script, command, before=None):
-    """So many processes that run the script with this command line. before(rank) is called in each. As under torchrun
-    they meet at a store that is there before them: a process that waits for another to open one sleeps a second."""
+    """So many processes that run the script with this command line. before(rank) is called in each.
+    As under torchrun they meet at a store that is there before them: a process that waits for
+    another to open one sleeps a second."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  #
     what, processes = (world, store.port, script.__name__, command.split(), before), forkserver()
     started = [processes.Process(target=member, args=(rank, *what)) for rank in range(world)]
@@ -80,8 +90,20 @@ def end(started, seconds=60):
     codes = [process.exitcode for process in started]
     for process in started:
         process.kill()
-    out, errors = ([Path(f"{name}{rank}.txt").read_text() for rank in range(len(started))] for name in ("out", "err"))
-    return codes, out, [line for text in errors for line in text.splitlines() if ".py: " in line or "Error" in line]
+    out, errors = (
+        [Path(f"{name}{rank}.txt").read_text() for rank in range(len(started))]
+        for name in ("out", "err")
+    )
+    return (
+        codes,
+        out,
+        [
+            line
+            for text in errors
+            for line in text.splitlines()
+            if ".py: " in line or "Error" in line
+        ],
+    )
 
 
 def together(world, script, command, before=None):
@@ -109,7 +131,8 @@ def add_line(file, value):
 
 
 def assert_same_run(out, other, dtype=torch.float32):
-    """The same losses, layers, scores and adapter, to the rounding of so many steps, each a pass forward and back."""
+    """The same losses, layers, scores and adapter, to the rounding of so many steps, each a pass
+    forward and back."""
     steps = len(read_log(out)) - 1
     rounding = of_model(Llama.from_pretrained("ckpt").config, 2 * steps)
     for name in ("log.jsonl", "layers.jsonl"):
@@ -119,8 +142,12 @@ def assert_same_run(out, other, dtype=torch.float32):
             assert one.keys() == two.keys()
             for key in one.keys() - {"seconds"}:
                 exact = key in ("step", "lr", "tokens", "active_layers")
-                assert one[key] == (two[key] if exact else near(two[key], dtype=dtype, **rounding)), (key, one, two)
-    one, two = (load_file(next(Path(directory).glob("*model.safetensors"))) for directory in (out, other))
+                assert one[key] == (
+                    two[key] if exact else near(two[key], dtype=dtype, **rounding)
+                ), (key, one, two)
+    one, two = (
+        load_file(next(Path(directory).glob("*model.safetensors"))) for directory in (out, other)
+    )
     assert one.keys() == two.keys()
     for name in one:
         assert_close(one[name], two[name], dtype=dtype, **rounding)
@@ -134,13 +161,18 @@ def test_several_processes_compute_what_one_computes(ckpt, world, options):
     run_alone(options)
     printed = together(world, train, f"{RUN} {options} --out many")
     assert_same_run("many", "one")
-    assert "best validation loss" in printed[0] and printed[1:] == [""] * (world - 1)  # the first alone prints
+    # The first alone prints
+    assert "best validation loss" in printed[0] and printed[1:] == [""] * (world - 1)
 
 
 def record(rank):
-    """Write down, a step: the type, length and content of the one message that this process adds up with the others;
-    then which layers it selects, and what a dropout in it would draw from."""
-    collate, all_reduce, after = train.collate, torch.distributed.all_reduce, rosa.LayerSelector.after_backward
+    """Write down, a step: the type, length and content of the one message that this process adds up
+    with the others; then which layers it selects, and what a dropout in it would draw from."""
+    collate, all_reduce, after = (
+        train.collate,
+        torch.distributed.all_reduce,
+        rosa.LayerSelector.after_backward,
+    )
     drop = []
 
     def collated(*arguments):
@@ -156,7 +188,11 @@ def record(rank):
         after(self)
         add_line(f"steps{rank}.jsonl", [self.active, drop])
 
-    train.collate, torch.distributed.all_reduce, rosa.LayerSelector.after_backward = collated, added_up, after_backward
+    train.collate, torch.distributed.all_reduce, rosa.LayerSelector.after_backward = (
+        collated,
+        added_up,
+        after_backward,
+    )
 
 
 def test_several_processes_select_the_same_layers_at_random_and_drop_different_things(ckpt):
@@ -170,18 +206,34 @@ def test_several_processes_select_the_same_layers_at_random_and_drop_different_t
         assert active == other_active and drop != other_drop
 
 
-SHARES = [(1, 16, 4), (1, 13, 4), (2, 16, 4), (4, 5, 2), (3, 16, 4), (8, 16, 4), (8, 3, 4), (64, 16, 4)]
+SHARES = [
+    (1, 16, 4),
+    (1, 13, 4),
+    (2, 16, 4),
+    (4, 5, 2),
+    (3, 16, 4),
+    (8, 16, 4),
+    (8, 3, 4),
+    (64, 16, 4),
+]
 
 
 @pytest.mark.parametrize("world, count, size", SHARES)
-def test_the_shares_of_the_processes_are_the_batch_and_all_take_part_in_every_round(monkeypatch, world, count, size):
+def test_the_shares_of_the_processes_are_the_batch_and_all_take_part_in_every_round(
+    monkeypatch, world, count, size
+):
     parts = []
     for rank in range(world):
         monkeypatch.setenv("WORLD_SIZE", str(world))
         monkeypatch.setenv("RANK", str(rank))
         parts.append(train.own_micro_batches(list(range(count)), size))
-    assert sorted(i for part in parts for micro_batch in part for i in micro_batch) == list(range(count))
-    assert len({len(part) for part in parts}) == 1 and max(len(m) for part in parts for m in part) <= size
+    assert sorted(i for part in parts for micro_batch in part for i in micro_batch) == list(
+        range(count)
+    )
+    assert (
+        len({len(part) for part in parts}) == 1
+        and max(len(m) for part in parts for m in part) <= size
+    )
     assert max(sum(map(len, part)) for part in parts) <= math.ceil(count / world) + size - 1
 
 
@@ -199,23 +251,29 @@ def test_no_examples_have_gradients_of_zero_for_all_that_trains(model, plain):
 # --- what is sent ---
 
 
-def test_a_step_is_one_message_of_the_gradients_of_what_trains_and_of_the_norms_before_they_are_scored(ckpt):
+def test_a_step_is_one_message_of_the_gradients_of_what_trains_and_of_the_norms_to_be_scored(
+    ckpt,
+):
     run_alone()
     together(2, train, f"{RUN} --out many", record)
     assert_same_run("many", "one")
     sent = [read_log(".", f"steps{rank}.jsonl")[::2] for rank in range(2)]
     assert sent[0] == sent[1] and len(sent[0]) == 8  # one a step, and all get the same bits
-    adapter = 64 * (32 + 16) + 64 * (32 + 8)  # rank (D + H n) of q, rank (D + K n) of k: half of 32 and of 16 rows
+    # Rank (D + H n) of q, rank (D + K n) of k: half of 32 and of 16 rows
+    adapter = 64 * (32 + 16) + 64 * (32 + 8)
     for step, (dtype, count, _) in enumerate(sent[0]):
-        gradients = 4 * (adapter + 2 * 32) if step % 3 == 0 else 2 * adapter  # at a probe of all layers, norms too
-        assert dtype == "torch.float32" and count == gradients + 2  # the loss, and how many signals came
+        # At a probe of all layers, norms too
+        gradients = 4 * (adapter + 2 * 32) if step % 3 == 0 else 2 * adapter
+        # The loss, and how many signals came
+        assert dtype == "torch.float32" and count == gradients + 2
 
 
 # --- FSDP2 ---
 
 
 def report_rows(rank):
-    """Write down how many bytes of the base this process holds at rest, and which loss FSDP wraps."""
+    """Write down how many bytes of the base this process holds at rest, and which loss FSDP
+    wraps."""
     from torch.distributed import fsdp
     from torch.distributed.tensor import DTensor
 
@@ -223,7 +281,10 @@ def report_rows(rank):
 
     def reported(model, *arguments):
         shard(model, *arguments)
-        at_rest = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
+        at_rest = {
+            name: p.to_local() if isinstance(p, DTensor) else p
+            for name, p in model.named_parameters()
+        }
         sizes = {name.replace(".linear.", "."): p.nbytes for name, p in at_rest.items()}
         Path(f"held{rank}.json").write_text(json.dumps(sizes))
 
@@ -234,12 +295,19 @@ def report_rows(rank):
     train.shard, fsdp.register_fsdp_forward_method = reported, registered
 
 
-ALL, TIED = "--targets q,k,v,o,gate,up,down --dtype bfloat16", {"model_type": "qwen2", "tie_word_embeddings": True}
+ALL, TIED = (
+    "--targets q,k,v,o,gate,up,down --dtype bfloat16",
+    {"model_type": "qwen2", "tie_word_embeddings": True},
+)
 
 
 @pytest.mark.parametrize("options, changes", [("", {}), ("--plain", {}), (ALL, TIED)])
-def test_sharded_processes_compute_the_same_hold_a_half_each_and_resume_unsharded(ckpt, options, changes):
-    model = random_model(vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256, **changes)
+def test_sharded_processes_compute_the_same_hold_a_half_each_and_resume_unsharded(
+    ckpt, options, changes
+):
+    model = random_model(
+        vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256, **changes
+    )
     model.save_pretrained("ckpt")
     command = f"{RUN} --max-steps 4 {options}"
     train.run(f"{command} --out one".split())
@@ -250,7 +318,10 @@ def test_sharded_processes_compute_the_same_hold_a_half_each_and_resume_unsharde
         held = json.loads(Path(f"held{rank}.json").read_text())
         for name, p in model.named_parameters():
             assert held[name] == p.numel() * size // (1 if "norm" in name else 2), name
-        assert Path(f"wrapped{rank}.txt").read_text() == f"{'model' if options == '--plain' else 'extras.kernels'}.loss"
+        assert (
+            Path(f"wrapped{rank}.txt").read_text()
+            == f"{'model' if options == '--plain' else 'extras.kernels'}.loss"
+        )
     if options != "--plain":
         together(2, train, f"{command} --out many --resume")
 
@@ -275,7 +346,9 @@ def sent(number):
     os.kill(os.getpid(), number)
 
 
-killed, terminated, halted = (partial(sent, number) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP))
+killed, terminated, halted = (
+    partial(sent, number) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
+)
 
 
 def broken():
@@ -285,7 +358,9 @@ def broken():
 def spoilt():
     """From here on this process meets what is not a number."""
     real = Llama.hidden_states
-    Llama.hidden_states = lambda self, *inputs: real(self, *inputs) * (torch.nan if torch.is_grad_enabled() else 1)
+    Llama.hidden_states = lambda self, *inputs: (
+        real(self, *inputs) * (torch.nan if torch.is_grad_enabled() else 1)
+    )
 
 
 def without_room():
@@ -301,24 +376,38 @@ def test_a_signal_to_one_ends_all_after_their_step_and_other_numbers_of_processe
     train.run(f"{command} one".split())
     codes, _, errors = end(start(2, train, f"{command} many", partial(during, 4, (1, terminated))))
     assert codes == [143, 143] and len(errors) == 1
-    assert errors[0].startswith("train.py: stopped after step 5; the adapter kept is the best so far, of step ")
+    assert errors[0].startswith(
+        "train.py: stopped after step 5; the adapter kept is the best so far, of step "
+    )
     assert ". To go on: torchrun ... " in errors[0]
-    codes, *_ = end(start(3, train, f"{command} many --resume", partial(during, 7, (0, terminated))))
+    codes, *_ = end(
+        start(3, train, f"{command} many --resume", partial(during, 7, (0, terminated)))
+    )
     assert codes == [143] * 3 and len(read_log("many")) == 1 + 8
     train.run(f"{command} many --resume".split())
     assert_same_run("many", "one")
 
 
-DEATHS = [(1, killed, ""), (0, killed, ""), (2, killed, "--shard"), (1, broken, ""), (0, without_room, "")]
+DEATHS = [
+    (1, killed, ""),
+    (0, killed, ""),
+    (2, killed, "--shard"),
+    (1, broken, ""),
+    (0, without_room, ""),
+]
 
 
 @pytest.mark.parametrize("rank, act, shard", DEATHS)
 def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, rank, act, shard):
-    codes, _, errors = end(start(3, train, f"{RUN} {shard} --out many", partial(during, 4, (rank, act))), seconds=30)
+    codes, _, errors = end(
+        start(3, train, f"{RUN} {shard} --out many", partial(during, 4, (rank, act))), seconds=30
+    )
     assert codes.pop(rank) in (-signal.SIGKILL, 1) and codes == [1, 1]
     text = "\n".join(errors)
     assert text.count("train.py: another process has ended") == (rank > 0)
-    assert ("the cat sat" in text) == (act is broken) and ("No space left" in text) == (act is without_room)
+    assert ("the cat sat" in text) == (act is broken) and ("No space left" in text) == (
+        act is without_room
+    )
     run_alone()
     train.run(f"{RUN} --out many --resume".split())
     assert_same_run("many", "one")
@@ -328,8 +417,8 @@ SILENCE = 2  # seconds, in the place of 50
 
 
 def impatient(rank):
-    """The group that adds up gradients waits no longer than SILENCE. The first process takes longer than that to save
-    its first adapter; in step 4 the second is stopped, and says nothing more."""
+    """The group that adds up gradients waits no longer than SILENCE. The first process takes longer
+    than that to save its first adapter; in step 4 the second is stopped, and says nothing more."""
     save = runs.peft_methods.save_adapter
 
     def noting(function, seconds):
@@ -351,21 +440,33 @@ def impatient(rank):
 
 
 @pytest.mark.slow
-def test_one_that_is_silent_in_a_step_is_taken_for_dead_and_the_first_may_take_its_time_to_save(ckpt):
+def test_one_that_is_silent_in_a_step_is_taken_for_dead_and_the_first_may_take_its_time_to_save(
+    ckpt,
+):
     started = start(2, train, f"{RUN} --out many", impatient)
     started[0].join(30)
     started[1].kill()
     codes, _, errors = end(started)
-    assert codes == [1, -signal.SIGKILL] and errors[0].startswith("train.py: another process has ended"), errors
+    assert codes == [1, -signal.SIGKILL] and errors[0].startswith(
+        "train.py: another process has ended"
+    ), errors
     assert len(read_log("many")) == 1 + 4
     assert [read_log(".", f"timeouts{rank}.jsonl") for rank in range(2)] == [[3600, 50]] * 2
 
 
 def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
-    codes, _, errors = end(start(2, train, f"{RUN} --save-every 1 --out many", partial(during, 5, (1, spoilt))))
+    codes, _, errors = end(
+        start(2, train, f"{RUN} --save-every 1 --out many", partial(during, 5, (1, spoilt)))
+    )
     (line,) = errors
-    assert codes == [1, 1] and line.startswith("train.py: step 8 was the third in a row") and "of step 5" in line
-    assert [record.get("skipped", False) for record in read_log("many")[1:]] == [False] * 5 + [True] * 3
+    assert (
+        codes == [1, 1]
+        and line.startswith("train.py: step 8 was the third in a row")
+        and "of step 5" in line
+    )
+    assert [record.get("skipped", False) for record in read_log("many")[1:]] == [False] * 5 + [
+        True
+    ] * 3
 
 
 # --- mistakes ---
@@ -385,7 +486,8 @@ def not_finite(rank):
 def test_what_is_not_finite_for_one_process_is_what_is_said(ckpt):
     codes, _, errors = end(start(2, eval_script, f"{EVAL} --out many", not_finite))
     line = (
-        "eval.py: rank 1: the logits of one process are not finite. What was scored so far is kept, and not asked again"
+        "eval.py: rank 1: the logits of one process are not finite. What was scored so far is "
+        "kept, and not asked again"
     )
     assert codes == [1, 1] and errors == [line]
 
@@ -417,7 +519,9 @@ def test_a_mistake_in_the_code_is_a_traceback_and_the_others_end_with_it(ckpt, s
     command = f"{RUN if script is train else EVAL} --out many"
     codes, _, errors = end(start(2, script, command, mistaken))
     assert codes == [1, 1] and "ValueError: " in errors[-1], errors
-    assert errors[0].startswith(f"{script.__name__}.py: another process has ended, and this one with it"), errors
+    assert errors[0].startswith(
+        f"{script.__name__}.py: another process has ended, and this one with it"
+    ), errors
     assert "in forward\n    B, T = x.shape\n" in Path("err1.txt").read_text()
 
 
@@ -433,8 +537,12 @@ MISTAKES = [  # (script, arguments, what one process lacks, words of the line)
 ]
 
 
-@pytest.mark.parametrize("script, command, before, message", MISTAKES, ids=[mistake[-1] for mistake in MISTAKES])
-def test_a_mistake_ends_all_in_one_line_whatever_the_number_of_processes(ckpt, script, command, before, message):
+@pytest.mark.parametrize(
+    "script, command, before, message", MISTAKES, ids=[mistake[-1] for mistake in MISTAKES]
+)
+def test_a_mistake_ends_all_in_one_line_whatever_the_number_of_processes(
+    ckpt, script, command, before, message
+):
     codes, _, errors = end(start(2, script, f"{command} --out many", before))
     assert codes == [2, 2] and len(errors) == 1 and message in errors[0], (codes, errors)
     assert not Path("many").exists()
@@ -444,8 +552,13 @@ def test_a_mistake_ends_all_in_one_line_whatever_the_number_of_processes(ckpt, s
 
 
 def test_several_processes_answer_what_one_answers(ckpt):
-    prompts = [tasks.encode_prompt(example, load_tokenizer("ckpt")) for example in tasks.test_examples("toy", "")]
-    model = decisive_model(prompts, 12, vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256)
+    prompts = [
+        tasks.encode_prompt(example, load_tokenizer("ckpt"))
+        for example in tasks.test_examples("toy", "")
+    ]
+    model = decisive_model(
+        prompts, 12, vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256
+    )
     model.save_pretrained("ckpt")
     command = "--ckpt ckpt --max-new-tokens 12 --batch-size 2 --device cpu --dtype float32 --out"
     eval_script.run(f"{command} one".split())
@@ -453,7 +566,10 @@ def test_several_processes_answer_what_one_answers(ckpt):
     lines = Path("many/predictions.jsonl").read_text().splitlines(keepends=True)
     Path("many/predictions.jsonl").write_text("".join(lines[3:9]))  # as if it had been stopped
     printed = together(2, eval_script, f"{command} many")
-    assert "answers    6 of 13 are in many/predictions.jsonl already" in printed[0] and printed[1] == ""
+    assert (
+        "answers    6 of 13 are in many/predictions.jsonl already" in printed[0]
+        and printed[1] == ""
+    )
     for name in ("predictions.jsonl", "results.json"):
         assert Path("one", name).read_bytes() == Path("many", name).read_bytes()
 
@@ -486,4 +602,8 @@ def test_torchrun(ckpt):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     steps = len(read_log("many")) - 1
-    assert process.returncode and f"train.py: stopped after step {steps}; " in error and ": torchrun ... " in error
+    assert (
+        process.returncode
+        and f"train.py: stopped after step {steps}; " in error
+        and ": torchrun ... " in error
+    )

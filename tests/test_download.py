@@ -1,4 +1,5 @@
-"""Statements about `data/download.py`, against a server on this machine that cuts, forges and forgets as it is told."""
+"""Statements about `data/download.py`, against a server on this machine that cuts, forges and
+forgets as it is told."""
 
 import hashlib
 import re
@@ -31,7 +32,10 @@ class Handler(BaseHTTPRequestHandler):
         if file in server.chunked:
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            self.wfile.write(b"%x\r\n%s\r\n" % (cut - start, content[start:cut]) + b"0\r\n\r\n" * (cut == len(content)))
+            self.wfile.write(
+                b"%x\r\n%s\r\n" % (cut - start, content[start:cut])
+                + b"0\r\n\r\n" * (cut == len(content))
+            )
         else:
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
@@ -45,13 +49,18 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server with made-up files, whose ids are in place of the real ones; the working directory is empty."""
+    """A server with made-up files, whose ids are in place of the real ones; the working directory
+    is empty."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.content = {file: f'["{file}"]'.encode() * (5000 + i) for i, file in enumerate(download.BLOB_IDS)}
+    server.content = {
+        file: f'["{file}"]'.encode() * (5000 + i) for i, file in enumerate(download.BLOB_IDS)
+    }
     server.requests, server.ranges, server.closing = [], True, threading.Event()
     server.cut, server.chunked, server.silent = {}, set(), set()
     server.url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(download, "BLOB_IDS", {file: git_id(content) for file, content in server.content.items()})
+    monkeypatch.setattr(
+        download, "BLOB_IDS", {file: git_id(content) for file, content in server.content.items()}
+    )
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.chdir(tmp_path)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
@@ -83,7 +92,11 @@ def succeeds(server, capsys):
 
 
 def files_in(directory):
-    return {path.relative_to(directory).as_posix() for path in Path(directory).rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory).as_posix()
+        for path in Path(directory).rglob("*")
+        if path.is_file()
+    }
 
 
 def assert_complete(server, task, directory="LLM-Adapters"):
@@ -94,18 +107,23 @@ def assert_complete(server, task, directory="LLM-Adapters"):
 
 
 def fails(server, capsys, file, what):
-    """Exit status 1, one line about the one file that failed and why, one about what to do; the others are there."""
+    """Exit status 1, one line about the one file that failed and why, one about what to do; the
+    others are there."""
     status, out, err = run(server, capsys, "arithmetic")
     assert status == 1 and len(out) == 7 and not any("next" in line for line in out)
     assert err[0].startswith(f"download.py: {file}: ") and what in err[0]
-    assert err[1:] == ["download.py: 1 of 8 files failed; the same command again resumes what is missing"]
+    assert err[1:] == [
+        "download.py: 1 of 8 files failed; the same command again resumes what is missing"
+    ]
     assert {*download.files_of("arithmetic")} - files_in("LLM-Adapters") <= {file}
 
 
 def assert_part(server, count):
     """So many bytes have come."""
     part = Path("LLM-Adapters", f"{MATH}.partial")
-    assert part.read_bytes() == server.content[MATH][:count] and MATH not in files_in("LLM-Adapters")
+    assert part.read_bytes() == server.content[MATH][:count] and MATH not in files_in(
+        "LLM-Adapters"
+    )
 
 
 # --- which files ---
@@ -116,16 +134,25 @@ def test_the_table_names_every_file_of_every_task_that_is_fetched():
     train_files = [*(tasks.TRAIN_FILES[task] for task in download.FETCHED), "commonsense_170k.json"]
     names = [name for task in download.FETCHED for name in tasks.TASKS[task]]
     assert len(names) == 15
-    paths = [f"ft-training_set/{name}" for name in train_files] + [f"dataset/{name}/test.json" for name in names]
+    paths = [f"ft-training_set/{name}" for name in train_files] + [
+        f"dataset/{name}/test.json" for name in names
+    ]
     assert set(download.BLOB_IDS) == set(paths)
     assert len(set(download.BLOB_IDS.values())) == len(download.BLOB_IDS) == 18
     assert all(re.fullmatch("[0-9a-f]{40}", blob_id) for blob_id in download.BLOB_IDS.values())
-    assert re.fullmatch(r"https://raw\.githubusercontent\.com/AGI-Edgerunners/LLM-Adapters/[0-9a-f]{40}", download.URL)
+    assert re.fullmatch(
+        r"https://raw\.githubusercontent\.com/AGI-Edgerunners/LLM-Adapters/[0-9a-f]{40}",
+        download.URL,
+    )
 
 
 def test_a_blob_id_is_what_git_says(tmp_path):
     (tmp_path / "file").write_bytes(b"hello\n")
-    assert download.blob_id(tmp_path / "file") == git_id(b"hello\n") == "ce013625030ba8dba906f756967f9e9ca394464a"
+    assert (
+        download.blob_id(tmp_path / "file")
+        == git_id(b"hello\n")
+        == "ce013625030ba8dba906f756967f9e9ca394464a"
+    )
 
 
 @pytest.mark.parametrize("task, count", [("arithmetic", 8), ("commonsense", 9), ("all", 18)])
@@ -137,12 +164,17 @@ def test_a_task_is_its_training_file_and_its_test_sets(server, capsys, task, cou
     assert len(files_in("LLM-Adapters")) == count and len(server.requests) == count
     for line, file in zip(out, download.files_of(task)):
         assert line.split() == [file, f"{len(server.content[file]):,}", "bytes"]
-    assert out[count:] == [f"next: python train.py --ckpt CHECKPOINT --task {name}" for name in following]
+    assert out[count:] == [
+        f"next: python train.py --ckpt CHECKPOINT --task {name}" for name in following
+    ]
 
 
 def test_the_files_lie_where_the_tasks_look_for_them(server, capsys):
     example = b'[{"instruction": "1 + 1?", "input": "", "output": "2", "answer": "2"}]'
-    server.content = {file: example.replace(b'"2"}', b'"A"}') if "AQuA" in file else example for file in server.content}
+    server.content = {
+        file: example.replace(b'"2"}', b'"A"}') if "AQuA" in file else example
+        for file in server.content
+    }
     download.BLOB_IDS.update({file: git_id(content) for file, content in server.content.items()})
     run(server, capsys, "arithmetic")
     for name in tasks.TASKS["arithmetic"]:
@@ -164,7 +196,9 @@ def test_a_second_run_downloads_nothing(server, capsys):
     succeeds(server, capsys)
     server.requests.clear()
     status, out, err = run(server, capsys, "arithmetic")
-    assert (status, err, server.requests) == (0, [], []) and sum("already there" in line for line in out) == 8
+    assert (status, err, server.requests) == (0, [], []) and sum(
+        "already there" in line for line in out
+    ) == 8
     assert_complete(server, "arithmetic")
 
 
@@ -172,7 +206,12 @@ def test_a_file_with_other_content_is_left_alone_and_reported(server, capsys):
     mine = Path("LLM-Adapters", GSM8K)
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
-    fails(server, capsys, GSM8K, f"is there, with blob id {git_id(b'mine')}: delete it, or choose another --dir")
+    fails(
+        server,
+        capsys,
+        GSM8K,
+        f"is there, with blob id {git_id(b'mine')}: delete it, or choose another --dir",
+    )
     assert mine.read_bytes() == b"mine" and GSM8K not in dict(server.requests)
 
 
@@ -202,7 +241,10 @@ def test_a_cut_connection_leaves_a_part_that_the_next_runs_complete(server, caps
         assert_part(server, server.cut[MATH])
     server.cut.clear()
     succeeds(server, capsys)
-    assert [wanted for file, wanted in server.requests if file == MATH] == [None, *(f"bytes={n}-" for n in cuts)]
+    assert [wanted for file, wanted in server.requests if file == MATH] == [
+        None,
+        *(f"bytes={n}-" for n in cuts),
+    ]
     assert len(server.requests) == 8 + len(cuts)  # what is there is not asked for again
 
 
@@ -254,7 +296,10 @@ def test_no_room_is_one_line_a_file(server, capsys):
 def test_no_server_is_one_line(server, capsys):
     status, out, err = run(server, capsys, "all", "--url=http://127.0.0.1:1")
     assert (status, out, len(err)) == (1, [], 1) and "urlopen" not in err[0]
-    assert err[0].startswith("download.py: http://127.0.0.1:1 cannot be reached (") and "a network?" in err[0]
+    assert (
+        err[0].startswith("download.py: http://127.0.0.1:1 cannot be reached (")
+        and "a network?" in err[0]
+    )
     assert not list(Path().iterdir())
 
 
@@ -263,10 +308,14 @@ def test_no_server_is_one_line(server, capsys):
 URL_MISTAKE = "--url must begin with https:// or http://, not 'ftp://x'"
 
 
-@pytest.mark.parametrize("arguments, message", [("algebra", "invalid choice"), ("all --url ftp://x", URL_MISTAKE)])
+@pytest.mark.parametrize(
+    "arguments, message", [("algebra", "invalid choice"), ("all --url ftp://x", URL_MISTAKE)]
+)
 def test_a_mistake_is_one_line_and_nothing_is_left_behind(server, capsys, arguments, message):
     status, _, err = run(server, capsys, *arguments.split())
-    assert status == 2 and len(err) == 1 and err[0].startswith("download.py: ") and message in err[0]
+    assert (
+        status == 2 and len(err) == 1 and err[0].startswith("download.py: ") and message in err[0]
+    )
     assert not list(Path().iterdir())
 
 
@@ -276,11 +325,15 @@ def test_stopping_it_by_hand_is_one_line(server, capsys, monkeypatch):
 
     monkeypatch.setattr(download, "blob_id", stop)
     status, _, err = run(server, capsys, "arithmetic")
-    assert status == 130 and err == ["download.py: stopped: the same command again goes on from here"]
+    assert status == 130 and err == [
+        "download.py: stopped: the same command again goes on from here"
+    ]
     assert files_in("LLM-Adapters") == {f"{MATH}.partial"}
 
 
 def test_it_runs_as_a_script_from_anywhere(tmp_path):
     command = [sys.executable, ROOT / "data" / "download.py", "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "{arithmetic,commonsense,all}" in done.stdout and not done.stderr
+    assert (
+        done.returncode == 0 and "{arithmetic,commonsense,all}" in done.stdout and not done.stderr
+    )

@@ -1,5 +1,5 @@
-"""Statements about a file that a reader has edited: what it says is what runs, wherever it runs, or a line on the
-screen says what does not; and a mistake in it ends in a traceback to its line."""
+"""Statements about a file that a reader has edited: what it says is what runs, wherever it runs, or
+a line on the screen says what does not; and a mistake in it ends in a traceback to its line."""
 
 import functools
 import json
@@ -16,9 +16,15 @@ from safetensors.torch import load_file
 import rosa
 from data import toy
 
-TRAIN = "train.py --ckpt ckpt --max-steps 2 --max-len 200 --batch-size 2 --micro-batch-size 2 --val-size 1 --rank 4 "
+TRAIN = (
+    "train.py --ckpt ckpt --max-steps 2 --max-len 200 --batch-size 2 --micro-batch-size 2 "
+    "--val-size 1 --rank 4 "
+)
 TRAIN += "--select-every 1 --dtype float32 --overwrite --out run"
-EVAL = "eval.py --ckpt ckpt --adapter adapter --limit 3 --max-new-tokens 4 --dtype float32 --out scores"
+EVAL = (
+    "eval.py --ckpt ckpt --adapter adapter --limit 3 --max-new-tokens 4 --dtype float32 --out "
+    "scores"
+)
 MERGE = "extras.merge --ckpt ckpt --adapter adapter --out merged"
 FIGURE = "extras.figure1 figure.png --ckpt ckpt --adapter adapter --limit 2 --dtype float32"
 COMMANDS = {"train": TRAIN, "eval": EVAL, "merge": MERGE, "figure1": FIGURE}
@@ -26,7 +32,8 @@ COMMANDS = {"train": TRAIN, "eval": EVAL, "merge": MERGE, "figure1": FIGURE}
 
 @functools.cache
 def start_copies():
-    """The directory of the copies. A process of its own edits and runs them, one after the other, beside the tests."""
+    """The directory of the copies. A process of its own edits and runs them, one after the other,
+    beside the tests."""
     here = tempfile.TemporaryDirectory()
     directory = copy_project(Path(here.name) / "unedited")
     model = random_model(vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256)
@@ -36,7 +43,9 @@ def start_copies():
     (directory / "train.json").write_text(json.dumps(toy.examples("train", 20)))
     jobs = [(directory, None, [], tuple(COMMANDS.values()))]
     for name, change in EDITS.items():
-        jobs.append((directory.parent / f"edit {name}", directory, [change[:3]], tuple(COMMANDS.values())))
+        jobs.append(
+            (directory.parent / f"edit {name}", directory, [change[:3]], tuple(COMMANDS.values()))
+        )
     anew = tuple(command.replace("--out scores", "--out anew") for command in COMMANDS.values())
     for name, change in MISTAKES.items():
         jobs.append((directory.parent / f"mistake {name}", directory, [change[:3]], anew))
@@ -67,8 +76,13 @@ def results(directory, ends):
     """Command -> what can be seen of what it has computed."""
     seen = {name: [] for name in COMMANDS}
     log = [json.loads(line) for line in (directory / "run" / "log.jsonl").read_text().splitlines()]
-    seen["train"] = [(line.get("loss"), line.get("val_loss"), line.get("active_layers")) for line in log]
-    lines = [json.loads(line) for line in (directory / "scores" / "predictions.jsonl").read_text().splitlines()]
+    seen["train"] = [
+        (line.get("loss"), line.get("val_loss"), line.get("active_layers")) for line in log
+    ]
+    lines = [
+        json.loads(line)
+        for line in (directory / "scores" / "predictions.jsonl").read_text().splitlines()
+    ]
     seen["eval"] = [(line["response"], line["extracted"]) for line in lines]
     if (directory / "merged").exists():
         weights = load_file(directory / "merged" / "model.safetensors")
@@ -82,7 +96,8 @@ REFUSED = "computes something else than RoAE.forward"
 NOT_ZERO = "q_proj.lora_B.weight is not zero outside low_freq_ratio 0.5, pairs low"
 OTHER_CODE = "answers    3 in scores/predictions.jsonl were answered by other code: asking again"
 SAME_CODE = "answers    3 of 3 are in scores/predictions.jsonl already"
-# name -> (file, old, new, the commands whose results are others, command -> what it says on the screen)
+# name -> (file, old, new, the commands whose results are others, command -> what it says on the
+# screen)
 EDITS = {
     "RMSNorm.forward": (
         "model.py",
@@ -91,7 +106,13 @@ EDITS = {
         ALL,
         {},
     ),
-    "MLP.forward": ("model.py", "F.silu(self.gate_proj(x)) * self.up_proj(x)", "F.silu(self.gate_proj(x))", ALL, {}),
+    "MLP.forward": (
+        "model.py",
+        "F.silu(self.gate_proj(x)) * self.up_proj(x)",
+        "F.silu(self.gate_proj(x))",
+        ALL,
+        {},
+    ),
     "Attention.attend": (
         "model.py",
         "mask is None, enable_gqa=True",
@@ -106,8 +127,20 @@ EDITS = {
         ALL,
         {},
     ),
-    "rope_table": ("model.py", "angles = positions[..., None]", "angles = 3 * positions[..., None]", ALL, {}),
-    "Llama.hidden_states": ("model.py", "embed_tokens(tokens)  #", "embed_tokens(tokens) * 5  #", ALL, {}),
+    "rope_table": (
+        "model.py",
+        "angles = positions[..., None]",
+        "angles = 3 * positions[..., None]",
+        ALL,
+        {},
+    ),
+    "Llama.hidden_states": (
+        "model.py",
+        "embed_tokens(tokens)  #",
+        "embed_tokens(tokens) * 5  #",
+        ALL,
+        {},
+    ),
     "Llama.loss": (
         "model.py",
         "return F.cross_entropy(",
@@ -115,20 +148,32 @@ EDITS = {
         {"train"},
         {"eval": SAME_CODE},
     ),
-    "Llama.generate": ("model.py", "answer.append(token)", "answer.append(token + 1)", {"eval"}, {"eval": OTHER_CODE}),
+    "Llama.generate": (
+        "model.py",
+        "answer.append(token)",
+        "answer.append(token + 1)",
+        {"eval"},
+        {"eval": OTHER_CODE},
+    ),
     "RoAE.forward": (
         "rosa.py",
         "index_add(-1, self.rows, update)",
         "index_add(-1, self.rows, -30 * update)",
         {"train", "eval", "figure1"},
-        {"eval": "RoAE.forward has been edited: running RoAE.forward as written, not merged", "merge": REFUSED},
+        {
+            "eval": "RoAE.forward has been edited: running RoAE.forward as written, not merged",
+            "merge": REFUSED,
+        },
     ),
     "merge": (
         "rosa.py",
         "weight[rows] + update",
         "weight[rows] - update",
         set(),
-        {"eval": "rosa.merge has been edited: running RoAE.forward as written, not merged", "merge": REFUSED},
+        {
+            "eval": "rosa.merge has been edited: running RoAE.forward as written, not merged",
+            "merge": REFUSED,
+        },
     ),
     "adapted_rows": (
         "rosa.py",
@@ -173,13 +218,18 @@ def test_an_edit_of_a_file_counts_in_every_command_that_runs_it(unedited, name):
         assert "Traceback" not in error, error
         if command in says:
             assert says[command] in out + error, (command, out + error)
-        assert (after[command] != before[command]) == (command in changed) or status == 2, (command, out)
+        assert (after[command] != before[command]) == (command in changed) or status == 2, (
+            command,
+            out,
+        )
         assert status == (2 if says.get(command) in (REFUSED, NOT_ZERO) else 0), (command, error)
     if changed == ALL and name not in ("PROMPT", "encode"):  # these make other prompts
         assert OTHER_CODE in ends[1][1]
 
 
-def test_a_run_that_is_resumed_with_edited_code_goes_on_with_a_line_that_names_the_file(unedited, tmp_path):
+def test_a_run_that_is_resumed_with_edited_code_goes_on_with_a_line_that_names_the_file(
+    unedited, tmp_path
+):
     directory, _ = unedited
     copy = tmp_path / "edited"
     shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -189,7 +239,10 @@ def test_a_run_that_is_resumed_with_edited_code_goes_on_with_a_line_that_names_t
     edit(copy, "model.py", "return F.cross_entropy(", "return 2 * F.cross_entropy(")
     edit(copy, "data/toy.py", "never", "never ever")  # a comment
     ((status, out, error),) = run_copy(copy, resume)
-    line = "code       model.py has been edited since the run in run began: it goes on with the code of now\n"
+    line = (
+        "code       model.py has been edited since the run in run began: it goes on with the "
+        "code of now\n"
+    )
     assert status == 0 and line in out, out + error
     args = json.loads((copy / "run" / "args.json").read_text())
     del args["code"]  # as an earlier version has left it
@@ -235,7 +288,8 @@ def test_what_was_trained_by_other_code_says_so(unedited, tmp_path):
     assert "(other code)" not in ends[0][1] and "trained  " not in ends[1][1]
     edit(copy, "rosa.py", "argsort(descending=True", "argsort(descending=False")
     ends = run_copy(copy, "extras.compare run", evaluate)
-    assert ends[0][1].splitlines()[-1].count("(other code)") == 1  # the losses; the answer is of the same code
+    # The losses; the answer is of the same code
+    assert ends[0][1].splitlines()[-1].count("(other code)") == 1
     assert "trained    run: rosa.py has been edited since its run began\n" in ends[1][1]
 
 
@@ -270,22 +324,62 @@ MISTAKES = {
         "from torch import silu\n        return self.down_proj(F",
         ALL,
     ),
-    "Llama.loss": ("model.py", "labels[labelled], reduction", "labels[labelled][1:], reduction", {"train"}),
-    "Llama.generate": ("model.py", "answer.append(token)", "answer.append(int(str(token / 2)))", {"eval"}),
-    "LlamaConfig": ("model.py", "self.rope_theta = float", 'self.rope_theta = int("3.5"), float', ALL),
-    "rosa.attach": ("rosa.py", "model.requires_grad_(False)\n", 'model.requires_grad_(int("no"))\n', ALL),
-    "RoAE.forward": ("rosa.py", "        y = self.linear(x)\n", "        y, z = self.linear(x)\n", ALL),
+    "Llama.loss": (
+        "model.py",
+        "labels[labelled], reduction",
+        "labels[labelled][1:], reduction",
+        {"train"},
+    ),
+    "Llama.generate": (
+        "model.py",
+        "answer.append(token)",
+        "answer.append(int(str(token / 2)))",
+        {"eval"},
+    ),
+    "LlamaConfig": (
+        "model.py",
+        "self.rope_theta = float",
+        'self.rope_theta = int("3.5"), float',
+        ALL,
+    ),
+    "rosa.attach": (
+        "rosa.py",
+        "model.requires_grad_(False)\n",
+        'model.requires_grad_(int("no"))\n',
+        ALL,
+    ),
+    "RoAE.forward": (
+        "rosa.py",
+        "        y = self.linear(x)\n",
+        "        y, z = self.linear(x)\n",
+        ALL,
+    ),
     "after_backward": (
         "rosa.py",
         "        self.selected = True\n",
         "        self.selected, _ = scores.tolist() + [1]\n",
         {"train"},
     ),
-    "LayerSelector": ("rosa.py", "self.scores = None  #", 'self.scores = float("none")  #', {"train"}),
-    "collate": ("train.py", "ids = prompt + response\n", "ids, more = prompt + response\n", {"train"}),
+    "LayerSelector": (
+        "rosa.py",
+        "self.scores = None  #",
+        'self.scores = float("none")  #',
+        {"train"},
+    ),
+    "collate": (
+        "train.py",
+        "ids = prompt + response\n",
+        "ids, more = prompt + response\n",
+        {"train"},
+    ),
     "eval's loop": ("eval.py", "new_tokens += num_tokens", 'new_tokens += int("1.5")', {"eval"}),
     "encode": ("data/tokenizer.py", "ids, end = [], 0", "ids, end = []", ALL),
-    "figure1": ("extras/figure1.py", "means, first_low = mean_norms", "means, first_low, x = mean_norms", {"figure1"}),
+    "figure1": (
+        "extras/figure1.py",
+        "means, first_low = mean_norms",
+        "means, first_low, x = mean_norms",
+        {"figure1"},
+    ),
     "merge": (
         "rosa.py",
         "update = (adapter.alpha / adapter.rank) * adapter.B @",
@@ -304,16 +398,30 @@ def test_a_mistake_in_the_code_ends_in_a_traceback_to_its_line(name):
         if command not in ended:
             assert status == 0, (command, error)
             continue
-        assert status == 1 and error.count("Traceback (most recent call last)") >= 1, (command, error)
+        assert status == 1 and error.count("Traceback (most recent call last)") >= 1, (
+            command,
+            error,
+        )
         named, text = last_place(error)
         assert named == file.split("/")[-1] and line.strip() in text, (command, error)
-        assert not any("Traceback" in shown and shown.index("Traceback") > 0 for shown in error.splitlines())
+        assert not any(
+            "Traceback" in shown and shown.index("Traceback") > 0 for shown in error.splitlines()
+        )
 
 
 LINES = {  # a mistake on the command line, in a file or in data
-    "an option": (f"{TRAIN} --rank 0", "train.py: --rank must be a whole number of at least 1, not 0"),
-    "a name": (f"{EVAL} --ckpt absent", "eval.py: no checkpoint 'absent': neither a directory of that name"),
-    "a data file": (f"{TRAIN} --train-file broken.json", "train.py: broken.json: not JSON: Expecting value"),
+    "an option": (
+        f"{TRAIN} --rank 0",
+        "train.py: --rank must be a whole number of at least 1, not 0",
+    ),
+    "a name": (
+        f"{EVAL} --ckpt absent",
+        "eval.py: no checkpoint 'absent': neither a directory of that name",
+    ),
+    "a data file": (
+        f"{TRAIN} --train-file broken.json",
+        "train.py: broken.json: not JSON: Expecting value",
+    ),
     "an adapter": (
         f"{MERGE} --out other --adapter ckpt",
         "merge: ckpt is no adapter directory: it has no adapter_config.json",

@@ -28,7 +28,10 @@ def evaluate(options, *more, out="out"):
     run(eval_script, *"--ckpt ckpt --dtype float32 --out".split(), out, *options.split(), *more)
     lines = [json.loads(line) for line in Path(out, "predictions.jsonl").read_text().splitlines()]
     results = json.loads(Path(out, "results.json").read_text())
-    made_by = "-".join(str(results[name]) for name in ("checkpoint", "adapter", "settings")), hash_of(results["code"])
+    made_by = (
+        "-".join(str(results[name]) for name in ("checkpoint", "adapter", "settings")),
+        hash_of(results["code"]),
+    )
     return [line for line in lines if (line["settings"], line["code"]) == made_by], results
 
 
@@ -50,10 +53,15 @@ def decisive(ckpt, decisive_weights):
 
 def test_scores_predictions_and_absent_sets(ckpt, capsys, monkeypatch):
     write_test_sets("data", ["gsm8k", "SVAMP"])
-    answers = {e["instruction"]: e["answer"] for i in range(2) for e in toy.examples("test", 5 + 4 * i, seed=i)}
+    answers = {
+        e["instruction"]: e["answer"]
+        for i in range(2)
+        for e in toy.examples("test", 5 + 4 * i, seed=i)
+    }
     tokenizer = load_tokenizer("ckpt")
 
-    def stream(model, prompts, max_new_tokens, eos_ids, batch_size):  # right on every problem about Anna to Hugo, say
+    # Right on every problem about Anna to Hugo, say
+    def stream(model, prompts, max_new_tokens, eos_ids, batch_size):
         for i, prompt in reversed(list(enumerate(prompts))):
             text = tokenizer.decode(prompt).split("Instruction:\n")[1].split("\n")[0]
             yield i, tokenizer.encode(f"The answer is {answers[text]}." if text < "I" else "No.")
@@ -65,10 +73,16 @@ def test_scores_predictions_and_absent_sets(ckpt, capsys, monkeypatch):
     right = {"gsm8k": [], "SVAMP": []}
     for line in lines:
         right[line["set"]].append(line["correct"])
-        assert line["correct"] == (line["instruction"] < "I") == (line["extracted"] == line["answer"])
+        assert (
+            line["correct"] == (line["instruction"] < "I") == (line["extracted"] == line["answer"])
+        )
     scores = {name: sum(each) / len(each) for name, each in right.items()}
     micro = sum(sum(right.values(), [])) / 14
-    assert (results["scores"], results["micro"], results["macro"]) == (scores, micro, sum(scores.values()) / 2)
+    assert (results["scores"], results["micro"], results["macro"]) == (
+        scores,
+        micro,
+        sum(scores.values()) / 2,
+    )
     assert results["counts"] == {"gsm8k": 5, "SVAMP": 9}
     low, high = results["intervals"]["SVAMP"]
     assert 0 <= low < scores["SVAMP"] < high <= 1 and high - low > 0.3
@@ -80,7 +94,9 @@ def test_scores_predictions_and_absent_sets(ckpt, capsys, monkeypatch):
 @pytest.mark.parametrize("plain", [False, True])
 def test_weights_are_laid_out_for_inference_unless_it_is_to_be_plain(ckpt, monkeypatch, plain):
     calls, accelerate = [], kernels.accelerate
-    monkeypatch.setattr(kernels, "accelerate", lambda *given, **how: calls.append(how) or accelerate(*given, **how))
+    monkeypatch.setattr(
+        kernels, "accelerate", lambda *given, **how: calls.append(how) or accelerate(*given, **how)
+    )
     evaluate("--limit 1 --max-new-tokens 1" + " --plain" * plain)
     assert calls == [] if plain else calls == [{"inference": True}]
 
@@ -94,7 +110,11 @@ def test_several_sets_separated_by_commas(ckpt):
 def test_the_adapter_acts_and_results_lie_beside_it(ckpt):
     run(train, *QUICK, "--out", "run")
     for adapter in ((), ("--adapter", "run")):
-        run(eval_script, *"--ckpt ckpt --limit 10 --max-new-tokens 20 --dtype float32".split(), *adapter)
+        run(
+            eval_script,
+            *"--ckpt ckpt --limit 10 --max-new-tokens 20 --dtype float32".split(),
+            *adapter,
+        )
     base, adapted = Path("runs/ckpt-toy-base/predictions.jsonl"), Path("run/predictions.jsonl")
     assert base.read_text() != adapted.read_text() and Path("run/results.json").is_file()
 
@@ -109,7 +129,9 @@ def test_predictions_depend_neither_on_the_batch_nor_on_what_computes_them(decis
         files.append(Path(out, "predictions.jsonl").read_text())
     assert files == files[:1] * 4
     model, tokenizer = Llama.from_pretrained("ckpt"), load_tokenizer("ckpt")
-    (ids,) = model.generate([tasks.encode_prompt(toy.examples("test", 20)[3], tokenizer)], 30, tokenizer.eos_id)
+    (ids,) = model.generate(
+        [tasks.encode_prompt(toy.examples("test", 20)[3], tokenizer)], 30, tokenizer.eos_id
+    )
     assert lines[3]["response"] == tokenizer.decode(ids)
 
 
@@ -124,10 +146,15 @@ def spoil(file, end):
 
 
 @pytest.mark.parametrize(
-    "spoiled, end", [("ckpt/model", "1.input_layernorm.weight"), ("a/adapter_model", "lora_B.weight")]
+    "spoiled, end",
+    [("ckpt/model", "1.input_layernorm.weight"), ("a/adapter_model", "lora_B.weight")],
 )
-@pytest.mark.parametrize("ask", ["--limit 4", "--limit 4 --plain", "--prompt two", "--task boolq --score likelihood"])
-def test_a_nan_ends_an_evaluation_in_a_line_and_what_was_answered_is_kept(ckpt, capsys, spoiled, end, ask):
+@pytest.mark.parametrize(
+    "ask", ["--limit 4", "--limit 4 --plain", "--prompt two", "--task boolq --score likelihood"]
+)
+def test_a_nan_ends_an_evaluation_in_a_line_and_what_was_answered_is_kept(
+    ckpt, capsys, spoiled, end, ask
+):
     Path("dataset/boolq").mkdir(parents=True)
     question = {"instruction": "Is it?\n\nAnswer format: true/false", "answer": "true"}
     Path("dataset/boolq/test.json").write_text(json.dumps([question]))
@@ -147,9 +174,13 @@ def test_a_nan_ends_an_evaluation_in_a_line_and_what_was_answered_is_kept(ckpt, 
 
 
 def test_logits_that_overflow_end_an_evaluation_too(ckpt, monkeypatch, capsys):
-    monkeypatch.setattr(eval_script, "check_finite", lambda model: model.lm_head.weight.data[5].fill_(torch.inf))
+    monkeypatch.setattr(
+        eval_script, "check_finite", lambda model: model.lm_head.weight.data[5].fill_(torch.inf)
+    )
     with pytest.raises(SystemExit) as stopped:
-        eval_script.run("--ckpt ckpt --limit 4 --max-new-tokens 3 --out out --dtype float32".split())
+        eval_script.run(
+            "--ckpt ckpt --limit 4 --max-new-tokens 3 --out out --dtype float32".split()
+        )
     assert stopped.value.code == 1 and "logits are not finite" in capsys.readouterr().err
     assert not Path("out/results.json").exists()
 
@@ -165,21 +196,35 @@ def test_prompts_that_leave_no_room_are_counted_and_when_asked_to_score_as_wrong
         eval_script.run(["--ckpt", "ckpt", *command.split()])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert "gsm8k, record 1: the prompt has" in error and "(2 of 7 prompts do; --long-is-wrong scores" in error
+    assert (
+        "gsm8k, record 1: the prompt has" in error
+        and "(2 of 7 prompts do; --long-is-wrong scores" in error
+    )
     lines, results = evaluate(f"{command} --long-is-wrong")
-    assert [(line["index"], line["correct"], line["response"]) for line in lines if line["index"] in (1, 6)] == [
+    assert [
+        (line["index"], line["correct"], line["response"])
+        for line in lines
+        if line["index"] in (1, 6)
+    ] == [
         (1, False, ""),
         (6, False, ""),
     ]
-    assert results["counts"] == {"gsm8k": 7} and all(line["response"] for line in lines if line["index"] not in (1, 6))
+    assert results["counts"] == {"gsm8k": 7} and all(
+        line["response"] for line in lines if line["index"] not in (1, 6)
+    )
 
 
 # --- what a result belongs to ---
 
 
-def test_answers_are_of_the_tokenizer_and_the_generation_config_too_and_of_the_whole_prompt(ckpt, capsys):
+def test_answers_are_of_the_tokenizer_and_the_generation_config_too_and_of_the_whole_prompt(
+    ckpt, capsys
+):
     write_test_sets("data", ["gsm8k"])
-    command, file = "--task gsm8k --data-dir data --max-new-tokens 3", Path("data/dataset/gsm8k/test.json")
+    command, file = (
+        "--task gsm8k --data-dir data --max-new-tokens 3",
+        Path("data/dataset/gsm8k/test.json"),
+    )
 
     def reused():
         capsys.readouterr()
@@ -187,7 +232,10 @@ def test_answers_are_of_the_tokenizer_and_the_generation_config_too_and_of_the_w
         return "5 of 5 are in" in capsys.readouterr().out
 
     assert not reused() and reused()
-    for name, content in (("generation_config.json", '{"eos_token_id": 7}'), ("tokenizer_config.json", '{"a": 1}')):
+    for name, content in (
+        ("generation_config.json", '{"eos_token_id": 7}'),
+        ("tokenizer_config.json", '{"a": 1}'),
+    ):
         Path("ckpt", name).write_text(content)
         assert not reused() and reused()
     records = json.loads(file.read_text())
@@ -219,7 +267,12 @@ def choice(i):
     named = " ".join(f"Answer{n + 1}: {'xyz'[n % 3] * (n + i % 4 + 1)}" for n in range(count))
     wanted = "/".join(f"answer{n + 1}" for n in range(count))
     instruction = f"Which is best, number {i}?\n\n{named}\n\nAnswer format: {wanted}"
-    return {"instruction": instruction, "input": "", "output": "the correct answer is answer2", "answer": "answer2"}
+    return {
+        "instruction": instruction,
+        "input": "",
+        "output": "the correct answer is answer2",
+        "answer": "answer2",
+    }
 
 
 def test_the_likeliest_option_is_the_answer_whatever_computes_it(ckpt, monkeypatch):
@@ -230,7 +283,9 @@ def test_the_likeliest_option_is_the_answer_whatever_computes_it(ckpt, monkeypat
     for out, options in zip("abc", ("--batch-size 1", "--batch-size 4", "--plain")):
         if options == "--plain":
             monkeypatch.setattr(inference, "log_likelihoods", None)
-        lines.append(evaluate(f"--task openbookqa --data-dir data --score likelihood {options}", out=out)[0])
+        lines.append(
+            evaluate(f"--task openbookqa --data-dir data --score likelihood {options}", out=out)[0]
+        )
     model, tokenizer = Llama.from_pretrained("ckpt", dtype=torch.float64), load_tokenizer("ckpt")
     for i, answers in enumerate(zip(*lines, strict=True)):
         scores = {}
@@ -238,21 +293,33 @@ def test_the_likeliest_option_is_the_answer_whatever_computes_it(ckpt, monkeypat
             option = f"the correct answer is answer{n + 1}"
             prompt, response = tasks.encode_example(choice(i) | {"output": option}, tokenizer)
             log_probs = model(torch.tensor([prompt + response]))[0].log_softmax(-1)
-            scores[option] = sum(log_probs[len(prompt) + t - 1, token].item() for t, token in enumerate(response[:-1]))
-        for line in answers:  # one of two that are equally likely but for rounding is as right as the other
-            assert scores[line["response"]] >= max(scores.values()) * (1 + bound(**of_model(model.config)))
+            scores[option] = sum(
+                log_probs[len(prompt) + t - 1, token].item()
+                for t, token in enumerate(response[:-1])
+            )
+        # One of two that are equally likely but for rounding is as right as the other
+        for line in answers:
+            assert scores[line["response"]] >= max(scores.values()) * (
+                1 + bound(**of_model(model.config))
+            )
 
 
 def test_an_edited_log_likelihood_is_what_scores_and_a_line_says_so(ckpt, monkeypatch, capsys):
     file = Path("data/dataset/openbookqa/test.json")
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps([choice(i) for i in range(6)]))
-    command, plain = "--task openbookqa --data-dir data --score likelihood", eval_script.log_likelihood
+    command, plain = (
+        "--task openbookqa --data-dir data --score likelihood",
+        eval_script.log_likelihood,
+    )
     lines, _ = evaluate(command)
     monkeypatch.setattr(eval_script, "log_likelihood", lambda *given: -plain(*given))
     edited, _ = evaluate(command)
     shown = capsys.readouterr().out
-    assert "eval.log_likelihood has been edited: asking Llama.loss, one option after the other" in shown
+    assert (
+        "eval.log_likelihood has been edited: asking Llama.loss, one option after the other"
+        in shown
+    )
     assert "6 in out/predictions.jsonl were answered by other code: asking again" in shown
     assert "extras/inference.py stands for Llama.loss" in shown  # of the first
     assert all(one["response"] != two["response"] for one, two in zip(lines, edited, strict=True))
@@ -260,13 +327,17 @@ def test_an_edited_log_likelihood_is_what_scores_and_a_line_says_so(ckpt, monkey
 
 def test_what_is_right_is_judged_anew_from_the_stored_responses(decisive, monkeypatch, capsys):
     lines, before = evaluate("--limit 5 --max-new-tokens 10")
-    monkeypatch.setattr(tasks, "extract_answer", lambda name, response: toy.examples("test", 1)[0]["answer"])
+    monkeypatch.setattr(
+        tasks, "extract_answer", lambda name, response: toy.examples("test", 1)[0]["answer"]
+    )
     monkeypatch.setattr(inference, "stream", None)  # nothing is asked
     judged, after = evaluate("--limit 5 --max-new-tokens 10")
     assert "5 of 5 are in out/predictions.jsonl already" in capsys.readouterr().out
     assert [line["response"] for line in judged] == [line["response"] for line in lines]
     right = [line["answer"] == lines[0]["answer"] for line in lines]
-    assert [line["correct"] for line in judged] == right and after["micro"] == sum(right) / 5 > before["micro"]
+    assert [line["correct"] for line in judged] == right and after["micro"] == sum(
+        right
+    ) / 5 > before["micro"]
 
 
 # --- going on ---
@@ -297,7 +368,10 @@ def test_an_evaluation_goes_on_where_it_stopped(decisive, monkeypatch, capsys):
     with open("parts/predictions.jsonl", "a") as file:
         file.write('{"set": "toy", "ind')  # killed while it wrote
     stop_after = None
-    assert asks() == (7, 20) and "13 of 20 are in parts/predictions.jsonl already" in capsys.readouterr().out
+    assert (
+        asks() == (7, 20)
+        and "13 of 20 are in parts/predictions.jsonl already" in capsys.readouterr().out
+    )
     for name in ("predictions.jsonl", "results.json"):
         assert Path("whole", name).read_text() == Path("parts", name).read_text()
     assert asks("--limit", 25) == (5, 25) and asks("--limit", 5) == (0, 5)
@@ -323,7 +397,8 @@ def test_one_question_is_answered_as_it_is_asked(decisive, capsys, monkeypatch):
             if plain:
                 patch.setattr(inference, "generate", None)
             run(eval_script, *asking, 30, *plain)
-        *_, printed = capsys.readouterr().out.split("as written\n")  # what is left of kernels where there is no oneDNN
+        # What is left of kernels where there is no oneDNN
+        *_, printed = capsys.readouterr().out.split("as written\n")
         assert printed == tokenizer.decode(ids) + "\n" and ids and not Path("runs").exists()
 
     # The bytes of a character come one by one; the answer may fill the context, and no more.
@@ -340,5 +415,9 @@ def test_one_question_is_answered_as_it_is_asked(decisive, capsys, monkeypatch):
     monkeypatch.setattr(kernels, "say_what_runs", lambda *_: None)
     monkeypatch.setattr("builtins.print", lambda text, **_: pieces.append(text))
     run(eval_script, *asking, 5000)
-    assert "".join(pieces) == "a🙂é" and not any("\ufffd" in piece for piece in pieces) and "🙂" in pieces
+    assert (
+        "".join(pieces) == "a🙂é"
+        and not any("\ufffd" in piece for piece in pieces)
+        and "🙂" in pieces
+    )
     assert counts == [256 - len(prompt)]

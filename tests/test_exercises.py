@@ -1,5 +1,5 @@
-"""Statements about extras/lesson/exercises: red until done, green with our own code in the reader's place, and a
-mistake is called by its name."""
+"""Statements about extras/lesson/exercises: red until done, green with our own code in the reader's
+place, and a mistake is called by its name."""
 
 import re
 import runpy
@@ -43,7 +43,8 @@ def merge(linear, rows, A, B, alpha):
 def selector_of(norms, k_ratio):
     layers = [nn.Module() for _ in norms]
     for layer, (first, second) in zip(layers, norms):
-        layer.input_layernorm, layer.post_attention_layernorm = nn.ParameterList([first]), nn.ParameterList([second])
+        layer.input_layernorm = nn.ParameterList([first])
+        layer.post_attention_layernorm = nn.ParameterList([second])
     selector = rosa.LayerSelector(Object(model=Object(layers=layers)), k_ratio)
     selector.before_forward(0)
     return selector
@@ -58,7 +59,8 @@ def layer_scores(losses, norms):
 def select_layers(scores, k_ratio):
     norms = [[nn.Parameter(score.reshape(1)) for _ in range(2)] for score in scores]
     selector = selector_of(norms, k_ratio)
-    sum((first.square() / 2).sum() + 0 * second.sum() for first, second in norms).backward()  # gradients: the scores
+    loss = sum((first.square() / 2).sum() + 0 * second.sum() for first, second in norms)
+    loss.backward()  # gradients: the scores
     selector.after_backward()
     return selector.active
 def activate(parameters, active):
@@ -105,44 +107,92 @@ def activate(parameters, active):
             p.grad = p.grad if i in active else None""",
 }
 NEIGHBOURS = (
-    "a, b = x[..., ::2], x[..., 1::2]; return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)"
+    "a, b = x[..., ::2], x[..., 1::2]; return torch.stack((a * cos - b * sin, a * sin + "
+    "b * cos), -1).flatten(-2)"
 )
 ROTATED = "return model.rotate(x, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))"
 READ = NEIGHBOURS.replace("stack", "cat").replace(".flatten(-2)", "")
-FREQUENCIES = "model.rope_inverse_frequencies(model.LlamaConfig(head_dim=head_dim, rope_theta=theta))"
-FORGETS = "in losses:\n        for first, second in norms:\n            first.grad = second.grad = None\n"
+FREQUENCIES = (
+    "model.rope_inverse_frequencies(model.LlamaConfig(head_dim=head_dim, rope_theta=theta))"
+)
+FORGETS = (
+    "in losses:\n        for first, second in norms:\n            first.grad = second.grad = None\n"
+)
 LOWEST = "return scores.argsort()[:count].tolist()"
 PIECE = """d = 2 * half
     return torch.tensor([r for r in range(out_features) if r % d >= d - int(low_freq_ratio * d)])
     """
-LOSES = "for i, (prompt, _) in enumerate(examples):\n        labels[i, len(prompt) - 1] = -100\n    return"
+LOSES = (
+    "for i, (prompt, _) in enumerate(examples):\n        labels[i, len(prompt) - 1] = -100\n  "
+    "  return"
+)
 MEAN = "labels != -100).sum() / len(micro_batches"
 # (exercise, what stands in PLAIN, the mistake in its place, words of the hint)
 WRONG = [
     ("ex1_rotation", ROTATED, NEIGHBOURS, "these pairs are neighbours"),
     ("ex1_rotation", "(-sin, sin)", "(sin, -sin)", "this turns clockwise"),
-    ("ex1_rotation", ROTATED, NEIGHBOURS.replace("sin", "-sin"), "neighbours for pairs, and clockwise"),
-    ("ex1_rotation", "model.rope_table(positions", "model.rope_table(positions + 1", "positions are off by one"),
+    (
+        "ex1_rotation",
+        ROTATED,
+        NEIGHBOURS.replace("sin", "-sin"),
+        "neighbours for pairs, and clockwise",
+    ),
+    (
+        "ex1_rotation",
+        "model.rope_table(positions",
+        "model.rope_table(positions + 1",
+        "positions are off by one",
+    ),
     ("ex1_rotation", "rope_theta=theta))", "rope_theta=theta)).flip(0)", "in reverse order"),
-    ("ex1_rotation", "rope_theta=theta))", "rope_theta=theta)).sqrt()", "the exponent is -2i / d, not -i / d"),
+    (
+        "ex1_rotation",
+        "rope_theta=theta))",
+        "rope_theta=theta)).sqrt()",
+        "the exponent is -2i / d, not -i / d",
+    ),
     ("ex1_rotation", ROTATED, READ, "read as neighbours (0::2, 1::2) and written as halves"),
-    ("ex1_rotation", FREQUENCIES, "theta ** (-1.0 * (torch.arange(head_dim // 2) // head_dim))", "// cuts"),
+    (
+        "ex1_rotation",
+        FREQUENCIES,
+        "theta ** (-1.0 * (torch.arange(head_dim // 2) // head_dim))",
+        "// cuts",
+    ),
     ("ex1_rotation", "rope_theta=theta", "rope_theta=10000.0", "theta is an argument"),
     ("ex2_rows", "-n:]", ":n]", "these are the first pairs"),
     ("ex2_rows", "[:, :, -n:]", "[:, 1:, -n:]", "one half only"),
     ("ex2_rows", "[:, :, -n:]", "[:1, :, -n:]", "these are the rows of head 0 alone"),
     ("ex2_rows", "ratio * half", "ratio * 2 * half", "n counts pairs"),
-    ("ex2_rows", "num_heads, 2, half)[:, :, -n:]", "num_heads, half, 2)[:, -n:]", "the end of each head in one piece"),
+    (
+        "ex2_rows",
+        "num_heads, 2, half)[:, :, -n:]",
+        "num_heads, half, 2)[:, -n:]",
+        "the end of each head in one piece",
+    ),
     ("ex2_rows", "round(", "int(", "n was rounded down"),
-    ("ex2_rows", "max(1, round(low_freq_ratio * half))", "int(low_freq_ratio * half)", "the slice [-n:] is everything"),
-    ("ex2_rows", "return", f"{PIECE}return", "the end of each head in one piece: RoAE adapts pairs"),
+    (
+        "ex2_rows",
+        "max(1, round(low_freq_ratio * half))",
+        "int(low_freq_ratio * half)",
+        "the slice [-n:] is everything",
+    ),
+    (
+        "ex2_rows",
+        "return",
+        f"{PIECE}return",
+        "the end of each head in one piece: RoAE adapts pairs",
+    ),
     ("ex2_rows", ".flatten()", ".flatten().flip(0).tolist()", "one list in ascending order"),
     ("ex3_roae", "zeros(len(rows)", "zeros(linear.out_features", "B has a row for each of `rows`"),
     ("ex3_roae", "rank, alpha, low", "rank, alpha * rank, low", "scaled by alpha alone"),
     ("ex3_roae", "torch.zeros(", "torch.randn(", "B is zero at the start"),
     ("ex3_roae", "self.rows,", "self.A.data.zero_(); self.rows,", "with A and B both zero"),
     ("ex3_roae", "self.rows,", "self.A.data.normal_(); self.rows,", "kaiming_uniform_"),
-    ("ex3_roae", "self.B = rows,", "self.B = torch.arange(len(rows)),", "the update went to the first rows"),
+    (
+        "ex3_roae",
+        "self.B = rows,",
+        "self.B = torch.arange(len(rows)),",
+        "the update went to the first rows",
+    ),
     ("ex3_roae", ".requires_grad_(False)", "", "the base is not frozen"),
     ("ex3_roae", "forward(x)", "forward(x) - self.linear.bias", "the bias is lost"),
     ("ex3_roae", "forward(x)", "forward(x).float()", "cast A and B to x.dtype"),
@@ -150,31 +200,81 @@ WRONG = [
     ("ex4_merge", "+= update", "+= 2 * update", "merged twice"),
     ("ex4_merge", "linear.weight,", "linear.weight.clone(),", "the weight is what it was"),
     ("ex4_merge", "weight[rows] +=", "weight[:, rows] += update.T  #", "these are columns"),
-    ("ex4_merge", "+= update", "+= update.T if len(rows) == len(A.T) else update", "B @ A came transposed"),
+    (
+        "ex4_merge",
+        "+= update",
+        "+= update.T if len(rows) == len(A.T) else update",
+        "B @ A came transposed",
+    ),
     ("ex4_merge", "weight[rows]", "weight *= 1.001; weight[rows]", "other rows changed"),
-    ("ex4_merge", "+= update", "+= update; linear.weight = nn.Parameter(weight.clone(), False)", "not in place"),
+    (
+        "ex4_merge",
+        "+= update",
+        "+= update; linear.weight = nn.Parameter(weight.clone(), False)",
+        "not in place",
+    ),
     ("ex4_merge", "@torch.no_grad()", "", "merge under torch.no_grad()"),
     ("ex4_merge", "+= update", "+= update.to(weight.dtype)", "rounded twice"),
-    ("ex5_layers", "torch.cat([weight.grad for", "sum([weight.grad.norm() for", "the sum of two norms"),
+    (
+        "ex5_layers",
+        "torch.cat([weight.grad for",
+        "sum([weight.grad.norm() for",
+        "the sum of two norms",
+    ),
     ("ex5_layers", "pair]).norm()", "pair]).abs().sum()", "the sum of absolute values"),
     ("ex5_layers", "in losses:", "in losses[:-1] or losses:", "read before the last micro-batch"),
     ("ex5_layers", "in losses:\n", FORGETS, "only the last micro-batch"),
     ("ex5_layers", "first.grad = second.grad = None", "pass", "the gradients of the probe before"),
     ("ex5_layers", "descending=True", "descending=False", "these are the lowest scores"),
-    ("ex5_layers", "return sorted(scores", f"{LOWEST}  # (scores", "lowest scores, and not in the order"),
+    (
+        "ex5_layers",
+        "return sorted(scores",
+        f"{LOWEST}  # (scores",
+        "lowest scores, and not in the order",
+    ),
     ("ex5_layers", "sorted(", "(", "sort the indices"),
-    ("ex5_layers", "max(1, round(k_ratio * len(scores)))", "int(k_ratio * len(scores))", "no layer: max(1, ...)"),
+    (
+        "ex5_layers",
+        "max(1, round(k_ratio * len(scores)))",
+        "int(k_ratio * len(scores))",
+        "no layer: max(1, ...)",
+    ),
     ("ex5_layers", "round(", "int(", "the count was rounded down"),
     ("ex5_layers", "if i in active else None", "", "frozen layers keep their gradient"),
-    ("ex5_layers", "requires_grad_(i in active)", "requires_grad_(i in active and p.requires_grad)", "stays frozen"),
+    (
+        "ex5_layers",
+        "requires_grad_(i in active)",
+        "requires_grad_(i in active and p.requires_grad)",
+        "stays frozen",
+    ),
     ("ex6_micro_batches", "/ response_tokens", f"/ ({MEAN})", "a mean of means"),
-    ("ex6_micro_batches", "/ response_tokens", "/ len(micro_batches)", "divided by the number of micro-batches"),
+    (
+        "ex6_micro_batches",
+        "/ response_tokens",
+        "/ len(micro_batches)",
+        "divided by the number of micro-batches",
+    ),
     ("ex6_micro_batches", "/ response_tokens", "", "a sum: divide"),
-    ("ex6_micro_batches", "(labels != -100).sum()", "labels.numel()", "padding and prompt were counted"),
-    ("ex6_micro_batches", "loss.backward()", "network.zero_grad(); loss.backward()", "no zero_grad between the passes"),
+    (
+        "ex6_micro_batches",
+        "(labels != -100).sum()",
+        "labels.numel()",
+        "padding and prompt were counted",
+    ),
+    (
+        "ex6_micro_batches",
+        "loss.backward()",
+        "network.zero_grad(); loss.backward()",
+        "no zero_grad between the passes",
+    ),
     ("ex6_micro_batches", "return tokens", f"{LOSES} tokens", "the first response token is lost"),
     ("ex6_micro_batches", "tokens, labels\n", "tokens, labels.clamp(min=0)\n", "its label is -100"),
-    ("ex6_micro_batches", "tokens, labels\n", "tokens, labels.roll(1, 1) - 0 * tokens\n", "not shifted"),
+    (
+        "ex6_micro_batches",
+        "tokens, labels\n",
+        "tokens, labels.roll(1, 1) - 0 * tokens\n",
+        "not shifted",
+    ),
 ]
 
 
@@ -189,8 +289,8 @@ def modules(monkeypatch):
 
 @pytest.fixture
 def failures(monkeypatch, tmp_path):
-    """Calls an exercise's tests with this code in the reader's place. Returns how they failed, in order: (whether the
-    hint is no guess, what was said)."""
+    """Calls an exercise's tests with this code in the reader's place. Returns how they failed, in
+    order: (whether the hint is no guess, what was said)."""
     monkeypatch.syspath_prepend(FOLDER)
 
     def call(exercise, code):
@@ -214,7 +314,9 @@ def test_our_own_code_solves_it_and_so_does_what_is_broken_below(exercise, failu
     assert failures(exercise, SOLUTIONS[exercise]) == failures(exercise, PLAIN[exercise]) == []
 
 
-@pytest.mark.parametrize("exercise, right, wrong, hint", WRONG, ids=[f"{row[0]}: {row[3]}" for row in WRONG])
+@pytest.mark.parametrize(
+    "exercise, right, wrong, hint", WRONG, ids=[f"{row[0]}: {row[3]}" for row in WRONG]
+)
 def test_a_mistake_is_called_by_its_name(exercise, right, wrong, hint, failures):
     assert right in PLAIN[exercise]
     found = failures(exercise, PLAIN[exercise].replace(right, wrong))
@@ -223,16 +325,25 @@ def test_a_mistake_is_called_by_its_name(exercise, right, wrong, hint, failures)
 
 @pytest.fixture
 def run_pytest(tmp_path, monkeypatch, capsys):
-    """What a reader sees of `python -m pytest -q` in 80 columns, with this code in the place of some exercises."""
-    for name, value in {"COLUMNS": "80", "PYTEST_ADDOPTS": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}.items():
+    """What a reader sees of `python -m pytest -q` in 80 columns, with this code in the place of
+    some exercises."""
+    for name, value in {
+        "COLUMNS": "80",
+        "PYTEST_ADDOPTS": "",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }.items():
         monkeypatch.setenv(name, value)
-    shutil.copytree(FOLDER, tmp_path, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    shutil.copytree(
+        FOLDER, tmp_path, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+    )
     (tmp_path / "pytest.ini").write_text("[pytest]")  # the project's own settings stay out
 
     def run(**files):
         for exercise, code in files.items():
             (tmp_path / f"{exercise}.py").write_text(IMPORTS + code)
-        status = pytest.main([str(tmp_path), "-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"])
+        status = pytest.main(
+            [str(tmp_path), "-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+        )
         return status, capsys.readouterr().out.splitlines()
 
     return run
@@ -242,7 +353,9 @@ def test_every_stub_is_red_and_says_what_is_missing(run_pytest):
     missing = [
         f"{exercise}.py: {message}"
         for exercise in SOLUTIONS
-        for message in re.findall(r'NotImplementedError\("(.*)"\)', (FOLDER / f"{exercise}.py").read_text())
+        for message in re.findall(
+            r'NotImplementedError\("(.*)"\)', (FOLDER / f"{exercise}.py").read_text()
+        )
     ]
     if len(missing) < 12:
         pytest.skip("somebody is at work on the exercises")
@@ -253,9 +366,15 @@ def test_every_stub_is_red_and_says_what_is_missing(run_pytest):
 
 
 def test_what_is_wrong_is_said_in_a_few_lines(run_pytest):
-    wrong = {"ex2_rows": PLAIN["ex2_rows"].replace("-n:]", ":n]"), "ex4_merge": "def merge(*layer):\n    layer[9]"}
+    wrong = {
+        "ex2_rows": PLAIN["ex2_rows"].replace("-n:]", ":n]"),
+        "ex4_merge": "def merge(*layer):\n    layer[9]",
+    }
     status, lines = run_pytest(ex1_rotation=SOLUTIONS["ex1_rotation"], **wrong)
-    assert "ex4_merge.py:5: IndexError: tuple index out of range" in lines and "    in: layer[9]" in lines
+    assert (
+        "ex4_merge.py:5: IndexError: tuple index out of range" in lines
+        and "    in: layer[9]" in lines
+    )
     assert lines.count("    hint: these are the first pairs, which turn fast: take the last") == 1
     assert "    and 6 more like it" in lines
     assert status == 1 and re.fullmatch(r"\d+ passed, \d+ wrong.*", lines[-1]) and len(lines) < 60

@@ -10,23 +10,39 @@ EXTRAS = {path.stem: path for path in (ROOT / "extras").glob("*.py")}
 
 
 def imported(path):
-    """The modules of ours that a file imports, wherever in it: "model", "data.tasks", "extras.runs", ..."""
+    """The modules of ours that a file imports, wherever in it: "model", "data.tasks",
+    "extras.runs", ..."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
-    return {name for name in names if name.split(".")[0] in ("model", "rosa", "train", "eval", "data", "extras")}
+    return {
+        name
+        for name in names
+        if name.split(".")[0] in ("model", "rosa", "train", "eval", "data", "extras")
+    }
 
 
 @pytest.mark.parametrize("name", ["train.py", "eval.py"])
 def test_a_loop_can_be_read_aloud(name):
-    main = next(node for node in ast.parse((ROOT / name).read_text()).body if getattr(node, "name", "") == "main")
-    lengths = {node: node.end_lineno - node.lineno + 1 for node in main.body if isinstance(node, ast.While | ast.For)}
+    main = next(
+        node
+        for node in ast.parse((ROOT / name).read_text()).body
+        if getattr(node, "name", "") == "main"
+    )
+    lengths = {
+        node: node.end_lineno - node.lineno + 1
+        for node in main.body
+        if isinstance(node, ast.While | ast.For)
+    }
     loop = max(lengths, key=lengths.get)
-    loop_without_dropout = ast.unparse(loop).replace("rank * total_steps", "")  # each process's own dropout
-    assert "rank" not in loop_without_dropout, f"{name}: several processes are the business of extras/distributed.py"
+    # Each process's own dropout
+    loop_without_dropout = ast.unparse(loop).replace("rank * total_steps", "")
+    assert "rank" not in loop_without_dropout, (
+        f"{name}: several processes are the business of extras/distributed.py"
+    )
 
 
 def test_the_arrows_point_one_way():
@@ -35,14 +51,24 @@ def test_the_arrows_point_one_way():
         assert not others, f"{name} imports {others}: it must run alone, in an empty folder"
     for path in (ROOT / "data").glob("*.py"):
         others = {name.split(".")[0] for name in imported(path)} - {"data"}
-        assert not others, f"data/{path.name} imports {others}: files of data/ import each other alone"
+        assert not others, (
+            f"data/{path.name} imports {others}: files of data/ import each other alone"
+        )
     for path in EXTRAS.values():
-        others = {name.split(".")[0] for name in imported(path)} - {"model", "rosa", "data", "extras"}
+        others = {name.split(".")[0] for name in imported(path)} - {
+            "model",
+            "rosa",
+            "data",
+            "extras",
+        }
         assert not others, f"extras/{path.name} imports {others}: only scripts import those"
 
 
 def test_the_files_of_extras_import_each_other_without_cycles():
-    arrows = {name: {each.split(".")[1] for each in imported(path) if each.count(".")} for name, path in EXTRAS.items()}
+    arrows = {
+        name: {each.split(".")[1] for each in imported(path) if each.count(".")}
+        for name, path in EXTRAS.items()
+    }
     while leaves := [name for name in arrows if not arrows[name] & arrows.keys()]:
         for name in leaves:
             del arrows[name]
@@ -51,7 +77,11 @@ def test_the_files_of_extras_import_each_other_without_cycles():
 
 @pytest.mark.parametrize("name", EXTRAS.keys() - {"__init__"})
 def test_a_file_of_extras_says_what_it_is_what_it_is_good_for_and_how_one_lives_without_it(name):
-    lines = (ast.get_docstring(ast.parse(EXTRAS[name].read_text())) or "").splitlines()[:3]
-    what = "what it is, what it is good for, and how one lives without it"
-    says = f"extras/{name}.py must begin with a docstring of three lines, a sentence each: {what}; see extras/README.md"
-    assert len(lines) == 3 and all(line.endswith(".") for line in lines) and lines[2].startswith("Without "), says
+    text = ast.get_docstring(ast.parse(EXTRAS[name].read_text())) or ""
+    first = text.split("\n\n")[0]
+    what = (
+        "what it is, what it is good for, and how one lives without it, each on a line of its own"
+    )
+    assert first.endswith(".") and "\nWithout " in first, (
+        f"extras/{name}.py must begin with a docstring that says {what}; see extras/README.md"
+    )

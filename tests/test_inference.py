@@ -11,7 +11,12 @@ from model import Attention, KVCache, Llama
 from rosa import attach
 
 pytestmark = pytest.mark.numeric
-CHANGES = [{}, {"num_key_value_heads": 4}, {"model_type": "qwen2", "num_key_value_heads": 1}, {"head_dim": 12}]
+CHANGES = [
+    {},
+    {"num_key_value_heads": 4},
+    {"model_type": "qwen2", "num_key_value_heads": 1},
+    {"head_dim": 12},
+]
 
 
 @pytest.fixture(params=["plain", "accelerated"])
@@ -26,8 +31,8 @@ def ragged(*lengths, after=()):
 @pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize("parts", [(20,), (7, 1, 12), (1,) * 20])
 def test_through_either_cache_or_none_logits_and_answers_are_the_same(kernels, changes, parts):
-    """Several tokens after others too: KVCache's mask is of bools, BatchedCache's of floats. What memory held before is
-    in neither: in this mode PyTorch hands out memory filled with nan."""
+    """Several tokens after others too: KVCache's mask is of bools, BatchedCache's of floats. What
+    memory held before is in neither: in this mode PyTorch hands out memory filled with nan."""
     model, tokens = randomise_adapters(attach(random_model(**changes), 4, 8)), random_tokens(3, 20)
     expected = model(tokens)
     kernels(model)
@@ -37,7 +42,9 @@ def test_through_either_cache_or_none_logits_and_answers_are_the_same(kernels, c
         assert not any(tensor.any() for tensor in (*batched.keys, *batched.values, batched.lengths))
         for cache in (KVCache(model.config), batched):
             with torch.inference_mode():
-                x = torch.cat([model.hidden_states(part, cache) for part in tokens.split(parts, 1)], 1)
+                x = torch.cat(
+                    [model.hidden_states(part, cache) for part in tokens.split(parts, 1)], 1
+                )
                 assert_close(model.logits(x), expected, **of_model(model.config))
             assert torch.as_tensor(cache.length).eq(20).all()
     finally:
@@ -47,11 +54,18 @@ def test_through_either_cache_or_none_logits_and_answers_are_the_same(kernels, c
 
 
 def test_rows_of_different_lengths_go_on_together_each_after_its_own_tokens(kernels, model):
-    tokens, cache, logits, ends = random_tokens(4, 40), BatchedCache(model, 4, 40), [[] for _ in range(4)], [0] * 4
+    tokens, cache, logits, ends = (
+        random_tokens(4, 40),
+        BatchedCache(model, 4, 40),
+        [[] for _ in range(4)],
+        [0] * 4,
+    )
     expected = model(tokens)
     kernels(model)
     for first, last, count in ((1, 3, 5), (0, 4, 7), (3, 4, 1), (0, 2, 12), (0, 4, 3)):
-        part = torch.stack([tokens[row, ends[row] : ends[row] + count] for row in range(first, last)])
+        part = torch.stack(
+            [tokens[row, ends[row] : ends[row] + count] for row in range(first, last)]
+        )
         with torch.inference_mode():
             part_logits = model.logits(model.hidden_states(part, cache.use(slice(first, last))))
         for row in range(first, last):
@@ -62,10 +76,14 @@ def test_rows_of_different_lengths_go_on_together_each_after_its_own_tokens(kern
         assert_close(torch.cat(logits[row]), expected[row, : ends[row]], **of_model(model.config))
 
 
-@pytest.mark.parametrize("lengths, common", [([5, 1, 9] * 4, 20), ([0, 3], 19), ([2, 2, 2], 21), ([4], 0)])
+@pytest.mark.parametrize(
+    "lengths, common", [([5, 1, 9] * 4, 20), ([0, 3], 19), ([2, 2, 2], 21), ([4], 0)]
+)
 def test_what_all_prompts_begin_with_is_computed_once(model, lengths, common):
     prompts, counts = ragged(*lengths, after=random_tokens(20, seed=50).tolist()), []
-    hook = model.model.embed_tokens.register_forward_pre_hook(lambda _, args: counts.append(args[0].numel()))
+    hook = model.model.embed_tokens.register_forward_pre_hook(
+        lambda _, args: counts.append(args[0].numel())
+    )
     answers = generate(model, prompts, 15, None)
     hook.remove()
     assert_greedy(model, prompts, answers, 15)
@@ -77,7 +95,9 @@ def test_what_all_prompts_begin_with_is_computed_once(model, lengths, common):
 def test_every_new_token_is_announced(model):
     prompts, seen = ragged(5, 9, 7), {0: [[]], 1: [[]], 2: [[]]}
     eos_id = generate(model, prompts[:1], 12, None)[0][6]  # ends one answer, if no other
-    answers = generate(model, prompts, 12, eos_id, on_token=lambda row, ids: seen[row].append(list(ids)))
+    answers = generate(
+        model, prompts, 12, eos_id, on_token=lambda row, ids: seen[row].append(list(ids))
+    )
     for row, answer in enumerate(answers):
         assert seen[row] == [answer[:count] for count in range(len(answer) + 1)]
     assert len(answers[0]) <= 6
@@ -86,14 +106,19 @@ def test_every_new_token_is_announced(model):
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 30, None])
 @pytest.mark.parametrize("shared", [0, 11])
 def test_the_next_prompts_take_the_places_of_those_answered(batch_size, shared):
-    """With and without a common beginning: the same answers, never more at a time, each once and as it ends, at its own
-    end-of-sequence; a finished row costs nothing, and all take fewer steps than batch after batch does."""
+    """With and without a common beginning: the same answers, never more at a time, each once and as
+    it ends, at its own end-of-sequence; a finished row costs nothing, and all take fewer steps than
+    batch after batch does."""
     model, shared = random_model(), random_tokens(shared, seed=3).tolist()
-    prompts = ragged(9, 3, 14, 6, 21, 1, 8, 2, 2, 17, 5, 30, 4, 11, 7, 7, 1, 19, 3, 12, after=shared)
+    prompts = ragged(
+        9, 3, 14, 6, 21, 1, 8, 2, 2, 17, 5, 30, 4, 11, 7, 7, 1, 19, 3, 12, after=shared
+    )
     free, rows = generate(model, prompts, 16, None), []
     eos_ids = {free[0][3], free[2][10], free[9][1], free[11][15], free[17][0]}
     hook = model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    ended = sorted((i, list(ids)) for i, ids in stream(model, prompts, 16, eos_ids, batch_size=batch_size))
+    ended = sorted(
+        (i, list(ids)) for i, ids in stream(model, prompts, 16, eos_ids, batch_size=batch_size)
+    )
     hook.remove()
     answers, width = [ids for _, ids in ended], batch_size or 20
     assert [i for i, _ in ended] == list(range(20)) and max(rows) == min(width, 20)
@@ -111,7 +136,10 @@ def test_generation_stops_when_all_are_done_and_refuses_before_anything_runs(mod
     model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
     assert generate(model, ragged(4, 6), 50, list(range(97))) == [[], []] and len(calls) == 1
     assert generate(model, [], 5, None) == [] and generate(model, ragged(4, 6), 0, None) == [[], []]
-    with pytest.raises(ValueError, match="prompt 1 has 100 tokens; with 29 new ones it exceeds the model's context of"):
+    with pytest.raises(
+        ValueError,
+        match="prompt 1 has 100 tokens; with 29 new ones it exceeds the model's context of",
+    ):
         generate(model, ragged(4, 100), 29, None)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         generate(model, [[1], []], 5, None)
@@ -125,7 +153,9 @@ EDITS = {
 
 
 @pytest.mark.parametrize("cls, name", [(Llama, "generate"), (KVCache, "update")])
-def test_an_edited_method_answers_as_written_and_a_line_names_it(monkeypatch, capsys, model, cls, name):
+def test_an_edited_method_answers_as_written_and_a_line_names_it(
+    monkeypatch, capsys, model, cls, name
+):
     prompts, plain = ragged(4, 9, 6), getattr(cls, name)
     before = generate(model, prompts, 12, None)
     monkeypatch.setattr(cls, name, lambda self, *args: EDITS[name](plain(self, *args)))
@@ -144,10 +174,14 @@ def test_the_likelihood_of_a_continuation_is_that_of_the_whole_text(kernels, cha
     continuations[2][1] = [5, 6]
     for part in (slice(None), slice(2), slice(3, 4)):
         answers = log_likelihoods(model, prompts[part], continuations[part])
-        for prompt, options, scores in zip(prompts[part], continuations[part], answers, strict=True):
+        for prompt, options, scores in zip(
+            prompts[part], continuations[part], answers, strict=True
+        ):
             for ids, score in zip(options, scores, strict=True):
                 log_probs = model(torch.tensor([prompt + ids]))[0].double().log_softmax(-1)
-                plain = sum(log_probs[len(prompt) + t - 1, token].item() for t, token in enumerate(ids))
+                plain = sum(
+                    log_probs[len(prompt) + t - 1, token].item() for t, token in enumerate(ids)
+                )
                 assert score == near(plain, **of_model(model.config))
     single = log_likelihoods(model, prompts, [[[3], [4]]] * 4)[1]
     expected = model(torch.tensor([prompts[1]]))[0, -1].log_softmax(-1)[[3, 4]].tolist()
@@ -164,7 +198,8 @@ def test_an_attend_that_a_reader_has_written_gets_the_masks_that_the_plain_cache
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         T, S = q.shape[2], k.shape[2]
         mask = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask
-        scores = (q @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)  # and the root of d forgotten
+        # And the root of d forgotten
+        scores = (q @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
         return scores.softmax(-1) @ v
 
     monkeypatch.setattr(Attention, "attend", attend)

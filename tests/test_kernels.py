@@ -1,4 +1,5 @@
-"""Statements about `extras/kernels.py` and `extras/operators.py`: the same as model.py and rosa.py, or not at all."""
+"""Statements about `extras/kernels.py` and `extras/operators.py`: the same as model.py and rosa.py,
+or not at all."""
 
 import copy
 import functools
@@ -9,7 +10,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import generator_of, random_model, random_tokens, randomise_adapters, without_operators
+from conftest import (
+    generator_of,
+    random_model,
+    random_tokens,
+    randomise_adapters,
+    without_operators,
+)
 from rounding import assert_close, assert_greedy, assert_no_worse, bound, of_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +30,10 @@ from model import MLP, Attention, Llama, RMSNorm
 from rosa import RoAE, attach
 
 pytestmark = pytest.mark.numeric
-TOKENS, LABELS = random_tokens(2, 20), random_tokens(2, 20, seed=3).index_fill(1, torch.arange(0, 20, 3), -100)
+TOKENS, LABELS = (
+    random_tokens(2, 20),
+    random_tokens(2, 20, seed=3).index_fill(1, torch.arange(0, 20, 3), -100),
+)
 PROMPTS = [row[: 5 + 7 * i].tolist() for i, row in enumerate(TOKENS)]
 
 
@@ -43,19 +53,29 @@ def assert_same_results(model, expected, before=None):
     """And that they are others than before."""
     for result, wanted in zip(results(model), expected, strict=True):
         assert_close(result, wanted, **of_model(model.config, 2))
-    assert not before or any((old - new).norm() > 0.1 * old.norm() for old, new in zip(before, expected))
+    assert not before or any(
+        (old - new).norm() > 0.1 * old.norm() for old, new in zip(before, expected)
+    )
 
 
 def test_the_fingerprints_are_those_of_the_files():
-    tables = [kernel.fingerprints for kernel in KERNELS] + [inference.PLAIN, inference.LIKELIHOODS, merge.MERGED]
+    tables = [kernel.fingerprints for kernel in KERNELS] + [
+        inference.PLAIN,
+        inference.LIKELIHOODS,
+        merge.MERGED,
+    ]
     tables.append({(eval_script, "log_likelihood"): inference.LOG_LIKELIHOOD})
     for (owner, name), expected in itertools.chain(*(table.items() for table in tables)):
         found = fingerprint(getattr(owner, name))
         method = f"{owner.__name__}.{name}"
         advice = (
-            f"{method} has been edited, and what stood for it in extras/ stands for it no longer: it runs as written."
+            f"{method} has been edited, and what stood for it in extras/ stands for it no "
+            "longer: it runs as written."
         )
-        advice += f" That is as it should be. To speed it up again change its kernel too, and write {found!r} there"
+        advice += (
+            " That is as it should be. To speed it up again change its kernel too, and "
+            f"write {found!r} there"
+        )
         assert found == expected, advice
 
 
@@ -65,13 +85,22 @@ def test_what_is_no_plain_function_counts_as_edited(tmp_path, monkeypatch, kind)
     others = {"wrapped": wrapped, "builtin": torch.rsqrt, "partial": partial(RMSNorm.forward)}
     (tmp_path / "file.py").write_text("def method(self, x):\n    return x\n")
     unreadable = runpy.run_path(str(tmp_path / "file.py"))["method"]
-    (tmp_path / "file.py").write_text("\n\ndef method(self, x):\n    return (x\n")  # somebody is typing in it
+    # Somebody is typing in it
+    (tmp_path / "file.py").write_text("\n\ndef method(self, x):\n    return (x\n")
     monkeypatch.setattr(RMSNorm, "forward", others.get(kind) or unreadable)
     exchanged, left = accelerate(random_model())
-    assert "RMSNorm.forward" in left and "RMSNorm.forward" not in exchanged and "MLP.forward" in exchanged
+    assert (
+        "RMSNorm.forward" in left
+        and "RMSNorm.forward" not in exchanged
+        and "MLP.forward" in exchanged
+    )
 
 
-EDITED = [*((cls, "forward") for cls in (RMSNorm, MLP, RoAE, nn.Linear)), (Attention, "attend"), (Llama, "loss")]
+EDITED = [
+    *((cls, "forward") for cls in (RMSNorm, MLP, RoAE, nn.Linear)),
+    (Attention, "attend"),
+    (Llama, "loss"),
+]
 
 
 @pytest.mark.parametrize("cls, name", [*EDITED, (Llama, "logits")])
@@ -90,7 +119,8 @@ def test_an_edited_method_runs_as_written_and_a_line_names_it(monkeypatch, capsy
 
 
 def test_rows_that_were_chosen_otherwise_are_the_rows_that_adapt():
-    """In a file, or in a model by hand: the kernel adds to a slice of every head, and stands for no other rows."""
+    """In a file, or in a model by hand: the kernel adds to a slice of every head, and stands for no
+    other rows."""
     model = adapted()
     for adapter in rosa.adapters(model).values():
         if adapter.low_freq_ratio != 1:
@@ -98,7 +128,10 @@ def test_rows_that_were_chosen_otherwise_are_the_rows_that_adapt():
     expected = results(model)
     accelerate(model)
     assert_same_results(model, expected)
-    kinds = {name.split(".")[-1]: "forward" in vars(adapter) for name, adapter in rosa.adapters(model).items()}
+    kinds = {
+        name.split(".")[-1]: "forward" in vars(adapter)
+        for name, adapter in rosa.adapters(model).items()
+    }
     assert kinds == {"q_proj": False, "k_proj": False, "v_proj": True, "up_proj": True}
 
 
@@ -108,17 +141,22 @@ def test_what_runs_is_said_in_one_line(capsys):
     kernels.say_what_runs([])
     both, one = capsys.readouterr().out.splitlines()
     assert both == (
-        "kernels    extras/kernels.py stands for MLP.forward, RMSNorm.forward; extras/inference.py stands for "
+        "kernels    extras/kernels.py stands for MLP.forward, RMSNorm.forward; "
+        "extras/inference.py stands for "
         "Llama.generate. --plain runs them as written"
     )
-    assert one == "kernels    extras/kernels.py stands for MLP.forward. --plain runs them as written"
+    assert (
+        one == "kernels    extras/kernels.py stands for MLP.forward. --plain runs them as written"
+    )
 
 
 def test_methods_are_exchanged_in_modules_of_this_very_class_alone_and_nothing_else_changes():
     model, outputs = adapted(), []
     first, second, third = model.model.layers
-    first.input_layernorm = type("Norm", (RMSNorm,), {})(32, 1e-5)  # a subclass may compute anything
-    second.self_attn.o_proj = nn.Sequential(second.self_attn.o_proj)  # as in the package peft: its affair
+    # A subclass may compute anything
+    first.input_layernorm = type("Norm", (RMSNorm,), {})(32, 1e-5)
+    # As in the package peft: its affair
+    second.self_attn.o_proj = nn.Sequential(second.self_attn.o_proj)
     third.mlp.register_forward_hook(lambda *args: None)
     third.self_attn.q_proj.linear.register_forward_hook(lambda module, args, y: outputs.append(y))
     left = [first.input_layernorm, second.self_attn.o_proj[0], third.mlp, third.self_attn.q_proj]
@@ -136,17 +174,24 @@ def test_methods_are_exchanged_in_modules_of_this_very_class_alone_and_nothing_e
     for kernel, module in itertools.product(KERNELS, model.modules()):
         if type(module) is kernel.cls and f"{kernel.cls.__name__}.{kernel.name}" in exchanged:
             assert (kernel.name in vars(module)) == all(module is not other for other in left)
-    assert not any(set(vars(module)) & {"forward", "attend"} for module in (*left, *random_model().modules()))
+    assert not any(
+        set(vars(module)) & {"forward", "attend"} for module in (*left, *random_model().modules())
+    )
     assert_same_results(model, expected)
-    assert_close(outputs[-1], outputs[0], **of_model(model.config))  # nothing was added to what the hook has seen
+    # Nothing was added to what the hook has seen
+    assert_close(outputs[-1], outputs[0], **of_model(model.config))
     forward = model.model.norm.forward
     assert accelerate(model)[0] == [] and model.model.norm.forward is forward  # twice is once
 
 
 CHANGES = {
     "hook": lambda model: model.lm_head.register_forward_hook(lambda module, args, y: -2 * y),
-    "bias": lambda model: setattr(model.lm_head, "bias", nn.Parameter(torch.linspace(-9, 9, 97), False)),
-    "forward": lambda model: setattr(model.lm_head, "forward", lambda x: -2 * x @ model.lm_head.weight.T),
+    "bias": lambda model: setattr(
+        model.lm_head, "bias", nn.Parameter(torch.linspace(-9, 9, 97), False)
+    ),
+    "forward": lambda model: setattr(
+        model.lm_head, "forward", lambda x: -2 * x @ model.lm_head.weight.T
+    ),
     "logits": lambda model: setattr(model, "logits", lambda x: -2 * model.lm_head(x)),
 }
 
@@ -164,15 +209,23 @@ def test_whatever_decides_the_logits_of_this_very_model_decides_its_loss(change)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("make", [adapted, random_model])
-def test_packed_weights_compute_the_same_and_are_neither_trained_nor_merged_nor_saved(tmp_path, make, tied, dtype):
+def test_packed_weights_compute_the_same_and_are_neither_trained_nor_merged_nor_saved(
+    tmp_path, make, tied, dtype
+):
     """Packed where oneDNN takes that dtype on this processor; elsewhere they stay as they are."""
     model = make(tie_word_embeddings=tied, dtype=dtype)
-    logits, exact, embedding = model(TOKENS), copy.deepcopy(model).double()(TOKENS), model.model.embed_tokens.weight
+    logits, exact, embedding = (
+        model(TOKENS),
+        copy.deepcopy(model).double()(TOKENS),
+        model.model.embed_tokens.weight,
+    )
     before = embedding.clone()
     for _ in range(2):  # twice is once
         accelerate(model, inference=True)
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
-    assert len(weights) == 7 * 3 + 1 and {weight.is_mkldnn for weight in weights} == {dtype in Operators.onednn}
+    assert len(weights) == 7 * 3 + 1 and {weight.is_mkldnn for weight in weights} == {
+        dtype in Operators.onednn
+    }
     assert_no_worse(model(TOKENS), logits, exact)
     assert_greedy(model, PROMPTS, inference.generate(model, PROMPTS, 8, None), 8)
     assert model.model.embed_tokens.weight is embedding and torch.equal(embedding, before)
@@ -197,7 +250,10 @@ def attend(kind, model, q, k, v):
     T, S = q.shape[2], k.shape[2]
     hidden = torch.ones(2, 1, T, S, dtype=torch.bool).triu(S - T + 1)
     hidden[1, ..., : S - T] = kind == "float"  # rows see other positions
-    masks = {"bool": ~hidden[:1], "float": torch.zeros(hidden.shape, dtype=q.dtype).masked_fill(hidden, -torch.inf)}
+    masks = {
+        "bool": ~hidden[:1],
+        "float": torch.zeros(hidden.shape, dtype=q.dtype).masked_fill(hidden, -torch.inf),
+    }
     return model.model.layers[0].self_attn.attend(q, k, v, masks.get(kind))
 
 
@@ -219,7 +275,12 @@ for kind, T in itertools.product(("no", "bool", "float"), (20, 50)):  # below an
     keys = (2, 2, T if kind == "no" else T + 9, 8)
     CASES[f"attend, {kind} mask, {T}"] = ({}, partial(attend, kind), (2, 4, T, 8), keys, keys)
 for heads, T in ((1, 20), (4, 1), (2, 20)):
-    CASES[f"attend, {heads} heads of keys, {T}"] = ({}, partial(attend, "no"), (2, 4, T, 8), *[(2, heads, T, 8)] * 2)
+    CASES[f"attend, {heads} heads of keys, {T}"] = (
+        {},
+        partial(attend, "no"),
+        (2, 4, T, 8),
+        *[(2, heads, T, 8)] * 2,
+    )
 
 
 def outcome(model, call, inputs, inputs_ask, weights_ask):
@@ -228,7 +289,11 @@ def outcome(model, call, inputs, inputs_ask, weights_ask):
     inputs = [x.to(model.dtype, copy=True).requires_grad_(inputs_ask) for x in inputs]
     with torch.inference_mode(not inputs_ask and not weights_ask):
         y = call(model, *inputs)
-    wanted = [tensor for tensor in (*inputs, *model.parameters()) if tensor.requires_grad and y.requires_grad]
+    wanted = [
+        tensor
+        for tensor in (*inputs, *model.parameters())
+        if tensor.requires_grad and y.requires_grad
+    ]
     grad = torch.randn(y.shape, generator=generator_of(9)).to(y.dtype)
     grads = torch.autograd.grad(y, wanted, grad, allow_unused=True) if wanted else ()
     return [y.detach(), *(each for each in grads if each is not None)]
@@ -246,14 +311,21 @@ def test_a_kernel_is_its_plain_method(monkeypatch, case, dtype, operators):
     changes, call, *shapes = CASES[case]
     plain = adapted(dtype=dtype, num_hidden_layers=1, **changes)
     fast, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
-    assert set(accelerate(fast)[1]) <= {"Linear.forward"}  # of nothing else may a machine lack what it needs
+    # Of nothing else may a machine lack what it needs
+    assert set(accelerate(fast)[1]) <= {"Linear.forward"}
     for scale, *asking in itertools.product((0.02, 1, 10), (False, True), (False, True)):
-        inputs = [(scale * torch.randn(shape, generator=generator_of(i))).to(dtype) for i, shape in enumerate(shapes)]
+        inputs = [
+            (scale * torch.randn(shape, generator=generator_of(i))).to(dtype)
+            for i, shape in enumerate(shapes)
+        ]
         if "2 heads of keys" in case:
-            inputs[1] += 10 * torch.randn(8, generator=generator_of(9))  # a large bias, as Qwen2.5 has
+            # A large bias, as Qwen2.5 has
+            inputs[1] += 10 * torch.randn(8, generator=generator_of(9))
         outcomes = [outcome(model, call, inputs, *asking) for model in (fast, plain, exact)]
         for result, usual, expected in zip(*outcomes, strict=True):
-            off, usual = ((tensor.double() - expected.double()).norm() for tensor in (result, usual))
+            off, usual = (
+                (tensor.double() - expected.double()).norm() for tensor in (result, usual)
+            )
             # Of one number, the loss, the usual error may be none, by luck.
             share = bound(dtype if result.numel() == 1 else torch.float32, 97, 3)
             assert off <= 4 * usual + share * expected.double().norm(), (scale, asking, off, usual)
@@ -277,11 +349,16 @@ def test_attention_takes_a_result_in_any_layout(monkeypatch, kind):
 
 
 def test_the_statistic_of_a_norm_is_float32():
-    norm, x = RMSNorm(64, 1e-5).bfloat16(), torch.randn(50, 64, generator=generator_of(0)).bfloat16()
+    norm, x = (
+        RMSNorm(64, 1e-5).bfloat16(),
+        torch.randn(50, 64, generator=generator_of(0)).bfloat16(),
+    )
     nn.init.uniform_(norm.weight, generator=generator_of(1))
-    expected = (x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)).bfloat16() * norm.weight
-    # One product in 10,000 or so, the ratio of the two eps, lies so near the middle of two bfloat16 numbers that
-    # float32 falls to the other side; of a statistic in bfloat16 every second would.
+    expected = (
+        x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)
+    ).bfloat16() * norm.weight
+    # One product in 10,000 or so, the ratio of the two eps, lies so near the middle of two bfloat16
+    # numbers that float32 falls to the other side; of a statistic in bfloat16 every second would.
     for forward in (RMSNorm.forward, kernels.rms_norm_forward):
         assert (forward(norm, x) != expected).float().mean() < 0.01
 
@@ -298,7 +375,10 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("slice_size", [8 * 5000, 10])  # 8 rows, and one
 def test_no_tensor_holds_the_logits_of_all_positions(monkeypatch, slice_size):
     monkeypatch.setattr(SummedCrossEntropy, "SLICE", slice_size)
-    model, tokens = attach(random_model(vocab_size=5000), rank=2), random_tokens(4, 50, vocab_size=5000)
+    model, tokens = (
+        attach(random_model(vocab_size=5000), rank=2),
+        random_tokens(4, 50, vocab_size=5000),
+    )
     expected = model.loss(tokens, tokens)
     accelerate(model)
     with LargestTensor() as largest:

@@ -1,4 +1,5 @@
-"""Statements about DLS: the active layers change as the scores say, and exactly the active layers train."""
+"""Statements about DLS: the active layers change as the scores say, and exactly the active layers
+train."""
 
 import pytest
 import torch
@@ -14,9 +15,12 @@ L = 6
 
 @pytest.fixture(params=["plain", "accelerated"])
 def setup(request):
-    """Makes a model with adapters, its optimiser and its selector, on the plain way and on the fast one."""
+    """Makes a model with adapters, its optimiser and its selector, on the plain way and on the fast
+    one."""
 
-    def make(k_ratio=0.5, select_every=3, score_ema=0.0, targets="q,k", low_freq_ratio=0.5, select="grad"):
+    def make(
+        k_ratio=0.5, select_every=3, score_ema=0.0, targets="q,k", low_freq_ratio=0.5, select="grad"
+    ):
         seed_torch(0)
         model = attach(random_model(num_hidden_layers=L), 4, 8, low_freq_ratio, targets)
         parameters = [p for adapter in adapters(model).values() for p in (adapter.A, adapter.B)]
@@ -31,7 +35,10 @@ def setup(request):
 
 def step(model, optimizer, selector, number, micro_batches=1):
     """One optimiser step on batch `number`, in so many micro-batches."""
-    tokens, labels = random_tokens(4, 16, seed=2 * number), random_tokens(4, 16, seed=2 * number + 1)
+    tokens, labels = (
+        random_tokens(4, 16, seed=2 * number),
+        random_tokens(4, 16, seed=2 * number + 1),
+    )
     if selector:
         selector.before_forward(number)
     losses = []
@@ -75,8 +82,12 @@ def test_scores_are_the_norms_of_the_summed_layernorm_gradients(setup, micro_bat
     model, optimizer, selector = setup()
     reference = random_model(num_hidden_layers=L)
     (reference.loss(random_tokens(4, 16, seed=0), random_tokens(4, 16, seed=1)) / 64).backward()
-    norms = [(layer.input_layernorm, layer.post_attention_layernorm) for layer in reference.model.layers]
-    expected = torch.stack([torch.cat([norm.weight.grad for norm in both]).norm() for both in norms])
+    norms = [
+        (layer.input_layernorm, layer.post_attention_layernorm) for layer in reference.model.layers
+    ]
+    expected = torch.stack(
+        [torch.cat([norm.weight.grad for norm in both]).norm() for both in norms]
+    )
     step(model, optimizer, selector, 0, micro_batches)
     assert_close(selector.scores, expected, **of_model(reference.config, 2))
 
@@ -90,7 +101,9 @@ def test_the_highest_scores_are_active_until_the_next_probe(setup):
             assert selector.active == layers == sorted(selector.scores.topk(3).indices.tolist())
 
 
-@pytest.mark.parametrize("targets, ratio", [("q,k", 0.5), ("q,k,v,o,gate,up,down", 1.0), ("q,k,v", 0.5)])
+@pytest.mark.parametrize(
+    "targets, ratio", [("q,k", 0.5), ("q,k,v,o,gate,up,down", 1.0), ("q,k,v", 0.5)]
+)
 def test_exactly_the_active_adapters_move(setup, targets, ratio):
     model, optimizer, selector = setup(targets=targets, low_freq_ratio=ratio)
     for adapter in adapters(model).values():  # B = 0 gives A no gradient: begin as if trained
@@ -104,12 +117,16 @@ def test_exactly_the_active_adapters_move(setup, targets, ratio):
 
 
 @pytest.mark.parametrize("select", ["grad", "static", "random"])
-def test_a_probe_that_is_not_finite_is_repeated_and_until_one_succeeds_all_layers_train(setup, select):
+def test_a_probe_that_is_not_finite_is_repeated_and_until_one_succeeds_all_layers_train(
+    setup, select
+):
     model, optimizer, selector = setup(select=select)
     norm, active = model.model.layers[1].input_layernorm.weight, []
     for number in range(8):
         norm.requires_grad_(True)
-        hook = norm.register_hook(lambda gradient, factor=[torch.nan, 1][number not in (0, 1, 6)]: gradient * factor)
+        hook = norm.register_hook(
+            lambda gradient, factor=[torch.nan, 1][number not in (0, 1, 6)]: gradient * factor
+        )
         norm.requires_grad_(False)
         step(model, optimizer, selector, number)
         hook.remove()
@@ -152,7 +169,9 @@ def test_nothing_below_the_lowest_active_layer_is_kept_for_the_backward_pass(set
     amplify(model, [3, 4, 5])
     needs_gradient = {}
     for i, layer in enumerate(model.model.layers):
-        layer.register_forward_hook(lambda _, args, out, i=i: needs_gradient.update({i: out.requires_grad}))
+        layer.register_forward_hook(
+            lambda _, args, out, i=i: needs_gradient.update({i: out.requires_grad})
+        )
     step(model, optimizer, selector, 0)
     assert all(needs_gradient.values())  # a probe reaches every layer
     step(model, optimizer, selector, 1)
@@ -175,14 +194,16 @@ def test_frozen_adapters_still_act(setup):
     tokens = random_tokens(1, 10)
     with_all = model(tokens)
     selector.activate([0])
-    assert_close(model(tokens), with_all, **of_model(model.config))  # what needs a gradient may run by another kernel
+    # What needs a gradient may run by another kernel
+    assert_close(model(tokens), with_all, **of_model(model.config))
 
 
 def test_scores_are_smoothed_over_probes(setup):
     plain, smooth = setup(select_every=1), setup(select_every=1, score_ema=0.75)
     step(*plain, 0), step(*smooth, 0)
     first = plain[2].scores
-    assert torch.equal(smooth[2].scores, first)  # the same step of two equal models; nothing is smoothed yet
+    # The same step of two equal models; nothing is smoothed yet
+    assert torch.equal(smooth[2].scores, first)
     smooth[2].activate(plain[2].active)
     step(*plain, 1), step(*smooth, 1)
     assert_close(smooth[2].scores, 0.75 * first + 0.25 * plain[2].scores)
@@ -218,18 +239,27 @@ def test_random_selection_is_blind_to_the_gradients_and_repeats_itself(setup):
 
 def test_select_all_trains_every_layer(setup):
     model, optimizer, selector = setup(select="all", k_ratio=0.5)
-    assert train(model, optimizer, selector) == train(*setup()[:2], None) and selector.active == list(range(L))
+    assert train(model, optimizer, selector) == train(
+        *setup()[:2], None
+    ) and selector.active == list(range(L))
 
 
 @pytest.mark.parametrize("faster", [lambda model: None, accelerate], ids=["plain", "accelerated"])
 def test_in_full_training_the_active_layers_learn_with_their_norms(faster):
     model = random_model(num_hidden_layers=L)
-    optimizer, selector = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0), LayerSelector(model, 0.5, 2)
+    optimizer, selector = (
+        torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0),
+        LayerSelector(model, 0.5, 2),
+    )
     faster(model)
     for number in range(4):
         before = snapshot(model)
         step(model, optimizer, selector, number)
-        active = {name for name in before if "layers." not in name or int(name.split(".")[2]) in selector.active}
+        active = {
+            name
+            for name in before
+            if "layers." not in name or int(name.split(".")[2]) in selector.active
+        }
         assert moved(model, before) == active
 
 
@@ -250,7 +280,9 @@ def test_what_belongs_to_no_layer_cannot_be_selected():
 REFUSED = {"k_ratio": (0, 1.1), "select_every": (0,), "score_ema": (1.0, -0.1), "select": ("best",)}
 
 
-@pytest.mark.parametrize("name, value", [(name, value) for name, values in REFUSED.items() for value in values])
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name, values in REFUSED.items() for value in values]
+)
 def test_settings_outside_their_range_are_refused(model, name, value):
     with pytest.raises(ValueError, match=name):
         LayerSelector(attach(model), **{name: value})

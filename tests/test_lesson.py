@@ -1,4 +1,5 @@
-"""Statements about the notebook of extras/lesson: its code runs as a script, and what its text says is so."""
+"""Statements about the notebook of extras/lesson: its code runs as a script, and what its text says
+is so."""
 
 import json
 import os
@@ -18,7 +19,11 @@ def test_its_outputs_are_saved_in_order_and_tell_of_no_machine():
     assert [cell["execution_count"] for cell in CODE] == list(range(1, len(CODE) + 1))
     for cell in CODE:
         source = "".join(cell["source"])
-        if "plt.show()" in source and "def show" not in source or re.search(r"^print\(", source, re.M):
+        if (
+            "plt.show()" in source
+            and "def show" not in source
+            or re.search(r"^print\(", source, re.M)
+        ):
             assert cell["outputs"], source
         assert not any(output["output_type"] == "error" for output in cell["outputs"])
     text = json.dumps(CELLS)
@@ -27,7 +32,9 @@ def test_its_outputs_are_saved_in_order_and_tell_of_no_machine():
 
 def test_the_norms_that_are_kept_are_those_that_the_text_speaks_of():
     kept = np.load(LESSON / "norms.npz")
-    assert kept["smollm2"].shape == (30, 64) and kept["theta100"].shape == kept["theta10000"].shape == (6, 32)
+    assert kept["smollm2"].shape == (30, 64) and kept["theta100"].shape == kept[
+        "theta10000"
+    ].shape == (6, 32)
     pairs = {
         name: np.sqrt(x[:, : x.shape[1] // 2] ** 2 + x[:, x.shape[1] // 2 :] ** 2).mean(0)
         for name, x in kept.items()
@@ -37,7 +44,8 @@ def test_the_norms_that_are_kept_are_those_that_the_text_speaks_of():
     assert 1.5 < slow / fast < 2.2  # "nearly doubles", in README.md too
     assert set(np.argsort(pairs["smollm2"])[-2:]) == {23, 24}
     assert kept["smollm2_rises"].argmax() == 3
-    for name, shares in (("theta100", (0.85, 1.15)), ("theta10000", (0.4, 0.65))):  # level, and falling to half
+    # Level, and falling to half
+    for name, shares in (("theta100", (0.85, 1.15)), ("theta10000", (0.4, 0.65))):
         quarters = [part.mean() for part in np.array_split(pairs[name], 4)]
         assert shares[0] < quarters[3] / quarters[0] < shares[1]
     assert kept["theta100_rises"][3] > 0.1 > 0.05 > kept["theta10000_rises"][3]
@@ -53,7 +61,9 @@ def test_it_runs_from_top_to_bottom_and_shows_what_it_says(tmp_path, monkeypatch
     found = runpy.run_path(str(tmp_path / "lesson.py"))
     assert os.getcwd() == str(ROOT)
     tiny = [part.mean() for part in np.array_split(found["norms"]["tiny"].mean(0), 4)]
-    assert tiny[0] > 1.2 * tiny[3] and found["difference"] < 1e-4 and found["merge_difference"] < 1e-3
+    assert (
+        tiny[0] > 1.2 * tiny[3] and found["difference"] < 1e-4 and found["merge_difference"] < 1e-3
+    )
     assert max(found["rises"]["tiny"][2:]) < 0.2 * min(found["rises"]["tiny"][:2])
     assert found["strip"].sum(1).tolist()[1:] == [3] * 159 and found["strip"].any(0).sum() > 3
     assert found["losses"][-1] < 0.2 * found["losses"][0]

@@ -1,4 +1,5 @@
-"""Statements about machines: operators may be absent or wrong, bfloat16 may be software, and there may be a GPU."""
+"""Statements about machines: operators may be absent or wrong, bfloat16 may be software, and there
+may be a GPU."""
 
 import copy
 import functools
@@ -41,7 +42,9 @@ REPLACED = {
 
 @pytest.mark.parametrize("how", REPLACED)
 @pytest.mark.parametrize("name", ["call_onednn", "reordered"])
-def test_without_a_product_of_onednn_linear_layers_stay_as_they_are_and_a_line_says_so(monkeypatch, capsys, how, name):
+def test_without_a_product_of_onednn_linear_layers_stay_as_they_are_and_a_line_says_so(
+    monkeypatch, capsys, how, name
+):
     without_operators(monkeypatch)
     monkeypatch.setattr(Operators, "formulas", {})  # not asked yet
     monkeypatch.setattr(operators, name, REPLACED[how])
@@ -50,16 +53,28 @@ def test_without_a_product_of_onednn_linear_layers_stay_as_they_are_and_a_line_s
     weights = [p.clone() for p in model.parameters()]
     exchanged, left = accelerate(model, inference=True)  # asks
     reason = "this PyTorch or processor has no oneDNN product"
-    assert Operators.onednn == frozenset() and set(Operators.formulas) == NAMES and left == {"Linear.forward": reason}
+    assert (
+        Operators.onednn == frozenset()
+        and set(Operators.formulas) == NAMES
+        and left == {"Linear.forward": reason}
+    )
     assert capsys.readouterr().out == f"kernels    {reason}: running Linear.forward as written\n"
     assert "Linear.forward" not in exchanged and "forward" not in vars(model.lm_head)
-    assert all(torch.equal(p, w) and not p.is_mkldnn for p, w in zip(model.parameters(), weights, strict=True))
+    assert all(
+        torch.equal(p, w) and not p.is_mkldnn
+        for p, w in zip(model.parameters(), weights, strict=True)
+    )
 
 
 @pytest.mark.parametrize("how", REPLACED)
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_an_operator_that_cannot_be_used_leaves_its_formula_and_is_asked_for_once(monkeypatch, how, name):
-    places = {"reshaped": (torch.ops.aten, "_unsafe_view"), "silu_backward": (torch.ops.aten, "silu_backward")}
+def test_an_operator_that_cannot_be_used_leaves_its_formula_and_is_asked_for_once(
+    monkeypatch, how, name
+):
+    places = {
+        "reshaped": (torch.ops.aten, "_unsafe_view"),
+        "silu_backward": (torch.ops.aten, "silu_backward"),
+    }
     without_operators(monkeypatch)
     formulas = dict(Operators.formulas)
     monkeypatch.setattr(Operators, "formulas", {})
@@ -73,7 +88,11 @@ def test_an_operator_that_cannot_be_used_leaves_its_formula_and_is_asked_for_onc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("missing", ["all", *sorted(NAMES)])
 def test_a_model_without_those_operators_is_the_same_model(monkeypatch, missing, dtype):
-    base, tokens, results = randomise_adapters(attach(random_model(dtype=dtype), 4, 8)), random_tokens(2, 30), []
+    base, tokens, results = (
+        randomise_adapters(attach(random_model(dtype=dtype), 4, 8)),
+        random_tokens(2, 30),
+        [],
+    )
     for _ in range(2):
         accelerate(model := copy.deepcopy(base))
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -92,17 +111,24 @@ EVAL = eval_script.run, ["--limit", "1", "--max-new-tokens", "3"]
 
 @pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
-def test_bfloat16_in_software_is_a_line_that_says_what_to_type(tmp_path, monkeypatch, capsys, native, dtype):
+def test_bfloat16_in_software_is_a_line_that_says_what_to_type(
+    tmp_path, monkeypatch, capsys, native, dtype
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(checkpoints, "computes_bfloat16", lambda device: native)
-    random_model(vocab_size=1024, num_hidden_layers=1, max_position_embeddings=256).save_pretrained("ckpt")
+    random_model(vocab_size=1024, num_hidden_layers=1, max_position_embeddings=256).save_pretrained(
+        "ckpt"
+    )
     Path("ckpt/tokenizer.model").write_bytes((DATA / "tiny" / "tokenizer.model").read_bytes())
     line = "this processor computes bfloat16 in software, slowly: --dtype float32 is faster here\n"
     expected = {"auto": "bfloat16" if native else "float32"}.get(dtype, dtype)
     for run, arguments in (TRAIN, EVAL):
         run(["--ckpt", "ckpt", "--device", "cpu", "--dtype", dtype, *arguments])
         printed = capsys.readouterr()
-        assert printed.err.count(line) == (dtype == "bfloat16" and not native) and f"{expected} on cpu" in printed.out
+        assert (
+            printed.err.count(line) == (dtype == "bfloat16" and not native)
+            and f"{expected} on cpu" in printed.out
+        )
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA")
@@ -110,7 +136,8 @@ def test_bfloat16_in_software_is_a_line_that_says_what_to_type(tmp_path, monkeyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernels", ["plain", "accelerated"])
 def test_with_cuda_every_tensor_is_made_on_the_device(monkeypatch, kernels, dtype, adapted):
-    """Without a GPU: fake tensors have a shape, a dtype and a device, and no operation takes them from two devices."""
+    """Without a GPU: fake tensors have a shape, a dtype and a device, and no operation takes them
+    from two devices."""
     Operators.look_up()
     config = random_model().config
     with FakeTensorMode(), torch.no_grad():
@@ -125,7 +152,8 @@ def test_with_cuda_every_tensor_is_made_on_the_device(monkeypatch, kernels, dtyp
         batched = BatchedCache(model, 4, 20).use(slice(1, 4))
         logits = [model(tokens)]
         for cache in (KVCache(config), batched):
-            for last in (4, 9):  # where the last token is: a cache asks a tensor for it, and a fake one has no number
+            # Where the last token is: a cache asks a tensor for it, and a fake one has no number.
+            for last in (4, 9):
                 monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor, last=last: last)
                 logits.append(model.logits(model.hidden_states(tokens, cache)))
         for tensor in (*logits, *batched.keys, *batched.values):
@@ -141,7 +169,8 @@ ASK = """if True:
             return torch.ops.mkldnn._linear_pointwise(x, x, None, "none", [], "").dtype == dtype
         except (AttributeError, RuntimeError):
             return False
-    print(takes(torch.float32), takes(torch.bfloat16), torch.cpu._is_avx512_bf16_supported(), flush=True)
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported()
+    print(takes(torch.float32), takes(torch.bfloat16), has_bfloat16, flush=True)
     sys.argv[1:] and subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)"""
 
 
@@ -166,5 +195,9 @@ def test_a_lesser_machine_is_imitated_in_every_python_that_the_command_starts():
 
 @pytest.mark.parametrize("native", [False, True])
 def test_a_gpu_that_emulates_bfloat16_is_said_to_lack_it(monkeypatch, native):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: native or including_emulation,
+    )
     assert checkpoints.computes_bfloat16(torch.device("cuda")) == native

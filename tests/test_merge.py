@@ -1,4 +1,5 @@
-"""Statements about `python -m extras.merge`: a whole checkpoint or nothing, what `merge` makes, in little memory."""
+"""Statements about `python -m extras.merge`: a whole checkpoint or nothing, what `merge` makes, in
+little memory."""
 
 import json
 import re
@@ -28,7 +29,8 @@ ALL = "q,k,v,o,gate,up,down"
 
 @pytest.fixture
 def ckpt(tmp_path, monkeypatch):
-    """A bfloat16 checkpoint `ckpt` and a trained adapter `adapter` for it in an empty working directory."""
+    """A bfloat16 checkpoint `ckpt` and a trained adapter `adapter` for it in an empty working
+    directory."""
     monkeypatch.chdir(tmp_path)
     model = random_model(vocab_size=1024, max_position_embeddings=256, dtype=torch.bfloat16)
     model.save_pretrained("ckpt")
@@ -43,7 +45,9 @@ def merge(*arguments):
 
 
 @pytest.mark.parametrize("shard", [5 * 10**9, 20000, 1])
-def test_the_directory_is_complete_and_holds_what_merging_in_memory_gives(ckpt, capsys, shard, monkeypatch):
+def test_the_directory_is_complete_and_holds_what_merging_in_memory_gives(
+    ckpt, capsys, shard, monkeypatch
+):
     monkeypatch.setattr(merge_file, "SHARD", shard)
     merge("--out", "a/b/out")  # with those above it
     assert capsys.readouterr().out.startswith("a/b/out holds the merged checkpoint.")
@@ -54,11 +58,20 @@ def test_the_directory_is_complete_and_holds_what_merging_in_memory_gives(ckpt, 
     assert (out / "config.json").read_bytes() == Path("ckpt/config.json").read_bytes()
     weights = sorted(file.name for file in out.glob("*.safetensors"))
     others = {file.name for file in out.iterdir()} - set(weights)
-    assert others - {"model.safetensors.index.json"} == {"config.json", "generation_config.json", "tokenizer.model"}
+    assert others - {"model.safetensors.index.json"} == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.model",
+    }
     if shard > 10**9:
         assert weights == ["model.safetensors"] and len(others) == 3
         return
-    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+    dtypes = {
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "F32": torch.float32,
+        "F64": torch.float64,
+    }
     assert merge_file.SIZES == {name: dtype.itemsize for name, dtype in dtypes.items()}
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: file for file in weights for name in load_file(out / file)}
@@ -76,15 +89,26 @@ def test_it_says_what_rounding_has_cost_which_is_nothing_in_float32(ckpt, capsys
     words = capsys.readouterr().out.split()
     exact = rosa.load_adapter(Llama.from_pretrained("ckpt", dtype=torch.float32), "adapter")
     rounded = Llama.from_pretrained("out", dtype=torch.float32)
-    prompts = [tasks.encode_prompt(example, load_tokenizer("ckpt")) for example in toy.examples("test", 4)]
+    prompts = [
+        tasks.encode_prompt(example, load_tokenizer("ckpt")) for example in toy.examples("test", 4)
+    ]
     with torch.inference_mode():
-        logits = [torch.cat([model(torch.tensor([prompt]))[0] for prompt in prompts]) for model in (exact, rounded)]
+        logits = [
+            torch.cat([model(torch.tensor([prompt]))[0] for prompt in prompts])
+            for model in (exact, rounded)
+        ]
     before, after = logits
-    moved, rounding = (after - before).abs().max().item(), bound(**of_model(exact.config)) * before.abs().max().item()
+    moved, rounding = (
+        (after - before).abs().max().item(),
+        bound(**of_model(exact.config)) * before.abs().max().item(),
+    )
     printed = float(words[words.index("by") + 1])
-    assert printed == pytest.approx(moved, rel=0.06, abs=rounding) and (printed < rounding) == (dtype == torch.float32)
+    assert printed == pytest.approx(moved, rel=0.06, abs=rounding) and (printed < rounding) == (
+        dtype == torch.float32
+    )
     assert int(words[words.index("next") - 1]) == len(before)
-    first, second = before.topk(2).values.unbind(-1)  # where they are alike either may be the next token
+    # Where they are alike either may be the next token
+    first, second = before.topk(2).values.unbind(-1)
     same, ties = (before.argmax(-1) == after.argmax(-1)).sum(), (first - second < rounding).sum()
     assert abs(int(words[words.index("tokens") + 1]) - same) <= ties
 
@@ -105,7 +129,9 @@ MISTAKES = {
     "--ckpt absent": "no checkpoint 'absent'",
     "--adapter absent": "absent is no adapter directory",
     "--adapter ckpt": "it has no adapter_config.json; it is a whole checkpoint: --ckpt ckpt",
-    "--adapter ia3": "is an adapter of type IA3, which rosa.merge cannot merge: load both with the package peft",
+    "--adapter ia3": (
+        "is an adapter of type IA3, which rosa.merge cannot merge: load both with the package peft"
+    ),
     "--adapter other": "other was trained on another model: base_model.model.model.layers.2",
     "--rank 3": "unrecognized arguments: --rank 3",
 }
@@ -121,7 +147,12 @@ def test_a_mistake_is_one_line_and_nothing_is_left_behind(ckpt, capsys, argument
     with pytest.raises(SystemExit) as stopped:
         merge(*arguments.split())
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and error.count("\n") == 1 and error.startswith("merge: ") and message in error
+    assert (
+        stopped.value.code == 2
+        and error.count("\n") == 1
+        and error.startswith("merge: ")
+        and message in error
+    )
     assert sorted(Path().rglob("*")) == before
 
 
@@ -155,8 +186,8 @@ def test_logits_layer_by_layer_are_the_logits_and_leave_nothing_in_memory(change
 
 
 def renamed(monkeypatch, of):
-    """As if a reader had taught the project a family whose files have other names: `of` gives the name of a parameter
-    for a name in a file."""
+    """As if a reader had taught the project a family whose files have other names: `of` gives the
+    name of a parameter for a name in a file."""
     for module in (checkpoints, model_file):
         monkeypatch.setattr(module, "full_name", of)
 
@@ -165,12 +196,20 @@ def test_what_is_written_has_the_names_of_the_checkpoints_files(ckpt, monkeypatc
     """Whoever reads the checkpoint, by whatever names, reads the merged one."""
     expected = rosa.merge(rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"))
     tensors = load_file("ckpt/model.safetensors")
-    theirs = {name.replace("model.layers.", "blocks.").replace("self_attn", "attn"): x for name, x in tensors.items()}
+    theirs = {
+        name.replace("model.layers.", "blocks.").replace("self_attn", "attn"): x
+        for name, x in tensors.items()
+    }
     save_file(theirs, "ckpt/model.safetensors")
-    renamed(monkeypatch, lambda name: name.replace("blocks.", "model.layers.").replace("attn", "self_attn"))
+    renamed(
+        monkeypatch,
+        lambda name: name.replace("blocks.", "model.layers.").replace("attn", "self_attn"),
+    )
     merge()
     written = load_file("out/model.safetensors")
-    assert {name: x.shape for name, x in written.items()} == {name: x.shape for name, x in theirs.items()}
+    assert {name: x.shape for name, x in written.items()} == {
+        name: x.shape for name, x in theirs.items()
+    }
     assert_same_tensors(Llama.from_pretrained("out"), expected)
 
 
@@ -201,7 +240,10 @@ def test_a_checkpoint_whose_tensors_are_parts_of_others_is_refused_before_anythi
     with pytest.raises(SystemExit) as stopped:
         merge()
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "the model's tensors are not those of its files, gates [48, 32] among" in error
+    assert (
+        stopped.value.code == 2
+        and "the model's tensors are not those of its files, gates [48, 32] among" in error
+    )
     assert sorted(path.name for path in Path().iterdir()) == ["adapter", "ckpt"]
 
 
@@ -210,7 +252,9 @@ EDITED = {
     "merge": (
         rosa,
         "merge",
-        lambda model: [model.set_submodule(n, a.linear) for n, a in rosa.adapters(model).items()] and model,
+        lambda model: (
+            [model.set_submodule(n, a.linear) for n, a in rosa.adapters(model).items()] and model
+        ),
     ),
 }
 
@@ -223,7 +267,9 @@ def test_where_merging_is_another_computation_than_the_adapters_own_it_is_refuse
     with pytest.raises(SystemExit) as stopped:
         merge()
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and re.search(r"merged, model.layers.0.\S+ computes something else than RoAE", error)
+    assert stopped.value.code == 2 and re.search(
+        r"merged, model.layers.0.\S+ computes something else than RoAE", error
+    )
     assert sorted(path.name for path in Path().iterdir()) == ["adapter", "ckpt"]
 
 
@@ -232,12 +278,19 @@ def test_what_an_adapter_holds_beside_updates_is_not_left_out_silently(ckpt, mon
     file = Path("adapter/adapter_model.safetensors")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    save_file(load_file(file) | {"base_model.model.model.layers.0.self_attn.head_scale": torch.ones(4)}, file, metadata)
+    save_file(
+        load_file(file) | {"base_model.model.model.layers.0.self_attn.head_scale": torch.ones(4)},
+        file,
+        metadata,
+    )
     monkeypatch.setattr(rosa, "check_lora", lambda *_: None)
     with pytest.raises(SystemExit) as stopped:
         merge()
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and "layers.0.self_attn.head_scale, which is no part of what is merged here" in error
+    assert (
+        stopped.value.code == 2
+        and "layers.0.self_attn.head_scale, which is no part of what is merged here" in error
+    )
     assert sorted(path.name for path in Path().iterdir()) == ["adapter", "ckpt"]
 
 

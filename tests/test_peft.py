@@ -1,4 +1,5 @@
-"""Statements about the methods of the optional package peft, in our model, loop and files; our LoRA is PEFT's, too."""
+"""Statements about the methods of the optional package peft, in our model, loop and files; our LoRA
+is PEFT's, too."""
 
 import json
 import shutil
@@ -20,14 +21,24 @@ from model import MLP, Llama
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.numeric
-METHODS = {"LORA": {}, "IA3": {}, "LN_TUNING": {}, "HRA": {}, "OFT": {"oft_block_size": 4}, "MISS": {"r": 4}}
+METHODS = {
+    "LORA": {},
+    "IA3": {},
+    "LN_TUNING": {},
+    "HRA": {},
+    "OFT": {"oft_block_size": 4},
+    "MISS": {"r": 4},
+}
 METHODS |= {"SHIRA": {"r": 2}, "ADALORA": {"total_step": 100}, "FOURIERFT": {"n_frequency": 10}}
 METHODS |= {"LORA with DoRA": {"use_dora": True}}
 
 
 def train(model, parameters, k_ratio=1.0, steps=5, adamw=torch.optim.AdamW):
     """Losses, and the layers that have trained last."""
-    optimizer, selector = adamw(parameters, lr=1e-2, weight_decay=0.0), rosa.LayerSelector(model, k_ratio, 2)
+    optimizer, selector = (
+        adamw(parameters, lr=1e-2, weight_decay=0.0),
+        rosa.LayerSelector(model, k_ratio, 2),
+    )
     losses = []
     for number in range(steps):
         selector.before_forward(number)
@@ -42,11 +53,17 @@ def train(model, parameters, k_ratio=1.0, steps=5, adamw=torch.optim.AdamW):
 
 def test_all_linear_layers_are_those_of_the_layers(model):
     peft_methods.attach_peft(model, "LORA", {"target_modules": "all-linear"})
-    adapted = {name.split(".lora_A")[0].split(".", 3)[3] for name, _ in model.named_parameters() if "lora_A" in name}
+    adapted = {
+        name.split(".lora_A")[0].split(".", 3)[3]
+        for name, _ in model.named_parameters()
+        if "lora_A" in name
+    }
     assert adapted == set(rosa.TARGETS.values())
 
 
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]}])
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True, "target_modules": ["q_proj", "down_proj"]}]
+)
 def test_a_plain_lora_that_peft_has_trained_here_is_merged_and_no_other(tmp_path, options):
     model, tokens = random_model(vocab_size=1024, max_position_embeddings=256), random_tokens(2, 20)
     model.save_pretrained(tmp_path / "ckpt")
@@ -65,7 +82,9 @@ def test_a_plain_lora_that_peft_has_trained_here_is_merged_and_no_other(tmp_path
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_of_peft_trains_layer_by_layer_and_comes_back_from_its_files(tmp_path, name, dtype):
+def test_a_method_of_peft_trains_layer_by_layer_and_comes_back_from_its_files(
+    tmp_path, name, dtype
+):
     seed_torch(0)
     model, tokens = random_model(dtype=dtype), random_tokens(2, 20)
     frozen = {name: p.clone() for name, p in model.named_parameters()}
@@ -84,16 +103,26 @@ def test_a_method_of_peft_trains_layer_by_layer_and_comes_back_from_its_files(tm
             assert torch.equal(p, frozen[name])
 
     peft_methods.save_adapter(model, tmp_path)
-    again, base = peft_methods.load_adapter(random_model(dtype=dtype), tmp_path), random_model(dtype=dtype)
+    again, base = (
+        peft_methods.load_adapter(random_model(dtype=dtype), tmp_path),
+        random_model(dtype=dtype),
+    )
     # The same operations on the same values: the files hold all that trains, in float32.
-    assert torch.equal(again(tokens), model(tokens)) and not torch.equal(again(tokens), base(tokens))
-    with pytest.raises(ValueError, match="was trained on another model: model.layers.3.* is absent, this one needs"):
+    assert torch.equal(again(tokens), model(tokens)) and not torch.equal(
+        again(tokens), base(tokens)
+    )
+    with pytest.raises(
+        ValueError, match="was trained on another model: model.layers.3.* is absent, this one needs"
+    ):
         peft_methods.load_adapter(random_model(num_hidden_layers=4), tmp_path)
 
 
-@pytest.mark.parametrize("name, options", [*METHODS.items(), ("LORA on lm_head", {"target_modules": ["lm_head"]})])
+@pytest.mark.parametrize(
+    "name, options", [*METHODS.items(), ("LORA on lm_head", {"target_modules": ["lm_head"]})]
+)
 def test_kernels_leave_its_layers_as_they_are_and_compute_the_same(name, options):
-    """A linear layer inside one of PEFT's it may read or call; where it adapts lm_head, the loss sees it."""
+    """A linear layer inside one of PEFT's it may read or call; where it adapts lm_head, the loss
+    sees it."""
     model, tokens, results = random_model(), random_tokens(2, 20), []
     peft_methods.attach_peft(model, name.split()[0], options)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -102,8 +131,12 @@ def test_kernels_leave_its_layers_as_they_are_and_compute_the_same(name, options
     for kernels in (False, True):
         exchanged = accelerate(model)[0] if kernels else []
         loss = model.loss(tokens, tokens)
-        results.append(torch.cat([g.flatten() for g in (model(tokens), *torch.autograd.grad(loss, trainable))]))
-    assert "Attention.attend" in exchanged and ("Llama.loss" in exchanged) == (name != "LORA on lm_head")
+        results.append(
+            torch.cat([g.flatten() for g in (model(tokens), *torch.autograd.grad(loss, trainable))])
+        )
+    assert "Attention.attend" in exchanged and ("Llama.loss" in exchanged) == (
+        name != "LORA on lm_head"
+    )
     assert_close(*results, **of_model(model.config, 2))
     for wrapper in (module for module in model.modules() if module.__module__.startswith("peft")):
         inside = [module for module in wrapper.modules() if isinstance(module, nn.Linear)]
@@ -119,7 +152,8 @@ def test_a_mistake_in_the_model_is_a_traceback_and_what_peft_refuses_a_line(monk
     monkeypatch.setattr(MLP, "forward", forward)
     with pytest.raises(UserError, match="peft:LORA with .*no_such.* in float32: .*no_such"):
         peft_methods.attach_peft(random_model(), "LORA", {"no_such": 1})
-    monkeypatch.setattr(peft.tuners.lora.Linear, "_cast_input_dtype", torch.linalg.inv)  # fails where peft calls it
+    # Fails where peft calls it
+    monkeypatch.setattr(peft.tuners.lora.Linear, "_cast_input_dtype", torch.linalg.inv)
     with pytest.raises(UserError, match="peft:LORA with .*inv"):
         peft_methods.attach_peft(random_model(), "LORA", {"target_modules": ["q_proj"]})
 
@@ -150,10 +184,14 @@ def test_dropout_acts_in_training_alone(tmp_path, name, options):
 def test_layers_are_selected_among_those_in_which_something_trains(ckpt):
     """As with PEFT's layers_to_transform."""
     model = random_model(num_hidden_layers=6)
-    peft_methods.attach_peft(model, "LORA", {"target_modules": ["q_proj"], "layers_to_transform": [4, 5]})
+    peft_methods.attach_peft(
+        model, "LORA", {"target_modules": ["q_proj"], "layers_to_transform": [4, 5]}
+    )
     parameters = [p for p in model.parameters() if p.requires_grad]
     selector = rosa.LayerSelector(model, k_ratio=0.34, select_every=2)
-    assert (selector.count, selector.active) == (1, [4, 5]) and rosa.LayerSelector(model, 1.0).count == 2
+    assert (selector.count, selector.active) == (1, [4, 5]) and rosa.LayerSelector(
+        model, 1.0
+    ).count == 2
     losses, active = train(model, parameters, k_ratio=0.34, steps=6)
     assert len(active) == 1 and set(active) <= {4, 5} and losses[-1] < losses[0]
 
@@ -163,11 +201,15 @@ INITIAL = [True, False, "gaussian", "Gaussian", "pissa", "olora", "OLoRA", "orth
 
 @pytest.mark.parametrize("initial", [*INITIAL, "pissa_niter_4", "pissa_niter_16"])
 def test_an_adapter_reads_back_as_the_model_that_was_trained_however_it_began(tmp_path, initial):
-    """Some of PEFT's ways to begin change the base: it must be the same one when the adapter is read."""
+    """Some of PEFT's ways to begin change the base: it must be the same one when the adapter is
+    read."""
     options = {"init_lora_weights": initial, "r": 4, "target_modules": ["q_proj", "up_proj"]}
     model, tokens = random_model(), random_tokens(2, 20)
     if initial not in INITIAL:
-        with pytest.raises(UserError, match=f"peft:LORA with init_lora_weights '{initial}': peft draws the base anew"):
+        with pytest.raises(
+            UserError,
+            match=f"peft:LORA with init_lora_weights '{initial}': peft draws the base anew",
+        ):
             peft_methods.attach_peft(model, "LORA", options)
         return
     peft_methods.attach_peft(model, "LORA", options)
@@ -181,9 +223,13 @@ def test_where_nothing_in_a_layer_trains_layers_cannot_be_selected(ckpt, capsys)
     Path("options.json").write_text('{"target_modules": ["lm_head"]}')
     with pytest.raises(SystemExit) as stopped:
         train_script.run(
-            "--ckpt ckpt --method peft:LORA --peft-config options.json --k-ratio 0.5 --max-len 200".split()
+            "--ckpt ckpt --method peft:LORA --k-ratio 0.5 --max-len 200".split()
+            + ["--peft-config", "options.json"]
         )
-    line = "train.py: nothing that peft:LORA trains is in a layer, so no layer can be selected: --k-ratio 1\n"
+    line = (
+        "train.py: nothing that peft:LORA trains is in a layer, so no layer can be selected: "
+        "--k-ratio 1\n"
+    )
     assert stopped.value.code == 2 and capsys.readouterr().err.endswith(line)
 
 
@@ -195,7 +241,9 @@ def test_its_files_load_into_a_transformers_model(tmp_path, name):
     peft_methods.attach_peft(model, name, METHODS[name])
     train(model, [p for p in model.parameters() if p.requires_grad])
     peft_methods.save_adapter(model, tmp_path / "adapter")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", dtype=torch.float32
+    )
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     assert_close(model(tokens), theirs(tokens).logits, **of_model(model.config))
 
@@ -210,8 +258,14 @@ def test_our_lora_is_pefts(targets):
         for name, adapter in rosa.adapters(ours).items():
             theirs.get_submodule(name).lora_A["default"].weight.copy_(adapter.A)
     trainable = [[p for p in model.parameters() if p.requires_grad] for model in (ours, theirs)]
-    losses = [train(model, each, adamw=smooth_adamw())[0] for model, each in zip((ours, theirs), trainable)]
-    assert losses[0] == near(losses[1], **of_model(ours.config, 2 * 5)) and losses[0][-1] < losses[0][0] - 0.1
+    losses = [
+        train(model, each, adamw=smooth_adamw())[0]
+        for model, each in zip((ours, theirs), trainable)
+    ]
+    assert (
+        losses[0] == near(losses[1], **of_model(ours.config, 2 * 5))
+        and losses[0][-1] < losses[0][0] - 0.1
+    )
 
 
 REFUSED = [
@@ -237,4 +291,8 @@ def test_adapters_from_elsewhere_that_we_do_not_implement_run_by_peft(tmp_path):
     for parameter in (parameter for parameter in theirs.parameters() if parameter.requires_grad):
         parameter.data *= 1.5
     theirs.save_pretrained(tmp_path)
-    assert_close(peft_methods.load_adapter(model, tmp_path)(tokens), theirs.model(tokens), **of_model(model.config))
+    assert_close(
+        peft_methods.load_adapter(model, tmp_path)(tokens),
+        theirs.model(tokens),
+        **of_model(model.config),
+    )

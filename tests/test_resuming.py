@@ -1,4 +1,5 @@
-"""Statements about extras/runs.py: whatever ends a run, and whenever, it can go on, and ends in the same bytes."""
+"""Statements about extras/runs.py: whatever ends a run, and whenever, it can go on, and ends in the
+same bytes."""
 
 import functools
 import json
@@ -31,14 +32,17 @@ from extras.checkpoints import choose_device_and_dtype
 from model import Llama
 
 RUN = (
-    "--ckpt ckpt --max-steps 10 --batch-size 4 --val-size 8 --eval-every 3 --save-every 2 --select-every 3 "
+    "--ckpt ckpt --max-steps 10 --batch-size 4 --val-size 8 --eval-every 3 --save-every 2 "
+    "--select-every 3 "
     "--score-ema 0.5 --lr 1e-2 --device cpu --dtype float32 --out out"
 ).split()
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
 
 def write_model(seed=0):
-    random_model(seed, vocab_size=1024, num_hidden_layers=2, max_position_embeddings=512).save_pretrained("ckpt")
+    random_model(
+        seed, vocab_size=1024, num_hidden_layers=2, max_position_embeddings=512
+    ).save_pretrained("ckpt")
 
 
 @pytest.fixture
@@ -78,10 +82,15 @@ def contents(out="out"):
     """What a run left, times, memory and where its checkpoint lies aside."""
     left = files(out)
     if "adapter_config.json" in left:
-        left["adapter_config.json"] = json.loads(left["adapter_config.json"]) | {"base_model_name_or_path": 0}
+        left["adapter_config.json"] = json.loads(left["adapter_config.json"]) | {
+            "base_model_name_or_path": 0
+        }
     left["log.jsonl"] = [record | {"seconds": 0} for record in read_log(out)]
     left["args.json"] = json.loads(left["args.json"]) | {"resume": 0, "overwrite": 0, "out": 0}
-    left["summary.json"] = json.loads(left["summary.json"]) | {"tokens_per_second": 0, "peak_memory": 0}
+    left["summary.json"] = json.loads(left["summary.json"]) | {
+        "tokens_per_second": 0,
+        "peak_memory": 0,
+    }
     return left
 
 
@@ -91,7 +100,9 @@ def rewrite(file, **changes):
 
 def state(out="out"):
     with safe_open(Path(out) / "state.safetensors", framework="pt") as file:
-        return json.loads(file.metadata()["progress"]), {name: file.get_tensor(name) for name in file.keys()}
+        return json.loads(file.metadata()["progress"]), {
+            name: file.get_tensor(name) for name in file.keys()
+        }
 
 
 def at_save(patch, act):
@@ -115,10 +126,12 @@ def run_until(last, *arguments):
 
 
 def life(arguments, fatal, count):
-    """A process that trains, and kills itself at its touch of the disk number `fatal`: before or after a file is
-    flushed, renamed or deleted, or amid the tensors. `count` is the number of touches so far."""
+    """A process that trains, and kills itself at its touch of the disk number `fatal`: before or
+    after a file is flushed, renamed or deleted, or amid the tensors. `count` is the number of
+    touches so far."""
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its usual one is a semaphore of the system, which a killed process leaves behind
+    # Its usual one is a semaphore of the system, which a killed process leaves behind
+    tqdm.set_lock(threading.RLock())
     tasks.TOY_SIZES["train"] = 40
 
     def touch():
@@ -142,7 +155,9 @@ def life(arguments, fatal, count):
         touch()
         path.write_bytes(whole)
 
-    os.replace, os.fsync, os.unlink, Path.unlink = map(around, (os.replace, os.fsync, os.unlink, Path.unlink))
+    os.replace, os.fsync, os.unlink, Path.unlink = map(
+        around, (os.replace, os.fsync, os.unlink, Path.unlink)
+    )
     runs.save_file = half_saved
     with open("printed.txt", "a") as printed:
         os.dup2(printed.fileno(), 1)
@@ -158,7 +173,9 @@ def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, option
 
     def live(*more, fatal=None, seconds=60):
         count.value = 0
-        child = processes.Process(target=life, args=([*RUN, "--max-steps", "20", *more], fatal, count))
+        child = processes.Process(
+            target=life, args=([*RUN, "--max-steps", "20", *more], fatal, count)
+        )
         child.start()
         child.join(seconds)
         child.kill()
@@ -166,7 +183,8 @@ def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, option
         assert child.exitcode in (0, -signal.SIGKILL), Path("printed.txt").read_text()
         return child.exitcode
 
-    live("--max-steps", "1", "--out", "first")  # the time that the server takes to start is not the run's
+    # The time that the server takes to start is not the run's
+    live("--max-steps", "1", "--out", "first")
     begin = time.monotonic()
     assert live("--out", "whole") == 0 and count.value > 80
     touches, seconds = count.value, time.monotonic() - begin
@@ -175,13 +193,18 @@ def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, option
         rewrite("out/args.json", seed=9)
 
     def begun():
-        return Path("out/args.json").exists() and json.loads(Path("out/args.json").read_text())["seed"] == 0
+        return (
+            Path("out/args.json").exists()
+            and json.loads(Path("out/args.json").read_text())["seed"] == 0
+        )
 
     rng, kills, steps = random.Random(0), 0, []
     while kills < 15:
         fatal = rng.randint(1, touches // 4) if rng.random() < 0.7 else None
         resume = ["--resume"] if begun() else options
-        kills += live(*resume, fatal=fatal, seconds=60 if fatal else rng.uniform(0, seconds / 2)) != 0
+        kills += (
+            live(*resume, fatal=fatal, seconds=60 if fatal else rng.uniform(0, seconds / 2)) != 0
+        )
         if begun() and Path("out/state.safetensors").exists():
             steps.append(state()[0]["step"])  # whole at every moment, and so is the best adapter
             rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
@@ -200,7 +223,10 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(ckpt, options):
     if "peft:LORA" in options:
         pytest.importorskip("peft")
         Path("dropout.json").write_text('{"lora_dropout": 0.5}')
-    arguments = [*"--max-steps 6 --save-every 1 --select-every 2 --k-ratio 0.5".split(), *options.split()]
+    arguments = [
+        *"--max-steps 6 --save-every 1 --select-every 2 --k-ratio 0.5".split(),
+        *options.split(),
+    ]
     run_until(4, *arguments)  # before a selection of layers
     for name in runs.LOGS:  # it had gone on beyond what was saved, and was stopped amid a line
         with open(Path("out", name), "a") as log:
@@ -210,14 +236,19 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(ckpt, options):
 
 
 def test_moments_go_by_the_names_of_their_parameters_whatever_the_order_of_these(ckpt, monkeypatch):
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))  # a sum, which rounds by the order
+    # A sum, which rounds by the order
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))
     run("--max-steps", 4, "--out", "plain order")
     run_until(2, "--max-steps", 4)
     _, tensors = state()
     moments = {name.removesuffix(".exp_avg") for name in tensors if name.endswith(".exp_avg")}
-    assert moments and {name.replace("optimizer.", "trainable.") for name in moments} < tensors.keys()
+    assert (
+        moments and {name.replace("optimizer.", "trainable.") for name in moments} < tensors.keys()
+    )
     listed = Llama.named_parameters
-    monkeypatch.setattr(Llama, "named_parameters", lambda self, **how: reversed(list(listed(self, **how))))
+    monkeypatch.setattr(
+        Llama, "named_parameters", lambda self, **how: reversed(list(listed(self, **how)))
+    )
     run("--max-steps", 4, "--resume")
     assert contents() == contents("plain order")
 
@@ -226,7 +257,8 @@ def test_what_the_end_of_a_run_adds_is_made_up_for(ckpt):
     shutil.copytree(whole(), "out")
     for name in ("summary.json", "run.png"):
         Path("out", name).unlink(missing_ok=True)
-    for leftover in ("adapter_config.json.partial", ".tmpa1B2c3"):  # the second as safetensors names what it writes
+    # The second as safetensors names what it writes
+    for leftover in ("adapter_config.json.partial", ".tmpa1B2c3"):
         Path("out", leftover).write_text("{")
     run("--resume")
     assert contents() == contents(whole())
@@ -236,9 +268,16 @@ MOMENTS = [(signal.SIGINT, 130, "before_forward", 5), (signal.SIGTERM, 143, "aft
 
 
 @pytest.mark.parametrize("number, code, moment, last", MOMENTS)
-def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, code, moment, last, monkeypatch, capsys):
-    """One that comes when the gradients of all processes are added up already is for the next step."""
-    plain, calls, handlers = getattr(rosa.LayerSelector, moment), [], [signal.getsignal(n) for n in SIGNALS]
+def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(
+    ckpt, number, code, moment, last, monkeypatch, capsys
+):
+    """One that comes when the gradients of all processes are added up already is for the next
+    step."""
+    plain, calls, handlers = (
+        getattr(rosa.LayerSelector, moment),
+        [],
+        [signal.getsignal(n) for n in SIGNALS],
+    )
 
     def signalled(*inputs):
         calls.append(inputs)
@@ -252,9 +291,9 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, cod
     assert stopped == code and len(read_log("a run")) == 1 + last
     assert [signal.getsignal(n) for n in SIGNALS] == handlers  # as they were
     stop, _, command = line.partition(". To go on: ")
-    assert (
-        stop
-        == f"train.py: stopped after step {last}; the adapter kept is the best so far, of step {best_step('a run')}"
+    assert stop == (
+        f"train.py: stopped after step {last}; the adapter kept is the best so far, of step "
+        f"{best_step('a run')}"
     )
     python, script, *resuming = shlex.split(command)
     assert (python, Path(script).resolve()) == ("python", Path(train.__file__).resolve())
@@ -264,13 +303,22 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(ckpt, number, cod
 
 
 @pytest.mark.parametrize("last", [0, 3, 10])
-def test_a_validation_is_made_when_the_step_is_saved_and_made_up_for_if_it_was_not(ckpt, monkeypatch, capsys, last):
+def test_a_validation_is_made_when_the_step_is_saved_and_made_up_for_if_it_was_not(
+    ckpt, monkeypatch, capsys, last
+):
     """Every third step is validated; every second is saved."""
     with monkeypatch.context() as patch:
         validations, validate = iter([0, 3, 6, 9, 10]), train.validate
-        patch.setattr(train, "validate", lambda *given: interrupt() if next(validations) == last else validate(*given))
+        patch.setattr(
+            train,
+            "validate",
+            lambda *given: interrupt() if next(validations) == last else validate(*given),
+        )
         assert ends(capsys)[0] == 130
-    assert state()[0]["step"] == last == read_log("out")[-1]["step"] and "val_loss" not in read_log("out")[-1]
+    assert (
+        state()[0]["step"] == last == read_log("out")[-1]["step"]
+        and "val_loss" not in read_log("out")[-1]
+    )
     run("--resume")
     assert contents() == contents(whole())
 
@@ -282,14 +330,19 @@ def test_a_second_signal_ends_a_run_at_once_which_the_first_says(monkeypatch, ca
     noting.note_signals()
     handlers[signal.SIGINT](signal.SIGINT, None)
     assert noting.signals == [signal.SIGINT] and handlers == dict.fromkeys(SIGNALS, signal.SIG_DFL)
-    assert "a second time ends it at once, and then what is saved is step 0\n" in capfd.readouterr().err
+    assert (
+        "a second time ends it at once, and then what is saved is step 0\n"
+        in capfd.readouterr().err
+    )
 
 
 def test_an_interruption_while_loading_is_a_line(ckpt, monkeypatch, capsys):
     monkeypatch.setattr(Llama, "from_pretrained", interrupt)
     with pytest.raises(SystemExit) as stopped:
         eval_script.run("--ckpt ckpt --limit 1".split())
-    assert stopped.value.code == 130 and capsys.readouterr().err.startswith("eval.py: interrupted. What was scored")
+    assert stopped.value.code == 130 and capsys.readouterr().err.startswith(
+        "eval.py: interrupted. What was scored"
+    )
 
 
 # --- another run is not taken for this one ---
@@ -297,7 +350,10 @@ def test_an_interruption_while_loading_is_a_line(ckpt, monkeypatch, capsys):
 
 def test_what_auto_has_come_to_is_part_of_the_run(ckpt):
     run("--dtype", "auto", "--max-steps", 1)
-    assert json.loads(Path("out/args.json").read_text())["dtype"] == str(choose_device_and_dtype("cpu")[1])[6:]
+    assert (
+        json.loads(Path("out/args.json").read_text())["dtype"]
+        == str(choose_device_and_dtype("cpu")[1])[6:]
+    )
 
 
 def test_a_run_is_not_begun_over_another_unless_asked_to(ckpt, monkeypatch, capsys):
@@ -306,7 +362,8 @@ def test_a_run_is_not_begun_over_another_unless_asked_to(ckpt, monkeypatch, caps
     code, line = ends(capsys, "--seed", 1)
     assert code == 2 and files() == before
     assert line.endswith(
-        "--out out holds a run already: --resume goes on with it, --overwrite starts anew, --out NAME keeps both"
+        "--out out holds a run already: --resume goes on with it, --overwrite starts anew, --out "
+        "NAME keeps both"
     )
     # A run that starts anew and dies before its first step leaves nothing of the old one to resume.
     with monkeypatch.context() as patch:
@@ -317,7 +374,9 @@ def test_a_run_is_not_begun_over_another_unless_asked_to(ckpt, monkeypatch, caps
     assert contents() == contents(whole("--seed", "1"))
 
 
-def test_what_is_left_of_a_run_that_another_was_about_to_replace_is_no_run(ckpt, monkeypatch, capsys):
+def test_what_is_left_of_a_run_that_another_was_about_to_replace_is_no_run(
+    ckpt, monkeypatch, capsys
+):
     shutil.copytree(whole(), "out")
     unlink = Path.unlink
 
@@ -341,7 +400,9 @@ def forget_format():
 
 def another_dtype():
     tensors = load_file("ckpt/model.safetensors")
-    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, "ckpt/model.safetensors")
+    save_file(
+        {name: tensor.bfloat16() for name, tensor in tensors.items()}, "ckpt/model.safetensors"
+    )
 
 
 def write_examples(end=""):
@@ -352,10 +413,16 @@ def write_examples(end=""):
 
 CHANGES = {
     "in format 1 and not 3: --overwrite starts anew": ("", forget_format),
-    "in format 2 and not 3: --overwrite starts anew": ("", lambda: rewrite("out/args.json", format=2)),
+    "in format 2 and not 3: --overwrite starts anew": (
+        "",
+        lambda: rewrite("out/args.json", format=2),
+    ),
     "has --lr 0.01, not 0.02": ("--lr 2e-2", lambda: None),
     "has --dtype float32, not bfloat16": ("--dtype bfloat16", lambda: None),
-    "config.json of the checkpoint differ": ("", lambda: rewrite("ckpt/config.json", rope_theta=5e5)),
+    "config.json of the checkpoint differ": (
+        "",
+        lambda: rewrite("ckpt/config.json", rope_theta=5e5),
+    ),
     "tensors of the checkpoint differ": ("", another_dtype),
     "final norm of the checkpoint differ": ("", lambda: write_model(1)),
     "examples differ": ("", lambda: write_examples("!")),
@@ -395,7 +462,9 @@ def test_resuming_something_else_is_refused_and_the_difference_named(ckpt, capsy
 def small_disk(ckpt):
     """`out`, a file system of its own, too small for the moments of AdamW beside the adapters."""
     Path("out").mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", "out"], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", "out"], capture_output=True
+    ).returncode:
         pytest.skip("only root can make a file system")
     yield
     subprocess.run(["umount", "out"], check=True)
@@ -407,7 +476,8 @@ def assert_stops_in_a_line(capsys, error):
     assert code == 1 and "cannot write out/" in line and error in line and line.endswith("--resume")
     assert state()[0]["step"] < 10
     rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
-    assert not list(Path("out").glob("*.safetensors.partial"))  # what could not be saved takes no room
+    # What could not be saved takes no room
+    assert not list(Path("out").glob("*.safetensors.partial"))
 
 
 def test_a_full_disk_ends_the_run_in_a_line_and_it_goes_on_once_there_is_room(small_disk, capsys):
@@ -419,14 +489,24 @@ def test_a_full_disk_ends_the_run_in_a_line_and_it_goes_on_once_there_is_room(sm
 
 TROUBLES = {
     "read-only": ("os.replace", "state.safetensors", OSError(30, "Read-only file system")),
-    "a disk that cannot flush": ("extras.runs.flush", "log.jsonl", OSError(5, "Input/output error")),
+    "a disk that cannot flush": (
+        "extras.runs.flush",
+        "log.jsonl",
+        OSError(5, "Input/output error"),
+    ),
     "no permission": ("builtins.open", "log.jsonl", PermissionError(13, "Permission denied")),
-    "no space": ("rosa.save_file", "adapter_model", SafetensorError("I/O error: No space left on device")),
+    "no space": (
+        "rosa.save_file",
+        "adapter_model",
+        SafetensorError("I/O error: No space left on device"),
+    ),
 }
 
 
 @pytest.mark.parametrize("function, file, error", TROUBLES.values(), ids=TROUBLES)
-def test_what_cannot_be_written_ends_a_run_in_a_line(ckpt, monkeypatch, capsys, function, file, error):
+def test_what_cannot_be_written_ends_a_run_in_a_line(
+    ckpt, monkeypatch, capsys, function, file, error
+):
     works = pkgutil.resolve_name(function)
 
     def broken(*inputs, **options):  # on that file, from step 3 on
@@ -443,7 +523,9 @@ def test_what_cannot_be_written_ends_a_run_in_a_line(ckpt, monkeypatch, capsys, 
     assert contents() == contents(whole())
 
 
-def test_a_directory_that_vanished_ends_the_run_in_a_line_and_is_not_made_again(ckpt, capsys, monkeypatch):
+def test_a_directory_that_vanished_ends_the_run_in_a_line_and_is_not_made_again(
+    ckpt, capsys, monkeypatch
+):
     losses = iter(range(9, 0, -1))  # each is the best so far, which is to be saved
     monkeypatch.setattr(train, "validate", lambda *_: shutil.rmtree("out") or next(losses))
     code, line = ends(capsys)
@@ -458,7 +540,8 @@ def spoil(patch, steps, what):
     """Make the gradient of these steps, and with "loss" their loss too, not a number."""
 
     def spoiled(_, model, loss, signals):
-        if len(read_log("out")) - 1 not in steps:  # steps are counted from 0, and the first line is no step's
+        # Steps are counted from 0, and the first line is no step's
+        if len(read_log("out")) - 1 not in steps:
             return loss, signals
         for parameter in model.parameters():
             if parameter.grad is not None:
@@ -476,29 +559,45 @@ def test_a_step_that_is_not_finite_is_not_applied(ckpt, monkeypatch, capsys, wha
     run("--save-every", 1)
     log = read_log("out")
     assert [record["step"] for record in log if record.get("skipped")] == [1, 5, 6, 8]
-    assert all((record["loss"] is None) == (record.get("skipped", False) and what == "loss") for record in log[1:])
-    assert [progress["step"] for progress, _ in states] == [0, 2, 3, 4, 7, 9, 10]  # every state is a good one
+    assert all(
+        (record["loss"] is None) == (record.get("skipped", False) and what == "loss")
+        for record in log[1:]
+    )
+    # Every state is a good one
+    assert [progress["step"] for progress, _ in states] == [0, 2, 3, 4, 7, 9, 10]
     updates = []
     for _, tensors in states:
         assert all(tensor.isfinite().all() for tensor in tensors.values())
-        updates.append(max((t.item() for name, t in tensors.items() if name.endswith(".step")), default=0))
+        updates.append(
+            max((t.item() for name, t in tensors.items() if name.endswith(".step")), default=0)
+        )
     assert updates == [0, 1, 2, 3, 4, 5, 6]
-    assert [len(record["active_layers"]) for record in log[1:]] == [2] + [1] * 9  # all, until a probe succeeds
+    # All, until a probe succeeds
+    assert [len(record["active_layers"]) for record in log[1:]] == [2] + [1] * 9
     assert [record["step"] for record in read_log("out", "layers.jsonl")] == [2, 4, 7, 10]
     assert capsys.readouterr().out.count("not applied: loss ") == 4
 
 
-def test_three_such_steps_in_a_row_end_the_run_and_it_goes_on_from_the_state_before(ckpt, monkeypatch, capsys):
+def test_three_such_steps_in_a_row_end_the_run_and_it_goes_on_from_the_state_before(
+    ckpt, monkeypatch, capsys
+):
     with monkeypatch.context() as patch:
         spoil(patch, (5, 6, 7), "loss")
         code, line = ends(capsys)
         assert code == 1 and "step 8 was the third in a row" in line and "loss nan" in line
-        assert "The last good state, of step 4, is in out/state.safetensors" in line and state()[0]["step"] == 4
+        assert (
+            "The last good state, of step 4, is in out/state.safetensors" in line
+            and state()[0]["step"] == 4
+        )
         examples, tokenizer = tasks.train_examples("toy", ""), train.load_tokenizer("ckpt")
         train_set, _, places, _ = train.load_data(train.parse_args(RUN), tokenizer)
-        batch = train.make_batches([len(prompt) + len(response) for prompt, response in train_set], 4, "0 0")[7]
+        batch = train.make_batches(
+            [len(prompt) + len(response) for prompt, response in train_set], 4, "0 0"
+        )[7]
         assert f"examples {[places[i] for i in batch]}" in line
-        assert [tasks.encode_example(examples[places[i]], tokenizer) for i in batch] == [train_set[i] for i in batch]
+        assert [tasks.encode_example(examples[places[i]], tokenizer) for i in batch] == [
+            train_set[i] for i in batch
+        ]
         assert ends(capsys, "--resume")[1] == line
     run("--resume")
     assert contents() == contents(whole())

@@ -1,4 +1,5 @@
-"""Statements about RoAE: which dimensions it moves, what it leaves alone, how it merges, saves and loads."""
+"""Statements about RoAE: which dimensions it moves, what it leaves alone, how it merges, saves and
+loads."""
 
 import json
 import math
@@ -7,7 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import OFFSET, assert_same_tensors, random_model, random_tokens, randomise_adapters, seed_torch
+from conftest import (
+    OFFSET,
+    assert_same_tensors,
+    random_model,
+    random_tokens,
+    randomise_adapters,
+    seed_torch,
+)
 from rounding import assert_close, of_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,9 +28,16 @@ from rosa import TARGETS, RoAE, adapters, attach, load_adapter, merge, save_adap
 
 pytestmark = pytest.mark.numeric
 # Rows of a projection with 2 heads of d = 8: pairs (i, i + 4), the slow ones last.
-LOW = {0.25: [3, 7, 11, 15], 0.5: [2, 3, 6, 7, 10, 11, 14, 15], 0.01: [3, 7, 11, 15], 1.0: list(range(16))}
+LOW = {
+    0.25: [3, 7, 11, 15],
+    0.5: [2, 3, 6, 7, 10, 11, 14, 15],
+    0.01: [3, 7, 11, 15],
+    1.0: list(range(16)),
+}
 ALL = "q,k,v,o,gate,up,down"
-both_ways = pytest.mark.parametrize("forward", [RoAE.forward, roae_forward], ids=["plain", "kernel"])
+both_ways = pytest.mark.parametrize(
+    "forward", [RoAE.forward, roae_forward], ids=["plain", "kernel"]
+)
 
 
 @both_ways
@@ -31,7 +46,11 @@ def test_only_the_slow_pairs_of_every_head_are_adapted(ratio, forward):
     seed_torch(0)
     linear, x = nn.Linear(5, 16), torch.randn(7, 5)
     adapter = RoAE(linear, num_heads=2, rank=3, alpha=6, low_freq_ratio=ratio)
-    assert adapter.rows.tolist() == LOW[ratio] and adapter.B.shape == (len(LOW[ratio]), 3) and adapter.A.shape == (3, 5)
+    assert (
+        adapter.rows.tolist() == LOW[ratio]
+        and adapter.B.shape == (len(LOW[ratio]), 3)
+        and adapter.A.shape == (3, 5)
+    )
     nn.init.normal_(adapter.B)
     expected = linear(x)
     expected[:, LOW[ratio]] += 2 * x @ adapter.A.T @ adapter.B.T
@@ -41,10 +60,13 @@ def test_only_the_slow_pairs_of_every_head_are_adapted(ratio, forward):
 @pytest.mark.parametrize("ratio", LOW)
 @pytest.mark.parametrize("pairs", ["low", "high", "random"])
 def test_the_ablations_adapt_as_many_other_pairs(ratio, pairs):
-    adapter = RoAE(nn.Linear(5, 64), 2, rank=3, alpha=6, low_freq_ratio=ratio, pairs=pairs)  # 2 heads of d = 32
+    # 2 heads of d = 32
+    adapter = RoAE(nn.Linear(5, 64), 2, rank=3, alpha=6, low_freq_ratio=ratio, pairs=pairs)
     rows = adapter.rows.view(2, 2, -1)  # [heads, halves of a pair, pairs]
     n = max(1, round(ratio * 16))
-    assert torch.equal(rows[:, 0] + 16, rows[:, 1]) and rows.numel() == rows.unique().numel() == 4 * n == len(adapter.B)
+    assert torch.equal(
+        rows[:, 0] + 16, rows[:, 1]
+    ) and rows.numel() == rows.unique().numel() == 4 * n == len(adapter.B)
     chosen = [set((head[0] % 32).tolist()) for head in rows]
     low, high = set(range(16 - n, 16)), set(range(n))
     if pairs != "random":
@@ -55,21 +77,31 @@ def test_the_ablations_adapt_as_many_other_pairs(ratio, pairs):
 
 @pytest.mark.parametrize("pairs", ["high", "random"])
 def test_the_ablations_merge_save_and_load(tmp_path, pairs):
-    model, tokens = randomise_adapters(attach(random_model(), 4, 8, 0.5, "q,k,v", pairs)), random_tokens(2, 20)
+    model, tokens = (
+        randomise_adapters(attach(random_model(), 4, 8, 0.5, "q,k,v", pairs)),
+        random_tokens(2, 20),
+    )
     adapted = model(tokens)
     save_adapter(model, tmp_path)
     assert torch.equal(load_adapter(random_model(), tmp_path)(tokens), adapted)
-    with pytest.raises(ValueError, match=rf"has .*'pairs': '{pairs}'.*, the adapters of the model have .*'low'"):
+    with pytest.raises(
+        ValueError, match=rf"has .*'pairs': '{pairs}'.*, the adapters of the model have .*'low'"
+    ):
         load_adapter(attach(random_model(), 4, 8, 0.5, "q,k,v"), tmp_path)
     assert_close(merge(model)(tokens), adapted, **of_model(model.config))
 
 
 @both_ways
-@pytest.mark.parametrize("ratio, pairs", [*((ratio, "low") for ratio in LOW), (0.5, "high"), (0.5, "random")])
+@pytest.mark.parametrize(
+    "ratio, pairs", [*((ratio, "low") for ratio in LOW), (0.5, "high"), (0.5, "random")]
+)
 @pytest.mark.parametrize("input_needs_gradient", [False, True])
 def test_gradients_are_those_of_the_dense_update(ratio, pairs, input_needs_gradient, forward):
     seed_torch(0)
-    linear, x = nn.Linear(5, 16).requires_grad_(False), torch.randn(2, 7, 5, requires_grad=input_needs_gradient)
+    linear, x = (
+        nn.Linear(5, 16).requires_grad_(False),
+        torch.randn(2, 7, 5, requires_grad=input_needs_gradient),
+    )
     adapter = RoAE(linear, 2, rank=3, alpha=6, low_freq_ratio=ratio, pairs=pairs)
     nn.init.normal_(adapter.B)
     wanted = [adapter.A, adapter.B] + [x] * input_needs_gradient
@@ -100,7 +132,9 @@ def outputs_of_projections(model, tokens):
     def recording(name):
         return lambda module, inputs, output: outputs.update({name: output.detach().clone()})
 
-    projections = [(name, m) for name, m in model.model.layers[0].named_modules() if name.endswith("_proj")]
+    projections = [
+        (name, m) for name, m in model.model.layers[0].named_modules() if name.endswith("_proj")
+    ]
     hooks = [module.register_forward_hook(recording(name)) for name, module in projections]
     model(tokens)
     for hook in hooks:
@@ -113,30 +147,42 @@ def test_trained_adapters_change_the_low_frequency_dimensions_of_q_and_k_alone(m
     before = outputs_of_projections(model, tokens)
     randomise_adapters(attach(model, rank=4, alpha=8, low_freq_ratio=0.25))
     after = outputs_of_projections(model, tokens)
-    changed = {name: (after[name] != before[name]).any(dim=(0, 1)).nonzero().flatten().tolist() for name in before}
-    assert changed["self_attn.q_proj"] == [3, 7, 11, 15, 19, 23, 27, 31]  # 4 heads of d = 8, one pair each
+    changed = {
+        name: (after[name] != before[name]).any(dim=(0, 1)).nonzero().flatten().tolist()
+        for name in before
+    }
+    # 4 heads of d = 8, one pair each
+    assert changed["self_attn.q_proj"] == [3, 7, 11, 15, 19, 23, 27, 31]
     assert changed["self_attn.k_proj"] == [3, 7, 11, 15]  # 2 heads
     assert changed["self_attn.v_proj"] == []
 
 
 def test_scores_depend_on_relative_position_only():
     seed_torch(0)
-    model = randomise_adapters(attach(random_model(dtype=torch.float64), rank=4, alpha=8, low_freq_ratio=0.5))
+    model = randomise_adapters(
+        attach(random_model(dtype=torch.float64), rank=4, alpha=8, low_freq_ratio=0.5)
+    )
     attention, x = model.model.layers[0].self_attn, torch.randn(1, 10, 32, dtype=torch.float64)
 
     def scores(first_position):
         cos, sin = rope_table(first_position + torch.arange(10), model.inv_freq)
         projections = attention.q_proj, attention.k_proj
-        q, k = (rotate(project(x).view(1, 10, -1, 8).transpose(1, 2), cos, sin) for project in projections)
+        q, k = (
+            rotate(project(x).view(1, 10, -1, 8).transpose(1, 2), cos, sin)
+            for project in projections
+        )
         return q @ k.repeat_interleave(2, dim=1).transpose(2, 3)
 
-    # In float32 the angle of position 1,009 is off by 1,009 radians' rounding, and turns q and k apart by that much.
+    # In float32 the angle of position 1,009 is off by 1,009 radians' rounding, and turns q and k
+    # apart by that much.
     off = (scores(0) - scores(1000)).abs().max()
     assert off < 1009 * torch.finfo(torch.float32).eps * scores(0).abs().max()
     assert (scores(0) - scores(0).mean()).abs().max() > 1
 
 
-@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2"}, {"attention_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"model_type": "qwen2"}, {"attention_bias": True, "mlp_bias": True}]
+)
 @pytest.mark.parametrize("ratio, targets", [(0.25, "q,k"), (1.0, ALL), (0.5, "k,v,down")])
 def test_merged_equals_unmerged_and_its_layers_are_those_from_before(changes, ratio, targets):
     model, tokens = random_model(**changes), random_tokens(2, 30)
@@ -158,9 +204,13 @@ def test_merging_into_bfloat16_rounds_each_weight_once():
     merge(exact), merge(rounded)
     for a, b in zip(exact.parameters(), rounded.parameters()):
         if a.shape == (32, 32) or a.shape == (16, 32):
-            assert torch.equal(a.to(torch.bfloat16), b) or (a - b.float()).abs().max() <= a.abs().max() / 2**8
+            assert (
+                torch.equal(a.to(torch.bfloat16), b)
+                or (a - b.float()).abs().max() <= a.abs().max() / 2**8
+            )
     q = rounded.model.layers[0].self_attn.q_proj.weight
-    assert torch.equal(q, exact.model.layers[0].self_attn.q_proj.weight.to(torch.bfloat16))  # both sums in float32
+    # Both sums in float32
+    assert torch.equal(q, exact.model.layers[0].self_attn.q_proj.weight.to(torch.bfloat16))
 
 
 def test_merging_into_float64_adds_up_in_float64_and_leaves_the_other_rows_as_they_are():
@@ -202,10 +252,18 @@ def test_the_number_of_trainable_parameters_and_their_names(model):
     assert trainable.keys() == {f"{name}.{factor}" for name in adapters(model) for factor in "AB"}
 
 
-REFUSED = [({"rank": 0}, "rank"), ({"rank": 1.5}, "rank"), ({"alpha": 0}, "alpha"), ({"alpha": math.nan}, "alpha")]
+REFUSED = [
+    ({"rank": 0}, "rank"),
+    ({"rank": 1.5}, "rank"),
+    ({"alpha": 0}, "alpha"),
+    ({"alpha": math.nan}, "alpha"),
+]
 REFUSED += [({"low_freq_ratio": 0}, "low_freq_ratio"), ({"low_freq_ratio": 1.1}, "low_freq_ratio")]
 REFUSED += [({"targets": "q,x"}, "target 'x'"), ({"targets": ""}, "target ''")]
-REFUSED += [({"pairs": pairs}, f"pairs must be low, high or random, not '{pairs}'") for pairs in ("slow", "all")]
+REFUSED += [
+    ({"pairs": pairs}, f"pairs must be low, high or random, not '{pairs}'")
+    for pairs in ("slow", "all")
+]
 
 
 @pytest.mark.parametrize("arguments, message", REFUSED)
@@ -216,7 +274,9 @@ def test_settings_outside_their_range_are_refused(model, arguments, message):
 
 @pytest.mark.parametrize("targets", ["q,k,down", "down,k,q"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_the_seed_decides_the_adapters_drawn_on_the_cpu_by_layers_and_targets_whatever_their_order(targets, device):
+def test_the_seed_decides_the_adapters_drawn_on_the_cpu_by_layers_and_targets_whatever_their_order(
+    targets, device
+):
     model = random_model().to(device)
     seed_torch(0)
     attach(model, 4, targets=targets)
@@ -227,7 +287,8 @@ def test_the_seed_decides_the_adapters_drawn_on_the_cpu_by_layers_and_targets_wh
             A = layer.get_submodule(TARGETS[target]).A
             drawn = nn.init.kaiming_uniform_(torch.empty(A.shape), a=math.sqrt(5))
             assert A.is_meta or torch.equal(A, drawn)
-    assert torch.equal(torch.get_rng_state(), state)  # no more, and no fewer, on whatever device the model is
+    # No more, and no fewer, on whatever device the model is
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_model_takes_one_set_of_adapters(model):
@@ -246,7 +307,10 @@ def test_a_saved_adapter_loads_to_the_bit(tmp_path, ratio, targets):
     for model in (random_model(), attach(random_model(), 4, 6.5, ratio, targets)):
         assert_same_tensors(load_adapter(model, tmp_path), trained)
         assert torch.equal(model(tokens), trained(tokens))  # the same operations on the same values
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_the_file_is_a_peft_lora_with_zero_rows_outside_the_low_frequencies(tmp_path, model):
@@ -254,17 +318,32 @@ def test_the_file_is_a_peft_lora_with_zero_rows_outside_the_low_frequencies(tmp_
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     B = tensors["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"]
     assert B.shape == (16, 4) and B.any(dim=1).nonzero().flatten().tolist() == [3, 7, 11, 15]
-    assert tensors["base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"].shape == (4, 32)
+    assert tensors["base_model.model.model.layers.1.self_attn.k_proj.lora_A.weight"].shape == (
+        4,
+        32,
+    )
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 8, ["q_proj", "k_proj"])
-    metadata = {"rank": 4, "alpha": 8, "low_freq_ratio": 0.25, "targets": ["q", "k"], "pairs": "low"}
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (
+        4,
+        8,
+        ["q_proj", "k_proj"],
+    )
+    metadata = {
+        "rank": 4,
+        "alpha": 8,
+        "low_freq_ratio": 0.25,
+        "targets": ["q", "k"],
+        "pairs": "low",
+    }
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["rosa"]) == metadata == settings(model)
 
 
 def test_an_adapter_with_other_settings_is_refused_and_the_difference_named(tmp_path):
     save_adapter(attach(random_model(), 4, 8, 0.25), tmp_path)
-    has, have = (rf"'rank': {rank}, .*'low_freq_ratio': {ratio}" for rank, ratio in ((4, 0.25), (5, 0.5)))
+    has, have = (
+        rf"'rank': {rank}, .*'low_freq_ratio': {ratio}" for rank, ratio in ((4, 0.25), (5, 0.5))
+    )
     with pytest.raises(ValueError, match=rf"has .*{has}.* the adapters of the model have .*{have}"):
         load_adapter(attach(random_model(), 5, 8, 0.5), tmp_path)
 
@@ -272,7 +351,10 @@ def test_an_adapter_with_other_settings_is_refused_and_the_difference_named(tmp_
 def test_a_parameter_that_trains_and_would_be_lost_is_refused(tmp_path):
     model = attach(random_model(), 4, 8)
     model.model.layers[1].self_attn.head_scale = nn.Parameter(torch.ones(4))
-    with pytest.raises(ValueError, match="model.layers.1.self_attn.head_scale trains, and save_adapter would lose it"):
+    with pytest.raises(
+        ValueError,
+        match="model.layers.1.self_attn.head_scale trains, and save_adapter would lose it",
+    ):
         save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
     model.requires_grad_(False)
@@ -280,7 +362,10 @@ def test_a_parameter_that_trains_and_would_be_lost_is_refused(tmp_path):
 
 
 OTHER_MODELS = [
-    ({"num_hidden_layers": 4}, r"layers.3.self_attn.q_proj.lora_A.weight is absent, this one needs \[4, 32\]"),
+    (
+        {"num_hidden_layers": 4},
+        r"layers.3.self_attn.q_proj.lora_A.weight is absent, this one needs \[4, 32\]",
+    ),
     ({"num_hidden_layers": 2}, r"model.model.layers.2.* is \[4, 32\], this one needs absent"),
     ({"hidden_size": 16}, r"is \[4, 32\], this one needs \[4, 16\]"),
 ]
@@ -303,18 +388,33 @@ def test_an_adapter_that_carries_more_than_updates_of_layers_is_called_that(tmp_
     file = tmp_path / "adapter_model.safetensors"
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
-    save_file(load_file(file) | {f"base_model.model.{name}": torch.ones(97, 32)}, file, metadata=metadata)
-    with pytest.raises(ValueError, match=f"holds base_model.model.{name}, which is in no layer: let PEFT merge it"):
+    save_file(
+        load_file(file) | {f"base_model.model.{name}": torch.ones(97, 32)}, file, metadata=metadata
+    )
+    with pytest.raises(
+        ValueError, match=f"holds base_model.model.{name}, which is in no layer: let PEFT merge it"
+    ):
         load_adapter(random_model(), tmp_path)
 
 
 def test_a_peft_lora_from_elsewhere_loads_and_of_our_metadata_pairs_and_ratio_alone_count(tmp_path):
-    trained, tokens = randomise_adapters(attach(random_model(), 4, 8, 1.0, "q,v")), random_tokens(1, 9)
+    trained, tokens = (
+        randomise_adapters(attach(random_model(), 4, 8, 1.0, "q,v")),
+        random_tokens(1, 9),
+    )
     save_adapter(trained, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     metadata = {"rank": 9, "alpha": 1, "low_freq_ratio": 1.0, "dtype": "x"}
-    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"base_model_name_or_path": "pissa-7b"}
-    config |= {"init_lora_weights": True, "lora_dropout": 0.05, "bias": "none", "use_dora": False, "rank_pattern": {}}
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": "pissa-7b"
+    }
+    config |= {
+        "init_lora_weights": True,
+        "lora_dropout": 0.05,
+        "bias": "none",
+        "use_dora": False,
+        "rank_pattern": {},
+    }
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     for rosa in (None, {"rosa": json.dumps(metadata)}):
         save_file(load_file(file), file, metadata=rosa)

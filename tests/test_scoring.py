@@ -1,8 +1,8 @@
-"""Statements about scoring: what each response answers, which options a question has, how sure an accuracy is.
+"""Statements about scoring: what each response answers, which options a question has, how sure an
+accuracy is.
 
-LLM-Adapters' rule is kept, odd outcomes included, so that published numbers compare; where a row departs from it, it
-says so.
-"""
+LLM-Adapters' rule is kept, odd outcomes included, so that published numbers compare; where a row
+departs from it, it says so."""
 
 import random
 
@@ -62,7 +62,13 @@ NUMBERS = [
 LETTERS = [
     ("The answer is (C).", "C", "C", True),
     ("the answer is (C).", "C", "C", True),
-    ("\nRationale: A train travels 60 km. Because Bob is Early, it takes 2 hours.The answer is (D).", "D", "D", True),
+    (
+        "\nRationale: A train travels 60 km. Because Bob is Early, it takes 2 hours.The answer "
+        "is (D).",
+        "D",
+        "D",
+        True,
+    ),
     ("The answer is: B", "B", "B", True),
     ("The answer is **E**, not D", "E", "E", True),
     ("Answer: D", "D", "D", True),
@@ -97,7 +103,8 @@ LETTERS = [
     ("(b)", "B", "", False),
 ]
 
-# AQuA: a letter said to be the answer is the choice whatever comes after it, (response, letter); an article is none.
+# AQuA: a letter said to be the answer is the choice whatever comes after it, (response, letter); an
+# article is none.
 SAID = [
     ("Answer: A because the sum is 12", "A"),
     ("The answer is: A since B is too small", "A"),
@@ -131,7 +138,8 @@ BOOLEANS = [
     ("**true**", "true", "true", True),
     ("true/false", "false", "true", False),
     ("false, not true", "false", "false", True),
-    ("It is not true", "false", "true", False),  # the first option named counts, whatever is said of it
+    # The first option named counts, whatever is said of it
+    ("It is not true", "false", "true", False),
     ("True", "true", "", False),  # case counts
     ("TRUE", "true", "", False),
     ("untrue", "false", "", False),  # LLM-Adapters reads true
@@ -146,16 +154,23 @@ def numbered(word, last):
     """Rows for the options word1 ... word`last`."""
     one, two, end, title = f"{word}1", f"{word}2", f"{word}{last}", word.title()
     rows = [(f"the correct answer is {option}", option, option, True) for option in (two, end)]
-    rows += [(f"the correct answer is {one}.", two, one, False), (one, one, one, True), (f"**{one}**", one, one, True)]
+    rows += [
+        (f"the correct answer is {one}.", two, one, False),
+        (one, one, one, True),
+        (f"**{one}**", one, one, True),
+    ]
     rows += [
         (f"{one} or {two}", one, one, True),
         (f"{one} or {two}", two, one, False),
         (f"{two}/{one}", two, two, True),
     ]
-    rows += [(f"{word}12", one, one, True), (f"{two}{two}", two, two, True)]  # no question has so many options
+    # No question has so many options
+    rows += [(f"{word}12", one, one, True), (f"{two}{two}", two, two, True)]
     none = [f"{word}{last + 1}", f"{word}0", f"{word} 1", f"the {word} is 1", "I do not know", ""]
     none += [f"{title}2", f"{title} 1"]  # case counts
-    return rows + [(response, two if response == f"{title}2" else one, "", False) for response in none]
+    return rows + [
+        (response, two if response == f"{title}2" else one, "", False) for response in none
+    ]
 
 
 ANSWERS = numbered("answer", 5) + [("the correct answer is answer4", "answer4", "answer4", True)]
@@ -188,7 +203,10 @@ def test_a_letter_said_to_be_the_answer_is_the_choice_whatever_comes_after_it(re
 
 @pytest.mark.parametrize("name", TABLE)
 def test_no_response_whatever_is_an_error(name):
-    rng, characters = random.Random(0), "A B(C).,-0123456789e\n\u0661\uff12\u00b2\u2167\u00a0\x00truefalseanswer is"
+    rng, characters = (
+        random.Random(0),
+        "A B(C).,-0123456789e\n\u0661\uff12\u00b2\u2167\u00a0\x00truefalseanswer is",
+    )
     for _ in range(2000):
         response = "".join(rng.choices(characters, k=rng.randrange(40)))
         assert is_correct(name, response, "1") in (True, False)
@@ -196,28 +214,50 @@ def test_no_response_whatever_is_an_error(name):
 
 # --- options ---
 
-LISTED = {"boolq": ["true", "false"], "piqa": ["solution1", "solution2"], "winogrande": ["option1", "option2"]}
+LISTED = {
+    "boolq": ["true", "false"],
+    "piqa": ["solution1", "solution2"],
+    "winogrande": ["option1", "option2"],
+}
 LISTED |= {"hellaswag": [f"ending{i}" for i in range(1, 5)], "AQuA": ["A", "B", "C", "D"]}
 ANSWER_COUNTS = {"social_i_qa": 3, "ARC-Easy": 5, "ARC-Challenge": 3, "openbookqa": 4}
-LISTED |= {name: [f"answer{i}" for i in range(1, count + 1)] for name, count in ANSWER_COUNTS.items()}
+LISTED |= {
+    name: [f"answer{i}" for i in range(1, count + 1)] for name, count in ANSWER_COUNTS.items()
+}
 CHOOSE = "Please choose the correct answer to"
 INSTRUCTIONS = {
-    "boolq": "Please answer the following question with true or false, question: is it untrue that ice floats?\n\n",
-    "piqa": "Please choose the correct solution to the question: Dry a cup.\n\nSolution1: Use a cloth.\n\n"
-    "Solution2: Use a hose.\n\n",
-    "hellaswag": "Please choose the correct ending to complete the given sentence: Swimming: She dives and\n\n"
-    "Ending1: flies. Ending2: swims. Ending3: reads. Ending4: bakes.\n\n",
-    "winogrande": f"{CHOOSE} fill in the blank to complete the given sentence: The cup fits in the box as the _ is "
-    "small.\n\nOption1: cup Option2: box ",
+    "boolq": (
+        "Please answer the following question with true or false, question: is it untrue "
+        "that ice floats?\n\n"
+    ),
+    "piqa": (
+        "Please choose the correct solution to the question: Dry a cup.\n\nSolution1: Use a "
+        "cloth.\n\n"
+        "Solution2: Use a hose.\n\n"
+    ),
+    "hellaswag": (
+        "Please choose the correct ending to complete the given sentence: Swimming: She "
+        "dives and\n\n"
+        "Ending1: flies. Ending2: swims. Ending3: reads. Ending4: bakes.\n\n"
+    ),
+    "winogrande": (
+        f"{CHOOSE} fill in the blank to complete the given sentence: The cup fits in "
+        "the box as the _ is "
+        "small.\n\nOption1: cup Option2: box "
+    ),
     "social_i_qa": f"{CHOOSE} the question: Ann found a coat. What next?\n\n"
     "Answer1: eat it Answer2: return it Answer3: plant it\n\n",
     "ARC-Easy": f"{CHOOSE} the question: What is hot?\n\n"
     "Answer1: ice Answer2: the sun Answer3: snow Answer4: fog Answer5: dew\n\n",
-    "ARC-Challenge": f"{CHOOSE} the question: What melts?\n\nAnswer1: ice Answer2: sand Answer3: air\n\n",
+    "ARC-Challenge": (
+        f"{CHOOSE} the question: What melts?\n\nAnswer1: ice Answer2: sand Answer3: air\n\n"
+    ),
     "openbookqa": f"{CHOOSE} the question: Is the Answer format: answer5/answer4 odd?\n\n"
     "Answer1: no Answer2: yes Answer3: answer5 Answer4: both\n\n",
 }
-INSTRUCTIONS = {name: f"{text}Answer format: {'/'.join(LISTED[name])}" for name, text in INSTRUCTIONS.items()}
+INSTRUCTIONS = {
+    name: f"{text}Answer format: {'/'.join(LISTED[name])}" for name, text in INSTRUCTIONS.items()
+}
 INSTRUCTIONS["openbookqa"] += "\n"
 INSTRUCTIONS["AQuA"] = (
     "Pipe (A) fills a tub in 2 h and pipe (F) in 2 h. How long do both take? "
@@ -235,7 +275,9 @@ def test_the_options_are_those_that_the_instruction_lists_in_the_wording_of_the_
 
 @pytest.mark.parametrize("name", ["toy", *(name for name in TASKS["arithmetic"] if name != "AQuA")])
 def test_a_set_that_is_not_multiple_choice_has_no_options(name):
-    with pytest.raises(ValueError, match=f"^{name} is not multiple choice: choose from AQuA, boolq, .*openbookqa$"):
+    with pytest.raises(
+        ValueError, match=f"^{name} is not multiple choice: choose from AQuA, boolq, .*openbookqa$"
+    ):
         options(name, {"instruction": INSTRUCTIONS["ARC-Easy"] + INSTRUCTIONS["AQuA"]})
 
 
@@ -244,7 +286,15 @@ def test_an_instruction_with_fewer_than_two_options_is_named(name):
     marker = "Answer Choices:" if name == "AQuA" else "Answer format:"
     every = INSTRUCTIONS[name].rpartition(marker)[2]
     one = marker + every.split("(B)" if name == "AQuA" else "/")[0]
-    for instruction in ("", "A question\nof two lines", every, marker, f"{marker} yes/no", one, f"{one}/{one}"):
+    for instruction in (
+        "",
+        "A question\nof two lines",
+        every,
+        marker,
+        f"{marker} yes/no",
+        one,
+        f"{one}/{one}",
+    ):
         with pytest.raises(ValueError, match=f"^{name}: fewer than two options") as error:
             options(name, {"instruction": instruction})
         assert "\n" not in str(error.value) and repr(instruction[-60:]) in str(error.value)
@@ -253,8 +303,15 @@ def test_an_instruction_with_fewer_than_two_options_is_named(name):
 # --- the interval of an accuracy ---
 
 
-NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718)]  # 1998, table I
-OF_FEW = [(0, 10, 0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1), (0, 1, 0, 0.7935), (1, 1, 0.2065, 1)]
+# 1998, table I
+NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718)]
+OF_FEW = [
+    (0, 10, 0, 0.2775),
+    (5, 10, 0.2366, 0.7634),
+    (10, 10, 0.7225, 1),
+    (0, 1, 0, 0.7935),
+    (1, 1, 0.2065, 1),
+]
 
 
 @pytest.mark.parametrize("right, count, low, high", OF_FEW + NEWCOMBE)
@@ -270,7 +327,9 @@ def solve(f, low, high):
     return low
 
 
-@pytest.mark.parametrize("right, count", [(1, 2), (1, 3), (7, 9), (50, 254), (1300, 1319), (1635, 3270)])
+@pytest.mark.parametrize(
+    "right, count", [(1, 2), (1, 3), (7, 9), (50, 254), (1300, 1319), (1635, 3270)]
+)
 def test_the_interval_ends_where_the_proportion_is_z_standard_errors_away(right, count):
     p = right / count
 
@@ -287,7 +346,9 @@ def test_the_interval_lies_within_0_and_1_mirrors_and_narrows():
         for right in {0, 1, count // 3, count // 2, count}:
             low, high = wilson_interval(right, count)
             assert 0 <= low < high <= 1 and low - 1e-12 <= right / count <= high + 1e-12
-            assert wilson_interval(count - right, count) == pytest.approx((1 - high, 1 - low), abs=1e-12)
+            assert wilson_interval(count - right, count) == pytest.approx(
+                (1 - high, 1 - low), abs=1e-12
+            )
             narrow_low, narrow_high = wilson_interval(4 * right, 4 * count)
             assert narrow_high - narrow_low < high - low
 

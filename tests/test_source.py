@@ -1,4 +1,5 @@
-"""Statements about `extras/source.py`: what a fingerprint is of, and which code a call may come to."""
+"""Statements about `extras/source.py`: what a fingerprint is of, and which code a call may come
+to."""
 
 import functools
 import runpy
@@ -24,11 +25,31 @@ def method(self, x):
         raise ValueError(f"{x.ndim} dimensions: too many") from None
     return F.silu(y)
 '''
-SAME = [("  # why", ""), ("    if", "\n    # because\n\n    if"), ("silu(y)", "silu(\n        y\n    )"), (" > ", ">")]
-SAME += [('    """What it says."""\n', ""), ("What it says.", "Other words.\n\n    And more."), (": too many", "")]
+SAME = [
+    ("  # why", ""),
+    ("    if", "\n    # because\n\n    if"),
+    ("silu(y)", "silu(\n        y\n    )"),
+    (" > ", ">"),
+]
+SAME += [
+    ('    """What it says."""\n', ""),
+    ("What it says.", "Other words.\n\n    And more."),
+    (": too many", ""),
+]
 SAME += [('f"{x.ndim} dimensions', 'f"{x.shape}')]
-OTHER = [("*", "+"), ("2", "2.0"), (">", ">="), ("silu", "gelu"), ("self.scale", "self.shift"), ("F.", "")]
-OTHER += [("    return", "        return"), ("(self, x)", "(self, x, z=None)"), ("ValueError", "KeyError")]
+OTHER = [
+    ("*", "+"),
+    ("2", "2.0"),
+    (">", ">="),
+    ("silu", "gelu"),
+    ("self.scale", "self.shift"),
+    ("F.", ""),
+]
+OTHER += [
+    ("    return", "        return"),
+    ("(self, x)", "(self, x, z=None)"),
+    ("ValueError", "KeyError"),
+]
 OTHER += [("raise ValueError(", "y = (")]
 
 
@@ -90,7 +111,10 @@ def pieces(*starts):
 def test_what_an_answer_comes_from_is_found_and_nothing_else():
     """Everything that the plain path calls: by a trace of a real call."""
     found = pieces(Llama, Llama.generate)
-    called, small = set(), {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    called, small = (
+        set(),
+        {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1},
+    )
     net = Llama(model.LlamaConfig(**small, num_attention_heads=2))
 
     def trace(frame, event, _):
@@ -105,7 +129,12 @@ def test_what_an_answer_comes_from_is_found_and_nothing_else():
     for name in ("Llama.loss", "Llama.save_pretrained", "adapters"):
         assert name not in found
     assert "Llama.loss" in pieces(Llama, Llama.loss) and "RoAE.forward" in pieces(rosa.load_adapter)
-    assert not pieces(rosa.load_adapter) & {"merge", "save_adapter", "LayerSelector", "LayerSelector.after_backward"}
+    assert not pieces(rosa.load_adapter) & {
+        "merge",
+        "save_adapter",
+        "LayerSelector",
+        "LayerSelector.after_backward",
+    }
 
 
 EDITS = [
@@ -118,7 +147,9 @@ EDITS = [
 ]
 
 
-@pytest.mark.parametrize("owner, name, new", EDITS, ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "owner, name, new", EDITS, ids=lambda value: getattr(value, "__name__", "")
+)
 def test_an_answer_is_of_the_code_that_classes_and_modules_hold_now(monkeypatch, owner, name, new):
     before = result_code("generate", adapter="a")
     assert before == result_code("generate", adapter="a")
@@ -142,9 +173,13 @@ def test_what_is_called_in_other_modules_and_constants_count(monkeypatch, value,
 def test_a_constant_is_the_same_text_in_every_process():
     values = {"b": {2, 1}, "a": [(1, 2.5), None, True], "c": frozenset("xy")}
     assert source.constant_text(values) == source.constant_text(dict(values))
-    assert source.constant_text({1, 2}) == source.constant_text({2, 1}) != source.constant_text({1, 3})
+    assert (
+        source.constant_text({1, 2}) == source.constant_text({2, 1}) != source.constant_text({1, 3})
+    )
     assert source.constant_text(object()) is None and source.constant_text([torch]) is None
-    assert source.constant_text(torch.float32) == "torch.float32" and source.constant_text(tasks.CHOICES)
+    assert source.constant_text(torch.float32) == "torch.float32" and source.constant_text(
+        tasks.CHOICES
+    )
 
 
 def test_where_there_is_no_source_the_byte_code_counts():

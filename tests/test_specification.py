@@ -1,4 +1,5 @@
-"""Statements about model.py as the specification: an edit of it is an edit of everything that runs it."""
+"""Statements about model.py as the specification: an edit of it is an edit of everything that runs
+it."""
 
 import json
 import shutil
@@ -20,7 +21,12 @@ from extras import merge
 from model import Llama
 
 pytestmark = pytest.mark.numeric
-rotate, rope_table, hidden_states, loss = model.rotate, model.rope_table, Llama.hidden_states, Llama.loss
+rotate, rope_table, hidden_states, loss = (
+    model.rotate,
+    model.rope_table,
+    Llama.hidden_states,
+    Llama.loss,
+)
 
 
 def edited_norm(self, x):
@@ -32,7 +38,9 @@ def edited_mlp(self, x):
 
 
 def edited_attend(self, q, k, v, mask):
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=0.1, enable_gqa=True)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, scale=0.1, enable_gqa=True
+    )
 
 
 def edited_rotate(x, cos, sin):
@@ -75,23 +83,36 @@ EDITS = {  # what is edited: where, into what, what it changes, whether a kernel
 def results(*plain):
     """The loss of a step, and the answers and the logits of a model with an adapter."""
     steps = (
-        "--ckpt ckpt --max-steps 1 --max-len 200 --batch-size 2 --val-size 1 --device cpu --dtype float32 --overwrite"
+        "--ckpt ckpt --max-steps 1 --max-len 200 --batch-size 2 --val-size 1 --device cpu "
+        "--dtype float32 --overwrite"
     )
     run(train, *steps.split(), "--out", "out", *plain)
     shutil.rmtree("scores", ignore_errors=True)
-    asking = "--ckpt ckpt --adapter adapter --limit 3 --max-new-tokens 4 --dtype float32 --out scores"
+    asking = (
+        "--ckpt ckpt --adapter adapter --limit 3 --max-new-tokens 4 --dtype float32 --out scores"
+    )
     run(eval_script, *asking.split(), *plain)
     lines = [json.loads(line) for line in Path("scores/predictions.jsonl").read_text().splitlines()]
-    adapted, tokenizer = rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"), load_tokenizer("ckpt")
+    adapted, tokenizer = (
+        rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"),
+        load_tokenizer("ckpt"),
+    )
     prompts = [tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 4)]
     with torch.no_grad():
         logits = torch.cat([adapted(torch.tensor([prompt]))[0] for prompt in prompts])
-    return {"loss": read_log("out")[1]["loss"], "answers": [line["response"] for line in lines], "logits": logits}
+    return {
+        "loss": read_log("out")[1]["loss"],
+        "answers": [line["response"] for line in lines],
+        "logits": logits,
+    }
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_of_the_model_is_an_edit_of_training_evaluation_and_merging(ckpt, monkeypatch, capsys, name):
-    """The default run is the plain run of the edited file; where a kernel stepped aside a line says so."""
+def test_an_edit_of_the_model_is_an_edit_of_training_evaluation_and_merging(
+    ckpt, monkeypatch, capsys, name
+):
+    """The default run is the plain run of the edited file; where a kernel stepped aside a line says
+    so."""
     monkeypatch.setitem(tasks.TOY_SIZES, "train", 5)
     unedited = Llama.from_pretrained(ckpt)
     rounding = of_model(unedited.config, 2)
@@ -103,8 +124,14 @@ def test_an_edit_of_the_model_is_an_edit_of_training_evaluation_and_merging(ckpt
     after, printed, plain = results(), capsys.readouterr().out, results("--plain")
     assert (f"{name} has been edited" in printed) == has_kernel
     assert after["loss"] == near(plain["loss"], **rounding) and after["answers"] == plain["answers"]
-    assert_close(merge.merge_checkpoint(Path("ckpt"), Path("adapter"), Path("merged"))[0], plain["logits"], **rounding)
+    assert_close(
+        merge.merge_checkpoint(Path("ckpt"), Path("adapter"), Path("merged"))[0],
+        plain["logits"],
+        **rounding,
+    )
     different = {"loss": after["loss"] != near(before["loss"], **rounding)}
     different |= {"answers": after["answers"] != before["answers"]}
-    different |= {"logits": (plain["logits"] - before["logits"]).norm() > 0.1 * before["logits"].norm()}
+    different |= {
+        "logits": (plain["logits"] - before["logits"]).norm() > 0.1 * before["logits"].norm()
+    }
     assert {key for key, value in different.items() if value} == changes

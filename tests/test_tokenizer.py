@@ -1,4 +1,5 @@
-"""Statements about tokens: what a tokenizer of a checkpoint makes of a text, of a prompt and its response."""
+"""Statements about tokens: what a tokenizer of a checkpoint makes of a text, of a prompt and its
+response."""
 
 import io
 import itertools
@@ -15,8 +16,30 @@ from data import tasks
 from data.errors import UserError
 from data.tokenizer import load_tokenizer
 
-TEXTS = ["", " ", "  two", "tail ", "a\nb\n\nc", "tab\there", "0123456789", "naïve café", "日本語", "🙂👍🏽", "▁", "ﬁ"]
-TEXTS += ["<s>", "</s>", "<unk>", "<0x0A>", "\x00\x07", "\u00a0\u200b", "Anna has 7 shells.", "a" * 300]
+TEXTS = [
+    "",
+    " ",
+    "  two",
+    "tail ",
+    "a\nb\n\nc",
+    "tab\there",
+    "0123456789",
+    "naïve café",
+    "日本語",
+    "🙂👍🏽",
+    "▁",
+    "ﬁ",
+]
+TEXTS += [
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<0x0A>",
+    "\x00\x07",
+    "\u00a0\u200b",
+    "Anna has 7 shells.",
+    "a" * 300,
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,23 +51,38 @@ def write_sentencepiece(directory, **options):
     """A tokenizer.model of twelve tokens; returns its bytes."""
     model = io.BytesIO()
     options = {"vocab_size": 12, "sentence_iterator": iter(["a b c d e f"] * 9)} | options
-    sentencepiece.SentencePieceTrainer.train(model_writer=model, hard_vocab_limit=False, minloglevel=2, **options)
+    sentencepiece.SentencePieceTrainer.train(
+        model_writer=model, hard_vocab_limit=False, minloglevel=2, **options
+    )
     (directory / "tokenizer.model").write_bytes(model.getvalue())
     return model.getvalue()
 
 
 def write_json_tokenizer(directory, template=None):
     tokenizers = pytest.importorskip("tokenizers")
-    tokenizer, level = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers.ByteLevel
+    tokenizer, level = (
+        tokenizers.Tokenizer(tokenizers.models.BPE()),
+        tokenizers.pre_tokenizers.ByteLevel,
+    )
     tokenizer.pre_tokenizer = level(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    options = {"initial_alphabet": level.alphabet(), "special_tokens": ["<bos>", "<eos>"], "show_progress": False}
-    tokenizer.train_from_iterator(["the answer is seven"], tokenizers.trainers.BpeTrainer(**options))
+    options = {
+        "initial_alphabet": level.alphabet(),
+        "special_tokens": ["<bos>", "<eos>"],
+        "show_progress": False,
+    }
+    tokenizer.train_from_iterator(
+        ["the answer is seven"], tokenizers.trainers.BpeTrainer(**options)
+    )
     if template:
         tokens = [("<bos>", 0), ("<eos>", 1)]
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=tokens)
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=tokens
+        )
     tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<eos>"}}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": {"content": "<eos>"}})
+    )
     return load_tokenizer(directory)
 
 
@@ -68,7 +106,11 @@ def test_a_token_across_the_boundary_never_changes_the_prompt():
             return [ord(c) for c in text.replace("\n\n", "\r")]
 
     prompt, response = tasks.encode_example({"instruction": "a", "output": "\nb"}, Merging())
-    assert prompt == Merging().encode(tasks.prompt_text({"instruction": "a"})) and response == [10, 98, 0]
+    assert prompt == Merging().encode(tasks.prompt_text({"instruction": "a"})) and response == [
+        10,
+        98,
+        0,
+    ]
 
 
 def test_sentencepiece_encodes_and_decodes_every_text(tiny):
@@ -76,7 +118,8 @@ def test_sentencepiece_encodes_and_decodes_every_text(tiny):
         ids = tiny.encode(text)
         assert not {0, 1, 2} & set(ids), text  # never a control token, whatever a user writes
         if "▁" not in text:
-            assert tiny.decode(ids) == text.removeprefix(" ")  # a first space is the one that would be put there
+            # A first space is the one that would be put there
+            assert tiny.decode(ids) == text.removeprefix(" ")
     assert tiny.decode([1, *tiny.encode("seven"), 2]) == "seven"
     assert tiny.decode([*tiny.encode("seven"), 1024, 31999]) == "seven"
     assert tiny.encode("12") == tiny.encode("1") + tiny.encode("2")[-1:]  # each digit is a token
@@ -85,7 +128,9 @@ def test_sentencepiece_encodes_and_decodes_every_text(tiny):
 def test_a_checkpoint_says_whether_sequences_begin_with_bos(tmp_path):
     model = write_sentencepiece(tmp_path)
     assert load_tokenizer(tmp_path).bos_id == 1
-    assert load_tokenizer(tmp_path).encode("a b") == SentencePieceProcessor(model_proto=model).encode("a b")
+    assert load_tokenizer(tmp_path).encode("a b") == SentencePieceProcessor(
+        model_proto=model
+    ).encode("a b")
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     assert load_tokenizer(tmp_path).bos_id is None
 
@@ -94,20 +139,26 @@ def test_tokenizer_json(tmp_path):
     tokenizer = write_json_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (None, 1)
     for text in TEXTS + ["<eos>", "<bos> <eos>"]:
-        assert tokenizer.decode(tokenizer.encode(text)) == text and not {0, 1} & set(tokenizer.encode(text))
+        assert tokenizer.decode(tokenizer.encode(text)) == text and not {0, 1} & set(
+            tokenizer.encode(text)
+        )
     assert write_json_tokenizer(tmp_path, "<bos> $A").bos_id == 0
 
 
 def test_a_sentencepiece_tokenizer_without_an_end_of_sequence_is_refused(tmp_path):
     write_sentencepiece(tmp_path, eos_id=-1)
-    with pytest.raises(ValueError, match="-1 is no end-of-sequence token: .* tokenizer_config.json"):
+    with pytest.raises(
+        ValueError, match="-1 is no end-of-sequence token: .* tokenizer_config.json"
+    ):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("eos", ["absent", {"text": "<eos>"}, 7])
 def test_a_tokenizer_json_without_an_end_of_sequence_is_refused(tmp_path, eos):
     write_json_tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos, "eos_token_id": "1"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": eos, "eos_token_id": "1"})
+    )
     with pytest.raises(ValueError, match="end-of-sequence token"):
         load_tokenizer(tmp_path)
 
@@ -136,8 +187,13 @@ def describe(directory, **files):
 CHATML = {"eos_token": "<|im_end|>", "added_tokens_decoder": {"10": {"content": "<|im_end|>"}}}
 NAMED_BY = {
     "a string": {"tokenizer_config": CHATML},
-    "an object": {"tokenizer_config": CHATML | {"eos_token": {"content": "<|im_end|>", "special": False}}},
-    "a map": {"special_tokens_map": {"eos_token": "<|im_end|>"}, "added_tokens": {"<|im_end|>": 10}},
+    "an object": {
+        "tokenizer_config": CHATML | {"eos_token": {"content": "<|im_end|>", "special": False}}
+    },
+    "a map": {
+        "special_tokens_map": {"eos_token": "<|im_end|>"},
+        "added_tokens": {"<|im_end|>": 10},
+    },
 }
 
 
@@ -161,14 +217,24 @@ def test_the_end_of_sequence_is_the_model_s_own_or_the_one_in_config_json(tmp_pa
 
 
 def test_an_added_token_is_recognised_unless_it_is_special(tmp_path):
-    size = len(SentencePieceProcessor(model_proto=write_sentencepiece(tmp_path, remove_extra_whitespaces=False)))
-    listed = [{"content": "<think>"}, {"content": "<thinking>", "lstrip": True}, {"content": "<tool>", "special": True}]
+    size = len(
+        SentencePieceProcessor(
+            model_proto=write_sentencepiece(tmp_path, remove_extra_whitespaces=False)
+        )
+    )
+    listed = [
+        {"content": "<think>"},
+        {"content": "<thinking>", "lstrip": True},
+        {"content": "<tool>", "special": True},
+    ]
     listed = {size + i: token for i, token in enumerate(listed)}
     describe(tmp_path, tokenizer_config={"added_tokens_decoder": listed})
     tokenizer = load_tokenizer(tmp_path)
     a = tokenizer.encode("a")
     assert tokenizer.encode("a<think> a") == [*a, size, *a]
-    assert tokenizer.encode("a  <thinking>") == [*a, size + 1] and size + 2 not in tokenizer.encode("<tool>")
+    assert tokenizer.encode("a  <thinking>") == [*a, size + 1] and size + 2 not in tokenizer.encode(
+        "<tool>"
+    )
     assert tokenizer.decode([*a, size, *a, size + 2, size + 3]) == "a<think> a"
 
 
@@ -176,7 +242,9 @@ def test_a_user_s_text_never_ends_a_sequence_though_sentencepiece_has_a_piece_fo
     write_sentencepiece(tmp_path, user_defined_symbols="<|im_end|>,<u>", vocab_size=16)
     describe(tmp_path, tokenizer_config={"eos_token": "<|im_end|>"})
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.eos_id == 3 not in tokenizer.encode("a<|im_end|>") and 4 in tokenizer.encode("a<u>")
+    assert tokenizer.eos_id == 3 not in tokenizer.encode("a<|im_end|>") and 4 in tokenizer.encode(
+        "a<u>"
+    )
 
 
 @pytest.mark.parametrize("named", [{}, {"bos_token": "<s>"}, {"bos_token": None}])
@@ -188,7 +256,12 @@ def test_a_sentencepiece_model_without_a_begin_of_sequence_has_none(tmp_path, na
     assert tasks.encode_prompt({"instruction": "a b"}, tokenizer)[0] >= 0
 
 
-TEMPLATES = {"$A <eos>": (None, 1), "<bos> $A <eos>": (0, 1), "<bos> $A": (0, 1), "$A <bos>": (None, 0)}
+TEMPLATES = {
+    "$A <eos>": (None, 1),
+    "<bos> $A <eos>": (0, 1),
+    "<bos> $A": (0, 1),
+    "$A <bos>": (None, 0),
+}
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -207,7 +280,10 @@ def test_the_end_of_sequence_is_special_whatever_the_files_say(tmp_path, named):
         token["special"] = False
     listed = {str(token["id"]): token for token in content["added_tokens"]}
     describe(tmp_path, tokenizer=content, config={"eos_token_id": 1})
-    describe(tmp_path, tokenizer_config={"eos_token": "<eos>", "added_tokens_decoder": listed} if named else {})
+    describe(
+        tmp_path,
+        tokenizer_config={"eos_token": "<eos>", "added_tokens_decoder": listed} if named else {},
+    )
     tokenizer = load_tokenizer(tmp_path)
     ids = tokenizer.encode("<eos>")
     assert tokenizer.eos_id == 1 not in ids and tokenizer.decode([*ids, 1]) == "<eos>"
@@ -221,13 +297,18 @@ def test_only_tokens_that_a_text_can_produce_need_a_row_in_the_model(tmp_path, f
     else:
         rows, eos = write_json_tokenizer(tmp_path).vocab_size, "<eos>"
     listed = {"eos_token": eos, "added_tokens_decoder": {rows: {"content": "<pad>"}}}
-    describe(tmp_path, config={"vocab_size": rows}, tokenizer_config=listed | {"pad_token": "<pad>"})
+    describe(
+        tmp_path, config={"vocab_size": rows}, tokenizer_config=listed | {"pad_token": "<pad>"}
+    )
     assert load_tokenizer(tmp_path).encode("<pad>")[-1] < rows
     describe(tmp_path, tokenizer_config=listed)
     with pytest.raises(ValueError, match=f"has {rows + 1} tokens, the model only {rows}: download"):
         load_tokenizer(tmp_path)
     describe(tmp_path, tokenizer_config=listed | {"eos_token": "<pad>"})
-    with pytest.raises(ValueError, match=f"{rows} is no end-of-sequence token: it is named '<pad>'.*: fix tokenizer_c"):
+    with pytest.raises(
+        ValueError,
+        match=f"{rows} is no end-of-sequence token: it is named '<pad>'.*: fix tokenizer_c",
+    ):
         load_tokenizer(tmp_path)
 
 
@@ -240,7 +321,10 @@ def test_a_tokenizer_json_counts_beside_a_tokenizer_model(tmp_path):
 def test_without_the_package_tokenizers_the_tokenizer_model_is_read(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     write_sentencepiece(tmp_path)
-    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    single = [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
     alike = {"added_tokens": [{"id": 1, "content": "<s>"}], "post_processor": {"single": single}}
     describe(tmp_path, tokenizer=alike)
     assert load_tokenizer(tmp_path).eos_id == 2 and capsys.readouterr().err == ""
@@ -251,13 +335,17 @@ def test_without_the_package_tokenizers_the_tokenizer_model_is_read(tmp_path, mo
     ):
         describe(tmp_path, tokenizer=alike | changed)
         assert load_tokenizer(tmp_path).eos_id == 2
-        assert re.fullmatch(r".*pip install tokenizers; .*tokenizer.model is read .*\n", capsys.readouterr().err)
+        assert re.fullmatch(
+            r".*pip install tokenizers; .*tokenizer.model is read .*\n", capsys.readouterr().err
+        )
     (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\n")
     with pytest.raises(UserError, match="pip install tokenizers"):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("listed", [[], {"a": {"content": "<a>"}}, {"3": {}}, {"3": "<a>"}, {"3": {"content": []}}])
+@pytest.mark.parametrize(
+    "listed", [[], {"a": {"content": "<a>"}}, {"3": {}}, {"3": "<a>"}, {"3": {"content": []}}]
+)
 def test_a_broken_list_of_added_tokens_is_named(tmp_path, listed):
     write_sentencepiece(tmp_path)
     describe(tmp_path, tokenizer_config={"added_tokens_decoder": listed})
@@ -265,7 +353,14 @@ def test_a_broken_list_of_added_tokens_is_named(tmp_path, listed):
         load_tokenizer(tmp_path)
 
 
-AWKWARD = ["a<think>b", " <think> c", "<think>", "<think><think>  two", "a <|im_end|>b<think>", "</s>a<s> b<think>\n"]
+AWKWARD = [
+    "a<think>b",
+    " <think> c",
+    "<think>",
+    "<think><think>  two",
+    "a <|im_end|>b<think>",
+    "</s>a<s> b<think>\n",
+]
 AWKWARD += [
     *TEXTS[:13],
     "<|im_end|>",
@@ -279,7 +374,10 @@ AWKWARD += [
 STYLES = {
     "llama": ({}, {"tokenizer_class": "LlamaTokenizer"}),
     "legacy": ({"model_type": "llama"}, {"tokenizer_class": "LlamaTokenizerFast", "legacy": True}),
-    "unprefixed": ({"model_type": "llama"}, {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}),
+    "unprefixed": (
+        {"model_type": "llama"},
+        {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False},
+    ),
     "mistral": ({"model_type": "mistral"}, {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
 }
 ENDS = ["its own", "added", "added.json", "map", "unlisted"]
@@ -288,23 +386,44 @@ ADDED = ["<|im_end|>", "<think>", "<|im_start|>", "<pad>"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A model with a begin and an end of its own and one without, each as a tokenizer.model and a tokenizer.json."""
+    """A model with a begin and an end of its own and one without, each as a tokenizer.model and a
+    tokenizer.json."""
     tokenizers, directories = pytest.importorskip("tokenizers"), {}
     for bos in (True, False):
         directory = directories[bos] = tmp_path_factory.mktemp("model")
         options = {} if bos else {"bos_id": -1}
-        options |= {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity"}
+        options |= {
+            "model_type": "bpe",
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+        }
         options |= {"remove_extra_whitespaces": False, "vocab_size": 320}
-        options["sentence_iterator"] = iter(["the answer is seven  and two", "a tail of three", "12 is a number"] * 9)
+        options["sentence_iterator"] = iter(
+            ["the answer is seven  and two", "a tail of three", "12 is a number"] * 9
+        )
         pieces = SentencePieceProcessor(model_proto=write_sentencepiece(directory, **options))
         vocab = {pieces.id_to_piece(i): i for i in range(len(pieces))}
-        merges = [(a, b) for t in vocab for a, b in ((t[:i], t[i:]) for i in range(1, len(t))) if {a, b} <= {*vocab}]
+        merges = [
+            (a, b)
+            for t in vocab
+            for a, b in ((t[:i], t[i:]) for i in range(1, len(t)))
+            if {a, b} <= {*vocab}
+        ]
         merges.sort(key=lambda pair: vocab[pair[0] + pair[1]])
-        parts = tokenizers.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+        parts = tokenizers.models.BPE(
+            vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+        )
         json_tokenizer = tokenizers.Tokenizer(parts)
         normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
-        json_tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        json_tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        parts = [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
         json_tokenizer.decoder = decoders.Sequence(parts)
         json_tokenizer.add_special_tokens([t for t in ("<unk>", "<s>", "</s>") if t in vocab])
         json_tokenizer.save(str(directory / "tokenizer.json"))
@@ -316,18 +435,38 @@ def write_directory(directory, models, files, style, bos, end, special):
     import tokenizers
 
     source = models[bos != "none"]
-    rows, (config, settings) = len(SentencePieceProcessor(str(source / "tokenizer.model"))), STYLES[style]
+    rows, (config, settings) = (
+        len(SentencePieceProcessor(str(source / "tokenizer.model"))),
+        STYLES[style],
+    )
     added = {token: rows + i for i, token in enumerate(ADDED)}
     if end == "unlisted":
         added = {"<think>": rows}
-    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": special}
-    settings = settings | {"bos_token": None if bos == "none" else "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    flags = {
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "single_word": False,
+        "special": special,
+    }
+    settings = settings | {
+        "bos_token": None if bos == "none" else "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     settings |= {"add_bos_token": bos == "yes"}
     if end in ("added", "appended"):
-        settings |= {"eos_token": {"__type": "AddedToken", "content": "<|im_end|>"} if special else "<|im_end|>"}
+        settings |= {
+            "eos_token": {"__type": "AddedToken", "content": "<|im_end|>"}
+            if special
+            else "<|im_end|>"
+        }
     if end in ("its own", "added", "appended"):
-        settings["added_tokens_decoder"] = {i: {"content": token} | flags for token, i in added.items()}
-        (directory / "special_tokens_map.json").write_text('{"eos_token": "<unk>"}')  # then it does not count
+        settings["added_tokens_decoder"] = {
+            i: {"content": token} | flags for token, i in added.items()
+        }
+        # Then it does not count
+        (directory / "special_tokens_map.json").write_text('{"eos_token": "<unk>"}')
     else:
         (directory / "added_tokens.json").write_text(json.dumps(added))
         (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
@@ -335,9 +474,13 @@ def write_directory(directory, models, files, style, bos, end, special):
         shutil.copy(source / "tokenizer.model", directory)
     if files != "tokenizer.model":
         serialized = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
-        serialized.add_tokens([tokenizers.AddedToken(token, normalized=False, special=special) for token in added])
+        serialized.add_tokens(
+            [tokenizers.AddedToken(token, normalized=False, special=special) for token in added]
+        )
         single = "<s> $A" if bos == "yes" else "$A"
-        single, used = (single + " <|im_end|>", ["<|im_end|>"]) if end == "appended" else (single, [])
+        single, used = (
+            (single + " <|im_end|>", ["<|im_end|>"]) if end == "appended" else (single, [])
+        )
         used += ["<s>"] if bos == "yes" else []
         template = tokenizers.processors.TemplateProcessing
         used = [(token, serialized.token_to_id(token)) for token in used]
@@ -357,14 +500,19 @@ def test_begin_end_ids_and_texts_are_those_of_transformers(tmp_path, models, fil
         directory = tmp_path / "-".join(map(str, case))
         directory.mkdir()
         write_directory(directory, models, files, style, *case)
-        ours, theirs = load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+        ours, theirs = (
+            load_tokenizer(directory),
+            transformers.AutoTokenizer.from_pretrained(directory),
+        )
         assert ours.eos_id == theirs.eos_token_id, case
         before = theirs.encode("a")[: -1 if case[1] == "appended" else None]
         before = before[: len(before) - len(theirs.encode("a", add_special_tokens=False))]
         assert [ours.bos_id] * (ours.bos_id is not None) == before, case
         for text in AWKWARD:
             ids = ours.encode(text)
-            assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), (case, text)
+            assert ids == theirs.encode(
+                text, add_special_tokens=False, split_special_tokens=True
+            ), (case, text)
             assert not {ours.bos_id, ours.eos_id} & set(ids)
             ids = [*before, *ids, ours.eos_id, *ours.encode(" b")]
             assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), (case, text)

@@ -1,4 +1,5 @@
-"""Statements about train.py: what a run does, step by step, and what it leaves, on a random tiny model."""
+"""Statements about train.py: what a run does, step by step, and what it leaves, on a random tiny
+model."""
 
 import copy
 import json
@@ -67,15 +68,26 @@ RUNS = {
 
 
 @pytest.mark.parametrize("options, active", RUNS.items())
-def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step_and_selection(ckpt, options, active, capsys):
+def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step_and_selection(
+    ckpt, options, active, capsys
+):
     for _ in range(1 if options else 2):  # a new run in the same place begins new logs
         args = run(*QUICK, "--overwrite", *options.split())
     first, *log = read_log("out")
     assert set(first) == {"step", "val_loss"} and first["step"] == 0
     assert [record["step"] for record in log] == [1, 2, 3, 4, 5, 6]
     for record in log:
-        assert set(record) - {"val_loss"} == {"step", "loss", "lr", "tokens", "seconds", "active_layers"}
-        assert len(record["active_layers"]) == active and ("val_loss" in record) == (record["step"] in (3, 6))
+        assert set(record) - {"val_loss"} == {
+            "step",
+            "loss",
+            "lr",
+            "tokens",
+            "seconds",
+            "active_layers",
+        }
+        assert len(record["active_layers"]) == active and ("val_loss" in record) == (
+            record["step"] in (3, 6)
+        )
     assert min(log[2]["val_loss"], log[5]["val_loss"]) < first["val_loss"] - 0.02
     written = json.loads(Path("out/args.json").read_text())
     assert (written["rank"], written["format"], written["dtype"]) == (4, runs.FORMAT, args.dtype)
@@ -95,21 +107,35 @@ def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step_and_sel
     best = min(record["val_loss"] for record in [first, *log] if "val_loss" in record)
     assert best == validated(model, args)
     summary = json.loads(Path("out/summary.json").read_text())
-    assert (summary["trainable"], summary["parameters"], summary["val_loss"]) == (trainable, everything, best)
+    assert (summary["trainable"], summary["parameters"], summary["val_loss"]) == (
+        trainable,
+        everything,
+        best,
+    )
     tokens, seconds = (sum(record[name] for record in log) for name in ("tokens", "seconds"))
-    assert summary["tokens_per_second"] == pytest.approx(tokens / seconds) and 2**27 < summary["peak_memory"] < 2**36
+    assert (
+        summary["tokens_per_second"] == pytest.approx(tokens / seconds)
+        and 2**27 < summary["peak_memory"] < 2**36
+    )
 
 
 @pytest.mark.parametrize("log, probes", [(0, 0), (0, 3), (2, 0)])
-def test_a_run_is_drawn_without_a_screen_where_matplotlib_is_there(ckpt, monkeypatch, capsys, log, probes):
+def test_a_run_is_drawn_without_a_screen_where_matplotlib_is_there(
+    ckpt, monkeypatch, capsys, log, probes
+):
     """Also one of which no step was applied, or no probe was finite."""
     run(*QUICK)
     if (picture := Path("out/run.png")).exists():
         assert picture.read_bytes().startswith(b"\x89PNG")
         size = len(picture.read_bytes())
-        lines = [record | {"loss": None} if log < record["step"] < 4 else record for record in read_log("out")]
+        lines = [
+            record | {"loss": None} if log < record["step"] < 4 else record
+            for record in read_log("out")
+        ]
         Path("out/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        Path("out/layers.jsonl").write_text("".join(Path("out/layers.jsonl").read_text().splitlines(True)[:probes]))
+        Path("out/layers.jsonl").write_text(
+            "".join(Path("out/layers.jsonl").read_text().splitlines(True)[:probes])
+        )
         runs.draw_run(Path("out"))
         assert 10000 < len(picture.read_bytes()) != size
         picture.unlink()
@@ -119,9 +145,15 @@ def test_a_run_is_drawn_without_a_screen_where_matplotlib_is_there(ckpt, monkeyp
 
 
 def test_a_run_is_named_by_what_it_trains_on():
-    for options, name in (("", "toy"), ("--train-file a/mine.jsonl", "mine"), ("--task gsm8k --train-file m", "gsm8k")):
+    for options, name in (
+        ("", "toy"),
+        ("--train-file a/mine.jsonl", "mine"),
+        ("--task gsm8k --train-file m", "gsm8k"),
+    ):
         args = train.parse_args(options.split())
-        assert args.out == Path(f"runs/tiny-{name}-rosa") and args.task == ("gsm8k" if "gsm8k" in name else "toy")
+        assert args.out == Path(f"runs/tiny-{name}-rosa") and args.task == (
+            "gsm8k" if "gsm8k" in name else "toy"
+        )
 
 
 def test_full_training_leaves_a_checkpoint_with_its_tokenizer(ckpt, capsys):
@@ -132,17 +164,26 @@ def test_full_training_leaves_a_checkpoint_with_its_tokenizer(ckpt, capsys):
     assert [len(record["active_layers"]) for record in log] == [2] * 6
     assert log[-1]["val_loss"] < first["val_loss"] - 0.02
     assert log[-1]["val_loss"] == validated(Llama.from_pretrained("out"), args)
-    eval_script.main(eval_script.parse_args("--ckpt out --limit 3 --max-new-tokens 5 --out scores".split()))
+    eval_script.main(
+        eval_script.parse_args("--ckpt out --limit 3 --max-new-tokens 5 --out scores".split())
+    )
 
 
 def test_a_method_of_peft_runs_in_the_same_loop_and_is_read_back(ckpt):
     pytest.importorskip("peft")
-    Path("options.json").write_text('{"target_modules": ["q_proj", "up_proj"], "feedforward_modules": ["up_proj"]}')
-    arguments = [*SHORT, *"--method peft:IA3 --peft-config options.json --k-ratio 0.5 --lr 1e-1".split()]
+    Path("options.json").write_text(
+        '{"target_modules": ["q_proj", "up_proj"], "feedforward_modules": ["up_proj"]}'
+    )
+    arguments = [
+        *SHORT,
+        *"--method peft:IA3 --peft-config options.json --k-ratio 0.5 --lr 1e-1".split(),
+    ]
     assert train.parse_args(arguments).out == Path("runs/ckpt-toy-peft-IA3")
     args = run(*arguments)
     first, *log = read_log("out")
-    assert log[-1]["val_loss"] < first["val_loss"] - 0.01 and all(len(record["active_layers"]) == 2 for record in log)
+    assert log[-1]["val_loss"] < first["val_loss"] - 0.01 and all(
+        len(record["active_layers"]) == 2 for record in log
+    )
     model = peft_methods.load_adapter(Llama.from_pretrained("ckpt"), "out")
     assert log[-1]["val_loss"] == validated(model, args)
     run(*arguments, "--save-every", 1, out="parts")
@@ -156,9 +197,12 @@ def test_dropout_acts_in_training_alone(ckpt):
         Path("options.json").write_text(json.dumps({"lora_dropout": dropout}))
         run(*SHORT, *"--method peft:LORA --peft-config options.json --lr 1e-2 --overwrite".split())
         first.append([record.get("val_loss") or record["loss"] for record in read_log("out")])
-    assert first[0][:2] == first[1][:2] and first[0][2] != first[1][2]  # step 0, step 1 (B is zero), step 2
+    # Step 0, step 1 (B is zero), step 2
+    assert first[0][:2] == first[1][:2] and first[0][2] != first[1][2]
     model = peft_methods.load_adapter(Llama.from_pretrained("ckpt"), "out")
-    assert read_log("out")[-1]["val_loss"] == validated(model, train.parse_args([*SHORT, "--method", "lora"]))
+    assert read_log("out")[-1]["val_loss"] == validated(
+        model, train.parse_args([*SHORT, "--method", "lora"])
+    )
 
 
 def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
@@ -176,7 +220,9 @@ def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
     monkeypatch.setattr(Llama, "loss", climbing)
     args = run(*QUICK, "--max-steps", 7, "--eval-every", 1)
     losses = [record["val_loss"] for record in read_log("out")]
-    assert min(losses) == min(losses[1:5]) < losses[-1] and min(losses) == validated(adapted(), args)
+    assert min(losses) == min(losses[1:5]) < losses[-1] and min(losses) == validated(
+        adapted(), args
+    )
 
 
 # --- what decides the numbers ---
@@ -186,13 +232,20 @@ def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
 def test_plain_formulas_and_the_default_are_the_same_run(monkeypatch, tmp_path):
     """In bfloat16 each is as near to float32 as the other."""
     logs = {}
-    for options in ("--dtype float32", "--dtype bfloat16", "--plain --dtype float32", "--plain --dtype bfloat16"):
+    for options in (
+        "--dtype float32",
+        "--dtype bfloat16",
+        "--plain --dtype float32",
+        "--plain --dtype bfloat16",
+    ):
         if "--plain" in options:
             monkeypatch.setattr(kernels, "accelerate", None)  # is not called
         steps = "--max-steps 20 --batch-size 2 --select-every 2 --val-size 2 --rank 8 --device cpu"
         run("--ckpt", "tiny", *steps.split(), *options.split(), out=tmp_path / options)
         logs[options] = read_log(tmp_path / options)[1:]
-    default, default16, plain, plain16 = (np.array([record["loss"] for record in log]) for log in logs.values())
+    default, default16, plain, plain16 = (
+        np.array([record["loss"] for record in log]) for log in logs.values()
+    )
     assert np.abs(default - plain).max() < 1e-4
     layers = [[record["active_layers"] for record in log] for log in logs.values()]
     assert layers[0] == layers[2] and len({str(active) for active in layers[0]}) > 1
@@ -201,7 +254,9 @@ def test_plain_formulas_and_the_default_are_the_same_run(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-def test_a_step_is_seeded_by_its_number_for_the_selection_and_by_the_rank_too_for_dropout(ckpt, monkeypatch, rank):
+def test_a_step_is_seeded_by_its_number_for_the_selection_and_by_the_rank_too_for_dropout(
+    ckpt, monkeypatch, rank
+):
     calls = []
 
     def recorded(owner, name, entry):
@@ -233,16 +288,35 @@ def test_pairs_all_is_lora(model):
 
 
 def test_alpha_follows_the_rank_and_the_learning_rate_the_method():
-    args = [train.parse_args(options.split()) for options in ("", "--rank 8", "--rank 8 --alpha 3", "--method full")]
+    args = [
+        train.parse_args(options.split())
+        for options in ("", "--rank 8", "--rank 8 --alpha 3", "--method full")
+    ]
     assert [vars(options).get("alpha") for options in args] == [128, 16, 3, None]
     assert [options.lr for options in args] == [1e-3, 1e-3, 1e-3, 2e-5] and args[0].rank == 64
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(ckpt):
-    run(*QUICK, "--max-steps", 40, "--batch-size", 2, "--micro-batch-size", 2, "--val-size", 2, "--eval-every", 100)
+    run(
+        *QUICK,
+        "--max-steps",
+        40,
+        "--batch-size",
+        2,
+        "--micro-batch-size",
+        2,
+        "--val-size",
+        2,
+        "--eval-every",
+        100,
+    )
     lr = [record["lr"] for record in read_log("out")[1:]]
     assert lr[:2] == [0.005, 0.01] and max(lr) == 0.01
-    assert lr[2:] == sorted(lr[2:], reverse=True) and lr[21] == pytest.approx(0.005) and 0 < lr[-1] < 1e-4
+    assert (
+        lr[2:] == sorted(lr[2:], reverse=True)
+        and lr[21] == pytest.approx(0.005)
+        and 0 < lr[-1] < 1e-4
+    )
 
 
 def test_micro_batches_change_nothing_but_memory(ckpt, monkeypatch):
@@ -263,7 +337,9 @@ def test_gradients_are_clipped_to_norm_1(ckpt, monkeypatch):
 
     def recording(parameters, max_norm):
         norm = clip(parameters, max_norm)
-        norms.append(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item())
+        norms.append(
+            torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm().item()
+        )
         return norm
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
@@ -292,12 +368,16 @@ def test_only_the_response_and_its_end_are_labelled():
 
 
 def test_held_out_examples_are_not_trained_on(ckpt):
-    examples, held_out, *_ = train.load_data(train.parse_args([*map(str, QUICK)]), load_tokenizer("ckpt"))
+    examples, held_out, *_ = train.load_data(
+        train.parse_args([*map(str, QUICK)]), load_tokenizer("ckpt")
+    )
     assert (len(examples), len(held_out)) == (80, 20)
     assert not {tuple(prompt) for prompt, _ in examples} & {tuple(prompt) for prompt, _ in held_out}
 
 
-@pytest.mark.parametrize("count, typed, held_out", [(100, [], 10), (5, [], 1), (100, ["--val-size", 60], 60)])
+@pytest.mark.parametrize(
+    "count, typed, held_out", [(100, [], 10), (5, [], 1), (100, ["--val-size", 60], 60)]
+)
 def test_a_tenth_is_held_out_unless_typed_otherwise(ckpt, count, typed, held_out):
     Path("data.json").write_text(json.dumps(toy.examples("train", count)))
     args = train.parse_args(["--ckpt", "ckpt", "--train-file", "data.json", *map(str, typed)])
@@ -309,7 +389,9 @@ def test_examples_with_an_empty_field_are_left_out_when_asked_to(ckpt, capsys):
     examples = toy.examples("train", 40)
     examples[3]["output"] = examples[9]["output"] = ""
     Path("data.json").write_text(json.dumps(examples))
-    with pytest.raises(ValueError, match="'output' is empty in 2 records, the first is record 3: .* --skip-empty"):
+    with pytest.raises(
+        ValueError, match="'output' is empty in 2 records, the first is record 3: .* --skip-empty"
+    ):
         run(*QUICK, "--train-file", "data.json")
     run(*QUICK, "--train-file", "data.json", "--skip-empty", "--max-steps", 1)
     assert "18 examples" in capsys.readouterr().out
@@ -320,7 +402,10 @@ def test_a_run_in_which_nothing_improved_says_so(ckpt, monkeypatch, capsys):
     assert "nothing improved" not in capsys.readouterr().out
     monkeypatch.setattr(train, "validate", lambda *_: 5.0)
     run(*QUICK, "--max-steps", 3)
-    assert "nothing improved on the loss before training: the adapter kept is the untrained" in capsys.readouterr().out
+    assert (
+        "nothing improved on the loss before training: the adapter kept is the untrained"
+        in capsys.readouterr().out
+    )
 
 
 def test_examples_that_are_too_long_are_counted_not_cut(ckpt, capsys):
@@ -334,15 +419,27 @@ def test_examples_that_are_too_long_are_counted_not_cut(ckpt, capsys):
 
 # --- less memory, and compiled ---
 
-RECOMPUTED = "", "--dtype bfloat16", "--k-ratio 1", "--method lora --targets q,down", "--method full --lr 1e-3"
+RECOMPUTED = (
+    "",
+    "--dtype bfloat16",
+    "--k-ratio 1",
+    "--method lora --targets q,down",
+    "--method full --lr 1e-3",
+)
 
 
 @pytest.mark.parametrize("options", RECOMPUTED)
 def test_recomputed_activations_change_not_a_bit(ckpt, options):
-    options = [*SHORT, *([] if "full" in options else ["--rank", 4, "--lr", 1e-2]), *options.split()]
+    options = [
+        *SHORT,
+        *([] if "full" in options else ["--rank", 4, "--lr", 1e-2]),
+        *options.split(),
+    ]
     for out, more in (("kept", []), ("again", ["--checkpoint-activations"])):
         run(*options, "--max-steps", 3, "--val-size", 4, *more, out=out)
-    kept, again = ([record | {"seconds": 0} for record in read_log(out)] for out in ("kept", "again"))
+    kept, again = (
+        [record | {"seconds": 0} for record in read_log(out)] for out in ("kept", "again")
+    )
     name = "model.safetensors" if "full" in options else "adapter_model.safetensors"
     assert kept == again and saved("kept", name) == saved("again", name)
 
@@ -352,12 +449,15 @@ def test_recomputed_activations_do_not_grow_with_depth(recomputed):
     counts = []
     for layers in (2, 6):
         model = rosa.attach(random_model(num_hidden_layers=layers), rank=4)
-        model.model.embed_tokens.requires_grad_(True)  # else layer 0, whose input asks for no gradient, keeps its own
+        # Else layer 0, whose input asks for no gradient, keeps its own
+        model.model.embed_tokens.requires_grad_(True)
         kernels.accelerate(model)
         if recomputed:
             kernels.checkpoint_activations(model)
         kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x) or x, lambda x: x
+        ):
             model.hidden_states(torch.arange(40).view(2, 20))
         counts.append(len({tensor.data_ptr() for tensor in kept}))
     assert (counts[1] - counts[0] == 4) == recomputed
@@ -365,8 +465,11 @@ def test_recomputed_activations_do_not_grow_with_depth(recomputed):
 
 @pytest.mark.slow
 def test_compiled_layers_compute_the_same(ckpt, monkeypatch):
-    """Traced and differentiated as torch.compile does, but without a C++ compiler's minute: bench_train.py has that."""
-    random_model(vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256).save_pretrained("ckpt")
+    """Traced and differentiated as torch.compile does, but without a C++ compiler's minute:
+    bench_train.py has that."""
+    random_model(vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256).save_pretrained(
+        "ckpt"
+    )
     compiled, real = [], torch.compile
 
     def compile(function, **options):
@@ -389,7 +492,11 @@ def test_a_compiled_model_has_the_same_gradients(dtype):
     plain = rosa.attach(random_model(num_hidden_layers=1, dtype=dtype), rank=4)
     for adapter in rosa.adapters(plain).values():
         torch.nn.init.normal_(adapter.B, std=0.1)
-    models = {"exact": copy.deepcopy(plain).double(), "plain": plain, "compiled": copy.deepcopy(plain)}
+    models = {
+        "exact": copy.deepcopy(plain).double(),
+        "plain": plain,
+        "compiled": copy.deepcopy(plain),
+    }
     graphs, gradients = [], {}
     aot_eager = torch._dynamo.lookup_backend("aot_eager")
     for name, model in models.items():
@@ -397,7 +504,9 @@ def test_a_compiled_model_has_the_same_gradients(dtype):
         if name != "exact":
             kernels.accelerate(model)
         if name == "compiled":
-            model.model.layers[0].compile(dynamic=True, backend=lambda *graph: graphs.append(1) or aot_eager(*graph))
+            model.model.layers[0].compile(
+                dynamic=True, backend=lambda *graph: graphs.append(1) or aot_eager(*graph)
+            )
         for size in ((2, 15), (3, 22), (5, 9), (4, 31)):
             tokens = random_tokens(*size)
             model.loss(tokens, tokens).backward()
@@ -425,5 +534,8 @@ def test_the_compiler_takes_the_fast_matrix_product(tmp_path, monkeypatch):
 def test_where_nothing_can_be_compiled_a_line_says_so(ckpt, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function: lambda x: 1 / 0)
     run(*QUICK, "--compile")
-    assert "compile    nothing can be compiled here (division by zero): going on without\n" in capsys.readouterr().out
+    assert (
+        "compile    nothing can be compiled here (division by zero): going on without\n"
+        in capsys.readouterr().out
+    )
     assert len(read_log("out")) == 7

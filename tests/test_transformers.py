@@ -1,4 +1,5 @@
-"""Statements about what goes in from transformers and PEFT, and out to them: checkpoints, tokenizers, adapters."""
+"""Statements about what goes in from transformers and PEFT, and out to them: checkpoints,
+tokenizers, adapters."""
 
 import json
 import random
@@ -19,8 +20,17 @@ from model import Llama, LlamaConfig
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.numeric
 ALL = "q,k,v,o,gate,up,down"
-SMALL = {name: value for name, value in BASE.items() if name not in ("model_type", "rms_norm_eps", "hidden_act")}
-SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SMALL = {
+    name: value
+    for name, value in BASE.items()
+    if name not in ("model_type", "rms_norm_eps", "hidden_act")
+}
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, **SCALING}
 LLAMA32 = {"rope_parameters": LLAMA3 | {"factor": 32.0}, "tie_word_embeddings": True, "head_dim": 8}
 
@@ -31,12 +41,21 @@ def rope(theta):
 
 FAMILIES = {  # what tells their configs apart, the sizes aside
     "LLaMA 2": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
-    "LLaMA 3": ("llama", {"rms_norm_eps": 1e-5, **rope(500000.0), "bos_token_id": 95, "eos_token_id": 96}),
-    "LLaMA 3.1": ("llama", {"rms_norm_eps": 1e-5, "rope_parameters": LLAMA3, "eos_token_id": [94, 95, 96]}),
+    "LLaMA 3": (
+        "llama",
+        {"rms_norm_eps": 1e-5, **rope(500000.0), "bos_token_id": 95, "eos_token_id": 96},
+    ),
+    "LLaMA 3.1": (
+        "llama",
+        {"rms_norm_eps": 1e-5, "rope_parameters": LLAMA3, "eos_token_id": [94, 95, 96]},
+    ),
     "LLaMA 3.2": ("llama", {"rms_norm_eps": 1e-5, **LLAMA32}),
     "TinyLlama": ("llama", {"rms_norm_eps": 1e-5, "num_key_value_heads": 1}),
     "SmolLM 2": ("llama", {"rms_norm_eps": 1e-5, **rope(100000.0), "tie_word_embeddings": True}),
-    "Qwen2.5 0.5B": ("qwen2", {**rope(1e6), "tie_word_embeddings": True, "sliding_window": 20, "max_window_layers": 1}),
+    "Qwen2.5 0.5B": (
+        "qwen2",
+        {**rope(1e6), "tie_word_embeddings": True, "sliding_window": 20, "max_window_layers": 1},
+    ),
     "Qwen2.5 7B": ("qwen2", {**rope(1e6), "sliding_window": 20, "use_sliding_window": False}),
     "Mistral 0.1": ("mistral", {"sliding_window": 60, "rms_norm_eps": 1e-5}),
     "Mistral Nemo": ("mistral", {"sliding_window": None, "head_dim": 12, **rope(1e6)}),
@@ -45,9 +64,12 @@ FAMILIES = {  # what tells their configs apart, the sizes aside
 
 @pytest.fixture(params=FAMILIES)
 def theirs(request):
-    """A random model of transformers' own of each family, every part of it large enough to matter."""
+    """A random model of transformers' own of each family, every part of it large enough to
+    matter."""
     family, changes = FAMILIES[request.param]
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **SMALL | changes))
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(family, **SMALL | changes)
+    )
     model.load_state_dict(random_model(model_type=family, **changes).state_dict())
     return model.float().eval()
 
@@ -70,13 +92,16 @@ def test_every_family_comes_in_and_goes_out(tmp_path, theirs):
     prompts = [tokens[0, :7].tolist(), tokens[1, :30].tolist()]
     for prompt, answer in zip(prompts, ours.generate(prompts, 20, None)):
         ids = torch.tensor([prompt])
-        ids = theirs.generate(ids, attention_mask=ids * 0 + 1, max_new_tokens=20, do_sample=False, eos_token_id=None)
+        ids = theirs.generate(
+            ids, attention_mask=ids * 0 + 1, max_new_tokens=20, do_sample=False, eos_token_id=None
+        )
         rounding.assert_greedy(ours, [prompt], [ids[0, len(prompt) :].tolist()], 20)
         rounding.assert_greedy(ours, [prompt], [answer], 20)
     again = as_theirs(ours, tmp_path / "ours")
     assert type(again) is type(theirs)
     assert_close(again(tokens).logits, expected)
-    for name in "num_key_value_heads rms_norm_eps rope_parameters tie_word_embeddings eos_token_id head_dim".split():
+    names = "num_key_value_heads rms_norm_eps rope_parameters tie_word_embeddings".split()
+    for name in [*names, "eos_token_id", "head_dim"]:
         if hasattr(theirs.config, name):  # qwen2 has no head_dim of its own
             assert getattr(again.config, name) == getattr(theirs.config, name), name
     if theirs.config.model_type == "mistral":
@@ -85,17 +110,30 @@ def test_every_family_comes_in_and_goes_out(tmp_path, theirs):
 
 AS_STORED = [  # changes of config.json that another program has made
     {"tie_word_embeddings": True},  # beside another lm_head
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": {"type": "linear", "factor": 4.0}},
-    {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": SCALING | {"rope_type": "llama3"}},
-    {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}, "rope_scaling": None},
+    {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        "rope_scaling": SCALING | {"rope_type": "llama3"},
+    },
+    {
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5},
+        "rope_scaling": None,
+    },
 ]
 
 
 @torch.inference_mode()
 def test_what_was_saved_without_its_lm_head_comes_in(tmp_path):
-    transformers.LlamaModel(transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)).save_pretrained(tmp_path)
+    transformers.LlamaModel(
+        transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)
+    ).save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert_close(Llama.from_pretrained(tmp_path)(random_tokens(2, 40)), theirs(random_tokens(2, 40)).logits)
+    assert_close(
+        Llama.from_pretrained(tmp_path)(random_tokens(2, 40)), theirs(random_tokens(2, 40)).logits
+    )
 
 
 @torch.inference_mode()
@@ -112,23 +150,37 @@ def test_what_a_checkpoint_says_twice_counts_as_with_them(tmp_path, changes):
 SWITCHED_ON = [
     ("qwen2", {"use_sliding_window": True, "sliding_window": 20}, "use_sliding_window|layer_types"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act"),
-    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic' is not impl"),
-    ("llama", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, **rope(1e4)}, "'yarn' is not implemented"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+        "'dynamic' is not impl",
+    ),
+    (
+        "llama",
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}, **rope(1e4)},
+        "'yarn' is not implemented",
+    ),
     ("llama4_text", {}, "model_type 'llama4_text' is not implemented"),
 ]
 
 
 @pytest.mark.parametrize("family, changes, message", SWITCHED_ON)
-def test_what_a_config_of_theirs_asks_for_and_we_lack_is_refused(tmp_path, family, changes, message):
-    transformers.AutoConfig.for_model(family, **SMALL | changes, max_window_layers=1).save_pretrained(tmp_path)
+def test_what_a_config_of_theirs_asks_for_and_we_lack_is_refused(
+    tmp_path, family, changes, message
+):
+    transformers.AutoConfig.for_model(
+        family, **SMALL | changes, max_window_layers=1
+    ).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         LlamaConfig.from_file(tmp_path)
 
 
 PARTS = (
     " |  |   |\n|\n\n|\t|\r\n|a|The| the|hello| world|123|4567| 8|3.14|é|naïve|e\u0301|中文|"
-    "日本語|한국어|😀|👩‍👩‍👧|🇩🇪|\x00|\x01|\x7f|\u200b|\u00a0|\ufeff|▁| ▁|'s|don't|...|!?|<unk>|</s>|<s>|"
-    "[INST]|<¦endoftext¦>|<¦im_start¦>|<0x0A>|ﬁ|İ|ß|٣|१|# include| = |def f(x):\n    return x|\u2028|\ud7ff|\U000e0001"
+    "日本語|한국어|😀|👩‍👩‍👧|🇩🇪|"
+    "\x00|\x01|\x7f|\u200b|\u00a0|\ufeff|▁| ▁|'s|don't|...|!?|<unk>|</s>|<s>|"
+    "[INST]|<¦endoftext¦>|<¦im_start¦>|<0x0A>|ﬁ|İ|ß|٣|१|# include| = |def f(x):\n    return "
+    "x|\u2028|\ud7ff|\U000e0001"
 )
 RANGES = [(1, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
 
@@ -136,7 +188,11 @@ RANGES = [(1, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000,
 def strings(count=2000):
     """Texts made to hurt."""
     rng, parts = random.Random(0), [part.replace("¦", "|") for part in PARTS.split("|")]
-    texts = ["", *parts, *(mixed for part in parts for mixed in (" " + part, "  " + part, part + " "))]
+    texts = [
+        "",
+        *parts,
+        *(mixed for part in parts for mixed in (" " + part, "  " + part, part + " ")),
+    ]
     while len(texts) < count:
         anything = [chr(rng.randint(*rng.choice(RANGES))) for _ in range(12)]
         texts.append("".join(rng.choices(parts + anything, k=rng.randint(1, 12))))
@@ -144,8 +200,8 @@ def strings(count=2000):
 
 
 def write_tokenizer(directory, model, **config):
-    """A directory as it lies on the Hub: tokenizer.model, the tokenizer.json made of it (merges in the order of the
-    pieces' scores), tokenizer_config.json."""
+    """A directory as it lies on the Hub: tokenizer.model, the tokenizer.json made of it (merges in
+    the order of the pieces' scores), tokenizer_config.json."""
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
     from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
@@ -155,22 +211,39 @@ def write_tokenizer(directory, model, **config):
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
     merges = generate_merges(vocab, {piece.piece: piece.score for piece in proto.pieces})
     converted = Tokenizer(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    converted.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    converted.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    converted.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
-    special = [AddedToken(piece.piece, normalized=False) for piece in proto.pieces if piece.type in (2, 3)]
+    converted.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = [
+        AddedToken(piece.piece, normalized=False) for piece in proto.pieces if piece.type in (2, 3)
+    ]
     converted.add_special_tokens(special)
     directory.mkdir()
     converted.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer.model").write_bytes(model.read_bytes())
-    config |= {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config |= {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
 
 
 def assert_same_ids(directory, ours=None):
-    ours, theirs = ours or load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    ours, theirs = (
+        ours or load_tokenizer(directory),
+        transformers.AutoTokenizer.from_pretrained(directory),
+    )
     controls = {ours.bos_id, ours.eos_id}
     for text in strings():
         ids = ours.encode(text)
@@ -184,15 +257,21 @@ def assert_same_ids(directory, ours=None):
 def test_sentencepiece_ids_are_those_of_transformers(tmp_path):
     pytest.importorskip("google.protobuf")
     (directory,) = pytest.importorskip("mistral_common").__path__
-    for model in (DATA / "tiny" / "tokenizer.model", *sorted((DATA / directory / "data").glob("*.model*"))):
+    for model in (
+        DATA / "tiny" / "tokenizer.model",
+        *sorted((DATA / directory / "data").glob("*.model*")),
+    ):
         assert_same_ids(write_tokenizer(tmp_path / model.name, model))
-        # Of a tokenizer.model alone theirs merges in the order of ids, which is not that of scores in every model.
+        # Of a tokenizer.model alone theirs merges in the order of ids, which is not that of scores
+        # in every model.
         (tmp_path / "alone").mkdir(exist_ok=True)
         (tmp_path / "alone" / "tokenizer.model").write_bytes(model.read_bytes())
         assert_same_ids(tmp_path / model.name, load_tokenizer(tmp_path / "alone"))
     unprefixed = write_tokenizer(tmp_path / "unprefixed", model, add_prefix_space=False)
     assert_same_ids(unprefixed)
-    (tmp_path / "alone" / "tokenizer_config.json").write_text((unprefixed / "tokenizer_config.json").read_text())
+    (tmp_path / "alone" / "tokenizer_config.json").write_text(
+        (unprefixed / "tokenizer_config.json").read_text()
+    )
     assert_same_ids(unprefixed, load_tokenizer(tmp_path / "alone"))
 
 
@@ -221,8 +300,13 @@ def test_our_adapters_go_out(tmp_path, theirs, ratio, targets):
     rosa.save_adapter(model, tmp_path / "adapter")
     with torch.inference_mode():
         assert (model(tokens) - before).abs().max() > 0.01
-        assert_close(peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()(tokens).logits, model(tokens))
-        named = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+        assert_close(
+            peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()(tokens).logits,
+            model(tokens),
+        )
+        named = peft.AutoPeftModelForCausalLM.from_pretrained(
+            tmp_path / "adapter", dtype=torch.float32
+        )
         assert_close(named.eval()(tokens).logits, model(tokens))  # it has found its base by name
 
 
@@ -242,7 +326,10 @@ def their_adapter(theirs, directory, dtype=torch.float32, **options):
     return adapted.eval()
 
 
-COMING = [{"target_modules": r".*\.(q|down)_proj"}, {"use_rslora": True, "init_lora_weights": "gaussian"}]
+COMING = [
+    {"target_modules": r".*\.(q|down)_proj"},
+    {"use_rslora": True, "init_lora_weights": "gaussian"},
+]
 COMING += [{"dtype": torch.bfloat16}]
 
 
@@ -251,19 +338,36 @@ def test_their_adapters_come_in(tmp_path, theirs, options):
     theirs.save_pretrained(tmp_path / "base")
     adapted, tokens = their_adapter(theirs, tmp_path / "adapter", **options), random_tokens(2, 20)
     model = rosa.load_adapter(Llama.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    assert all(adapter.A.dtype == adapter.B.dtype == torch.float32 for adapter in rosa.adapters(model).values())
+    assert all(
+        adapter.A.dtype == adapter.B.dtype == torch.float32
+        for adapter in rosa.adapters(model).values()
+    )
     with torch.inference_mode():
         assert_close(model(tokens), adapted(tokens).logits)
-        rosa.save_adapter(model, tmp_path / "again")  # and out again: rsLoRA's scaling is in alpha now
+        # And out again: rsLoRA's scaling is in alpha now
+        rosa.save_adapter(model, tmp_path / "again")
         again = rosa.load_adapter(Llama.from_pretrained(tmp_path / "base"), tmp_path / "again")
         assert torch.equal(again(tokens), model(tokens))  # the same operations on the same values
         assert_close(rosa.merge(model)(tokens), adapted(tokens).logits)
 
 
-LACKED = {"use_dora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 2}, "bias": "all"}
+LACKED = {
+    "use_dora": True,
+    "rank_pattern": {"q_proj": 2},
+    "alpha_pattern": {"q_proj": 2},
+    "bias": "all",
+}
 LACKED |= {"modules_to_save": ["lm_head"], "layers_to_transform": [0], "lora_bias": True}
-LACKED |= {"trainable_token_indices": [3], "init_lora_weights": "pissa", "target_modules": ["q_proj", "lm_head"]}
-INSTEAD = {"target_modules": "holds base_model.model.lm_head.base_layer.weight, which is in no layer: let PEFT"}
+LACKED |= {
+    "trainable_token_indices": [3],
+    "init_lora_weights": "pissa",
+    "target_modules": ["q_proj", "lm_head"],
+}
+INSTEAD = {
+    "target_modules": (
+        "holds base_model.model.lm_head.base_layer.weight, which is in no layer: let PEFT"
+    )
+}
 
 
 @pytest.mark.parametrize("name", LACKED)
@@ -281,7 +385,10 @@ def test_what_their_adapters_have_and_we_lack_is_refused_by_name(tmp_path, name)
 @pytest.mark.parametrize("shard", [5 * 10**9, 9000])
 def test_a_merged_checkpoint_is_theirs(ckpt, shard, monkeypatch):
     monkeypatch.setattr(merge_file, "SHARD", shard)
-    model, tokens = randomise_adapters(rosa.attach(Llama.from_pretrained("ckpt"), 4, 8, 0.5, ALL)), random_tokens(2, 30)
+    model, tokens = (
+        randomise_adapters(rosa.attach(Llama.from_pretrained("ckpt"), 4, 8, 0.5, ALL)),
+        random_tokens(2, 30),
+    )
     rosa.save_adapter(model, "adapter")
     merge_file.run("--ckpt ckpt --adapter adapter --out merged".split())
     assert Path("merged/model.safetensors.index.json").is_file() == (shard == 9000)

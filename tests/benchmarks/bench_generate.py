@@ -1,12 +1,13 @@
 """Greedy generation side by side with transformers. One command, one table.
 
-    python tests/benchmarks/bench_generate.py --ckpt checkpoints/smollm2-135m --test-file test.json [--rounds 3]
+    python tests/benchmarks/bench_generate.py --ckpt checkpoints/smollm2-135m \\
+        --test-file test.json [--rounds 3]
 
-The same checkpoint, dtype, prompts and batch size. tokens/s: new tokens up to the end-of-sequence token over the wall
-time of all batches, prompts included; `eval.py`'s by its own clock, from the first question to the last answer written.
-Floor: 2 FLOPs per weight for each real token, the vocabulary for new ones alone, at the rate of a large matmul measured
-in the same process. Without transformers the peer's columns stay empty.
-"""
+The same checkpoint, dtype, prompts and batch size. tokens/s: new tokens up to the end-of-sequence
+token over the wall time of all batches, prompts included; `eval.py`'s by its own clock, from the
+first question to the last answer written. Floor: 2 FLOPs per weight for each real token, the
+vocabulary for new ones alone, at the rate of a large matmul measured in the same process. Without
+transformers the peer's columns stay empty."""
 
 import contextlib
 import importlib.util
@@ -28,8 +29,12 @@ from model import Llama
 
 def main(arguments=None):
     sizes = {"rounds": 3, "limit": 64, "batch_size": 32, "max_new_tokens": 128, "device": "cpu"}
-    args = parse_args(__doc__, arguments, ckpt="data/tiny", test_file="", **sizes, dtype="float32,bfloat16")
-    rows = [row for row in ROWS if row != "transformers" or importlib.util.find_spec("transformers")]
+    args = parse_args(
+        __doc__, arguments, ckpt="data/tiny", test_file="", **sizes, dtype="float32,bfloat16"
+    )
+    rows = [
+        row for row in ROWS if row != "transformers" or importlib.util.find_spec("transformers")
+    ]
     ratios = {f"tokens/s / {row}": ("tokens/s", row) for row in ("transformers", "generate")}
     print_table(args, rows, measure, ratios)
 
@@ -40,7 +45,11 @@ def measure(args, row):
 
 def load_examples(args):
     file = args.test_file
-    examples = tasks.load_examples(file, ("instruction", "answer")) if file else toy.examples("test", args.limit)
+    examples = (
+        tasks.load_examples(file, ("instruction", "answer"))
+        if file
+        else toy.examples("test", args.limit)
+    )
     return examples[: args.limit]
 
 
@@ -52,10 +61,15 @@ def encoded_prompts(args):
 def ours(args):
     """Long prompts first, as in `eval.py`."""
     model = Llama.from_pretrained(args.ckpt, args.device, getattr(torch, args.dtype))
-    ids, rate = sorted(encoded_prompts(args), key=len, reverse=True), matmul_rate(args.dtype, args.device)
+    ids, rate = (
+        sorted(encoded_prompts(args), key=len, reverse=True),
+        matmul_rate(args.dtype, args.device),
+    )
     kernels.accelerate(model, inference=True)
     start = time.perf_counter()
-    answers = inference.generate(model, ids, args.max_new_tokens, model.config.eos_token_id, args.batch_size)
+    answers = inference.generate(
+        model, ids, args.max_new_tokens, model.config.eos_token_id, args.batch_size
+    )
     seconds, count = time.perf_counter() - start, sum(map(len, answers))
     vocabulary = model.model.embed_tokens.weight.numel()
     weights = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
@@ -64,21 +78,40 @@ def ours(args):
 
 
 def ours_eval(args):
-    """`eval.py` on the same questions, as if they were the toy task's: tokens/s from what it shows."""
+    """`eval.py` on the same questions, as if they were the toy task's: tokens/s from what it
+    shows."""
     tasks.test_examples = lambda *_: load_examples(args)
-    options = {"--ckpt": args.ckpt, "--out": tempfile.mkdtemp(), "--dtype": args.dtype, "--device": args.device}
+    options = {
+        "--ckpt": args.ckpt,
+        "--out": tempfile.mkdtemp(),
+        "--dtype": args.dtype,
+        "--device": args.device,
+    }
     options |= {"--batch-size": args.batch_size, "--max-new-tokens": args.max_new_tokens}
     with contextlib.redirect_stderr(io.StringIO()) as shown:
-        eval_script.main(eval_script.parse_args([str(word) for option in options.items() for word in option]))
-    return {"tokens/s": int(re.findall(r"([\d,]+) new tokens/s", shown.getvalue())[-1].replace(",", ""))}
+        eval_script.main(
+            eval_script.parse_args([str(word) for option in options.items() for word in option])
+        )
+    return {
+        "tokens/s": int(re.findall(r"([\d,]+) new tokens/s", shown.getvalue())[-1].replace(",", ""))
+    }
 
 
 def theirs(args):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=getattr(torch, args.dtype)).to(args.device).eval()
+    model = (
+        AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=getattr(torch, args.dtype))
+        .to(args.device)
+        .eval()
+    )
     eos, ids, count = model.config.eos_token_id, encoded_prompts(args), 0
-    options = {"max_new_tokens": args.max_new_tokens, "do_sample": False, "eos_token_id": eos, "pad_token_id": 0}
+    options = {
+        "max_new_tokens": args.max_new_tokens,
+        "do_sample": False,
+        "eos_token_id": eos,
+        "pad_token_id": 0,
+    }
     left = {"batch_first": True, "padding_side": "left"}
     start = time.perf_counter()
     for i in range(0, len(ids), args.batch_size):

@@ -1,16 +1,20 @@
-"""What each kernel of extras/kernels.py is worth: time and memory without it, as multiples of those with all of them.
+"""What each kernel of extras/kernels.py is worth: time and memory without it, as multiples of those
+with all of them.
 
-    python tests/benchmarks/bench_kernels.py --ckpt checkpoints/smollm2-135m --train-file data.json [--rounds 5]
+    python tests/benchmarks/bench_kernels.py --ckpt checkpoints/smollm2-135m \\
+        --train-file data.json [--rounds 5]
 
-Train: forward and backward pass of --steps batches, adapters of RoSA at their defaults in every layer. Saved: what
-autograd keeps of these forward passes for the backward pass, exactly; each storage counts once, the model's weights
-not. Generation: `extras.inference.generate` of --max-new-tokens tokens after each of --prompts prompts, with
-the adapters merged in float32 and beside the weights in bfloat16, as in `eval.py`. The cases - all kernels, all but
-one, none - have each done the same before. Where a kernel cannot be used here as many are in use without it.
-"""
+Train: forward and backward pass of --steps batches, adapters of RoSA at their defaults in every
+layer. Saved: what autograd keeps of these forward passes for the backward pass, exactly; each
+storage counts once, the model's weights not. Generation: `extras.inference.generate` of
+--max-new-tokens tokens after each of --prompts prompts, with the adapters merged in float32 and
+beside the weights in bfloat16, as in `eval.py`. The cases - all kernels, all but one, none - have
+each done the same before. Where a kernel cannot be used here as many are in use without it."""
 
 import torch
-from common import encoded_examples, parse_args, print_table, saved_bytes, timer_of  # beside this file
+
+# Beside this file
+from common import encoded_examples, parse_args, print_table, saved_bytes, timer_of
 
 import rosa
 import train
@@ -21,21 +25,38 @@ ALL, NONE = "all kernels", "no kernels"
 
 
 def main():
-    sizes = {"rounds": 3, "steps": 2, "batch_size": 4, "max_len": 256, "prompts": 16, "max_new_tokens": 16}
+    sizes = {
+        "rounds": 3,
+        "steps": 2,
+        "batch_size": 4,
+        "max_len": 256,
+        "prompts": 16,
+        "max_new_tokens": 16,
+    }
     where = {"dtype": "float32,bfloat16", "device": "cpu"}
     args = parse_args(__doc__, None, ckpt="data/tiny", train_file="", **where, **sizes)
-    kernels.accelerate(rosa.attach(load_model(args.ckpt)))  # prints which cannot be used at all, and why
+    # Prints which cannot be used at all, and why
+    kernels.accelerate(rosa.attach(load_model(args.ckpt)))
     rows = [ALL, *(f"without {kernel.stands_for}" for kernel in kernels.KERNELS), NONE]
-    ratios = {f"{name} / all": (name, ALL) for name in ("train, seconds", "saved, MiB", "generation, seconds")}
+    ratios = {
+        f"{name} / all": (name, ALL)
+        for name in ("train, seconds", "saved, MiB", "generation, seconds")
+    }
     print_table(args, rows, measure, ratios)
 
 
 def measure(args, case):
-    kernels.KERNELS[:] = [kernel for kernel in kernels.KERNELS if case not in (NONE, f"without {kernel.stands_for}")]
+    kernels.KERNELS[:] = [
+        kernel for kernel in kernels.KERNELS if case not in (NONE, f"without {kernel.stands_for}")
+    ]
     pairs = encoded_examples(args)
-    batches = train.make_batches([len(prompt) + len(response) for prompt, response in pairs], args.batch_size, 0)
+    batches = train.make_batches(
+        [len(prompt) + len(response) for prompt, response in pairs], args.batch_size, 0
+    )
     model, used = build(args)
-    batches = [train.collate([pairs[i] for i in batch], model.device) for batch in batches[: args.steps]]
+    batches = [
+        train.collate([pairs[i] for i in batch], model.device) for batch in batches[: args.steps]
+    ]
 
     def train_step():
         for tokens, labels in batches:
@@ -46,8 +67,16 @@ def measure(args, case):
     saved = sum(saved_bytes(model, *batch) for batch in batches)
     model, used_in_inference = build(args, for_inference=True)
     prompts = [prompt for prompt, _ in pairs[: args.prompts]]
-    generation = timer_of(lambda: inference.generate(model, prompts, args.max_new_tokens, None)).timeit(1).mean
-    results = {"train, seconds": seconds, "saved, MiB": saved / 2**20, "generation, seconds": generation}
+    generation = (
+        timer_of(lambda: inference.generate(model, prompts, args.max_new_tokens, None))
+        .timeit(1)
+        .mean
+    )
+    results = {
+        "train, seconds": seconds,
+        "saved, MiB": saved / 2**20,
+        "generation, seconds": generation,
+    }
     return results | {"in use": len({*used, *used_in_inference})}
 
 

@@ -1,15 +1,16 @@
-"""How cost grows: tokens/s and peak memory over sequence length, batch and model size; and LLaMA-2-7B on one machine.
+"""How cost grows: tokens/s and peak memory over sequence length, batch and model size; and
+LLaMA-2-7B on one machine.
 
     python tests/benchmarks/bench_scale.py [--part growth,7b] [--device cpu] [--dir FOLDER]
 
-growth: random models in bfloat16 with RoSA at its defaults, every layer active: the mean of two optimiser steps after
-two others. Linear where it should be: the milliseconds a token stay the same as the batch grows and follow the weights
-as the model grows; attention adds what grows with the length.
-7b: a random checkpoint in LLaMA-2-7B's shape (13.5 GB of bfloat16 in shards, under --dir, removed afterwards). Loading
-is compared with plainly reading the same files, both with their pages dropped from memory first. Then the row of
-bench_train.py that has --checkpoint-activations: five steps, batch 1, 125 tokens. With --device cuda five others
-instead, batches of 16 x 253 tokens, and the table of bench_generate.py, batches of 64 answers.
-"""
+growth: random models in bfloat16 with RoSA at its defaults, every layer active: the mean of two
+optimiser steps after two others. Linear where it should be: the milliseconds a token stay the same
+as the batch grows and follow the weights as the model grows; attention adds what grows with the
+length. 7b: a random checkpoint in LLaMA-2-7B's shape (13.5 GB of bfloat16 in shards, under --dir,
+removed afterwards). Loading is compared with plainly reading the same files, both with their pages
+dropped from memory first. Then the row of bench_train.py that has --checkpoint-activations: five
+steps, batch 1, 125 tokens. With --device cuda five others instead, batches of 16 x 253 tokens, and
+the table of bench_generate.py, batches of 64 answers."""
 
 import json
 import os
@@ -31,14 +32,19 @@ from extras.checkpoints import load_model
 from extras.kernels import accelerate
 from model import Llama, LlamaConfig
 
-SHAPES = {  # vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, num_key_value_heads
+# vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
+# num_key_value_heads
+SHAPES = {
     "135M": (49152, 576, 1536, 30, 9, 3),
     "360M": (49152, 960, 2560, 32, 15, 5),
     "1.7B": (49152, 2048, 8192, 24, 32, 32),
     "7B": (32000, 4096, 11008, 32, 32, 32),
 }
 CPU_ROWS = "RoSA --checkpoint-activations"  # of bench_train.py
-GPU_ROWS = "transformers + peft LoRA; RoSA; RoSA, one batch at a time; RoSA --compile, one batch at a time; "
+GPU_ROWS = (
+    "transformers + peft LoRA; RoSA; RoSA, one batch at a time; RoSA --compile, one batch "
+    "at a time; "
+)
 GPU_ROWS += "LoRA, all linears, rank 24"
 POINTS = [f"135M: 1 x {length}" for length in (128, 256, 512, 1024, 2048, 4096)]
 POINTS += [f"135M: {batch} x 128" for batch in (2, 4, 8, 16, 32)]
@@ -46,7 +52,9 @@ POINTS += [f"{size}: 1 x 128" for size in ("360M", "1.7B", "7B")]
 
 
 def main():
-    args = parse_args(__doc__, None, part="growth,7b", device="cpu", dir="/tmp", dtype="bfloat16", rounds=1)
+    args = parse_args(
+        __doc__, None, part="growth,7b", device="cpu", dir="/tmp", dtype="bfloat16", rounds=1
+    )
     if "growth" in args.part:
         print_table(args, POINTS, measure_point, {})
     if "7b" in args.part:
@@ -64,7 +72,8 @@ def fill(module, dtype, device):
     """Give a module without memory random weights, on the device at once."""
     module.to(dtype).to_empty(device=device)
     for parameter in module.parameters():
-        parameter.data.fill_(1.0) if parameter.ndim == 1 else parameter.data.normal_(std=0.02)  # norms: 1
+        # Norms: 1
+        parameter.data.fill_(1.0) if parameter.ndim == 1 else parameter.data.normal_(std=0.02)
     return module
 
 
@@ -85,23 +94,35 @@ def measure_point(args, point):
         optimizer.zero_grad()
 
     seconds = timer_of(step).timeit(2).mean / tokens.numel()
-    return {"tokens/s": 1 / seconds, "ms a token": 1000 * seconds, "peak MiB": peak_mib(args.device)}
+    return {
+        "tokens/s": 1 / seconds,
+        "ms a token": 1000 * seconds,
+        "peak MiB": peak_mib(args.device),
+    }
 
 
 def seven_b(ckpt, device):
     write_checkpoint(ckpt)
     files = sorted(ckpt.glob("*.safetensors"))
     drop_pages(files)
-    reading = timeit.timeit(partial(subprocess.run, ["cat", *files], stdout=subprocess.DEVNULL, check=True), number=1)
+    reading = timeit.timeit(
+        partial(subprocess.run, ["cat", *files], stdout=subprocess.DEVNULL, check=True), number=1
+    )
     drop_pages(files)
     loading = in_own_process(timeit.timeit, partial(load_model, ckpt), number=1)
     times = f"{loading:.1f} s; reading the files: {reading:.1f} s; {loading / reading:.2f} times"
-    print(f"loading {sum(file.stat().st_size for file in files) / 1e9:.2f} GB: {times}\n", flush=True)
+    print(
+        f"loading {sum(file.stat().st_size for file in files) / 1e9:.2f} GB: {times}\n", flush=True
+    )
     data, on_cpu = str(ckpt / "data.json"), device == "cpu"
     write_examples(data, numbers=21 if on_cpu else 53)
-    sizes = ["--batch-size", "1", "--steps", "5"] if on_cpu else ["--batch-size", "16", "--steps", "7"]
+    sizes = (
+        ["--batch-size", "1", "--steps", "5"] if on_cpu else ["--batch-size", "16", "--steps", "7"]
+    )
     options = ["--ckpt", str(ckpt), "--device", device, "--dtype", "bfloat16", "--rounds", "1"]
-    bench_train.main([*options, *sizes, "--train-file", data, "--rows", CPU_ROWS if on_cpu else GPU_ROWS])
+    bench_train.main(
+        [*options, *sizes, "--train-file", data, "--rows", CPU_ROWS if on_cpu else GPU_ROWS]
+    )
     if not on_cpu:
         bench_generate.main([*options, "--batch-size", "64", "--test-file", data])
 
@@ -114,17 +135,24 @@ def write_checkpoint(directory):
     layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
     for part in (*layers, "model.embed_tokens", "model.norm", "lm_head"):
         module = fill(model.get_submodule(part), torch.bfloat16, "cpu")
-        tensors = {f"{part}.{name}": parameter.data for name, parameter in module.named_parameters()}
+        tensors = {
+            f"{part}.{name}": parameter.data for name, parameter in module.named_parameters()
+        }
         save_file(tensors, directory / f"{part}.safetensors", metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, f"{part}.safetensors")
         module.to("meta")
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
 
 
 def write_examples(file, numbers):
     """128 examples, of 41 tokens and 4 for every number that they count."""
     texts = [" ".join(map(str, range(i, i + numbers))) for i in range(100, 228)]
-    records = [{"instruction": f"Count from {text[:3]}.", "output": text, "answer": text[-3:]} for text in texts]
+    records = [
+        {"instruction": f"Count from {text[:3]}.", "output": text, "answer": text[-3:]}
+        for text in texts
+    ]
     Path(file).write_text(json.dumps(records))
 
 

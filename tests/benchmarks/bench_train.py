@@ -1,15 +1,18 @@
-"""Training side by side with transformers + peft and with the floor that the hardware sets. One command, one table.
+"""Training side by side with transformers + peft and with the floor that the hardware sets. One
+command, one table.
 
-    python tests/benchmarks/bench_train.py --ckpt checkpoints/smollm2-135m --train-file data.json [--rounds 3]
+    python tests/benchmarks/bench_train.py --ckpt checkpoints/smollm2-135m \\
+        --train-file data.json [--rounds 3]
 
-The peer is peft's LoRA, rank 24, on all linear layers: the same checkpoint, dtype, prompts and batch size; examples in
-random order, padded to the longest of the batch. Ours is `train.py` as it stands, at its defaults but for what a row
-says. tokens/s: median over the steps after the first three, padding not counted. MiB: the process's peak resident set
-on a CPU, the allocator's peak on a GPU. Kept: what a forward pass leaves for the backward pass, weights not counted,
-with the layers active that were so last. Floor: the FLOPs that a step cannot do without, at the rate of a large matmul
-measured in the same process; its share of the time is 1 where nothing else takes any. --profile adds where the time
-goes, by kind of operation. Without transformers and peft the peer's columns stay empty.
-"""
+The peer is peft's LoRA, rank 24, on all linear layers: the same checkpoint, dtype, prompts and
+batch size; examples in random order, padded to the longest of the batch. Ours is `train.py` as it
+stands, at its defaults but for what a row says. tokens/s: median over the steps after the first
+three, padding not counted. MiB: the process's peak resident set on a CPU, the allocator's peak on a
+GPU. Kept: what a forward pass leaves for the backward pass, weights not counted, with the layers
+active that were so last. Floor: the FLOPs that a step cannot do without, at the rate of a large
+matmul measured in the same process; its share of the time is 1 where nothing else takes any.
+--profile adds where the time goes, by kind of operation. Without transformers and peft the peer's
+columns stay empty."""
 
 import importlib.util
 import random
@@ -17,7 +20,9 @@ import statistics
 import tempfile
 
 import torch
-from common import encoded_examples, matmul_rate, parse_args, peak_mib, print_table, saved_bytes  # beside this file
+
+# Beside this file
+from common import encoded_examples, matmul_rate, parse_args, peak_mib, print_table, saved_bytes
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import timer
 
@@ -28,7 +33,8 @@ from extras.checkpoints import load_model
 
 PEER = "transformers + peft LoRA"
 WARM_UP = 3  # steps: the probe, and what is compiled
-ROWS = {  # what a row says -> options of train.py, which has at most a whole batch in a forward pass
+# What a row says -> options of train.py, which has at most a whole batch in a forward pass
+ROWS = {
     PEER: None,
     "RoSA": "",
     "RoSA, one batch at a time": "--micro-batch-size 1000",
@@ -44,8 +50,16 @@ RATIOS = {
     "tokens/s / RoSA without DLS": ("tokens/s", "RoSA without DLS"),
     "peak / peer": ("peak MiB", PEER),
 }
-KINDS = {  # an operation counts as the first kind of whose words its name holds one: the last takes all that remain
-    "attention": ("scaled_dot_product", "CausalAttention", "aten::bmm", "aten::baddbmm", "aten::_softmax"),
+# An operation counts as the first kind of whose words its name holds one: the last takes all that
+# remain
+KINDS = {
+    "attention": (
+        "scaled_dot_product",
+        "CausalAttention",
+        "aten::bmm",
+        "aten::baddbmm",
+        "aten::_softmax",
+    ),
     "matmul": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm"),
     "norms": ("RMSNorm", "aten::rsqrt", "aten::pow", "aten::mean"),
     "SwiGLU": ("silu", "SwiGLU"),
@@ -57,7 +71,14 @@ KINDS = {  # an operation counts as the first kind of whose words its name holds
 
 
 def main(arguments=None):
-    sizes = {"rounds": 3, "steps": 12, "batch_size": 8, "max_len": 256, "dtype": "float32,bfloat16", "device": "cpu"}
+    sizes = {
+        "rounds": 3,
+        "steps": 12,
+        "batch_size": 8,
+        "max_len": 256,
+        "dtype": "float32,bfloat16",
+        "device": "cpu",
+    }
     choice = {"rows": "; ".join(ROWS), "profile": False}
     args = parse_args(__doc__, arguments, ckpt="data/tiny", train_file="", **sizes, **choice)
     rows = [row for row in args.rows.split("; ") if row != PEER or importlib.util.find_spec("peft")]
@@ -69,12 +90,20 @@ def measure(args, row):
         return measure_peer(args)
     if row == "RoSA, upper half active":
         rosa.LayerSelector = UpperHalf
-    model = load_model(args.ckpt, args.device, getattr(torch, args.dtype))  # loaded here, to be looked at afterwards
+    # Loaded here, to be looked at afterwards
+    model = load_model(args.ckpt, args.device, getattr(torch, args.dtype))
     train.load_model = lambda *_, **__: model
-    options = {"--ckpt": args.ckpt, "--train-file": args.train_file, "--out": tempfile.mkdtemp(), "--dtype": args.dtype}
+    options = {
+        "--ckpt": args.ckpt,
+        "--train-file": args.train_file,
+        "--out": tempfile.mkdtemp(),
+        "--dtype": args.dtype,
+    }
     options |= {"--device": args.device, "--batch-size": args.batch_size, "--max-len": args.max_len}
     options |= {"--max-steps": args.steps, "--val-size": 8}
-    options = train.parse_args([str(word) for option in options.items() for word in option] + ROWS[row].split())
+    options = train.parse_args(
+        [str(word) for option in options.items() for word in option] + ROWS[row].split()
+    )
     before = matmul_rate(args.dtype, args.device)
     with torch.autograd.profiler.profile(enabled=args.profile) as profile:
         train.main(options)
@@ -86,7 +115,9 @@ def measure(args, row):
         "tokens/s": statistics.median(step["tokens"] / step["seconds"] for step in log),
         "last loss": log[-1]["loss"],
         "kept, KiB a token": saved_bytes(model, tokens, labels) / tokens.numel() / 2**10,
-        "share of floor": statistics.median(floor_flops(args, model, step) / rate / step["seconds"] for step in log),
+        "share of floor": statistics.median(
+            floor_flops(args, model, step) / rate / step["seconds"] for step in log
+        ),
     }
     return results | (time_shares(profile.key_averages()) if args.profile else {})
 
@@ -100,14 +131,20 @@ class UpperHalf(rosa.LayerSelector):
 
 
 def floor_flops(args, model, step):
-    """FLOPs of an optimiser step on its real tokens: 2 per weight forward; backward 2 through the frozen weights from
-    the lowest active layer up, and another 2 for what trains; causal attention; the vocabulary where something is
-    predicted (half)."""
+    """FLOPs of an optimiser step on its real tokens: 2 per weight forward; backward 2 through the
+    frozen weights from the lowest active layer up, and another 2 for what trains; causal attention;
+    the vocabulary where something is predicted (half)."""
     config, layers = model.config, len(model.model.layers)
-    weights = sum(m.weight.numel() for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear))
-    adapters = sum(adapter.A.numel() + adapter.B.numel() for adapter in rosa.adapters(model).values()) / layers
+    weights = sum(
+        m.weight.numel() for m in model.model.layers[0].modules() if isinstance(m, torch.nn.Linear)
+    )
+    adapters = (
+        sum(adapter.A.numel() + adapter.B.numel() for adapter in rosa.adapters(model).values())
+        / layers
+    )
     length = step["tokens"] / args.batch_size
-    attention = 2 * length * config.num_attention_heads * config.head_dim  # QK^T and PV over half a square
+    # QK^T and PV over half a square
+    attention = 2 * length * config.num_attention_heads * config.head_dim
     below, active = layers - min(step["active_layers"]), len(step["active_layers"])
     forward = layers * (2 * weights + attention + 2 * adapters)
     backward = below * (2 * weights + 2.5 * attention + 2 * adapters) + active * 2 * adapters
@@ -117,7 +154,9 @@ def floor_flops(args, model, step):
 def time_shares(events):
     total, shares = sum(event.self_cpu_time_total for event in events), dict.fromkeys(KINDS, 0.0)
     for event in events:
-        kind = next(kind for kind, words in KINDS.items() if any(word in event.key for word in words))
+        kind = next(
+            kind for kind, words in KINDS.items() if any(word in event.key for word in words)
+        )
         shares[kind] += event.self_cpu_time_total / total
     return shares
 
@@ -128,7 +167,9 @@ def measure_peer(args):
 
     examples = encoded_examples(args)
     random.Random(0).shuffle(examples)
-    model = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=getattr(torch, args.dtype)).to(args.device)
+    model = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=getattr(torch, args.dtype)).to(
+        args.device
+    )
     config = LoraConfig(r=24, lora_alpha=48, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -141,7 +182,9 @@ def measure_peer(args):
         labels = [torch.tensor([-100] * len(prompt) + response) for prompt, response in batch]
         tokens = pad_sequence(rows, batch_first=True).to(args.device)
         labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(args.device)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(args.device)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(
+            args.device
+        )
         start = timer()
         model(input_ids=tokens, attention_mask=mask, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -1,5 +1,6 @@
-"""What the benchmarks share: options, processes, and the table. Each measurement is a process of its own; the rows of a
-table take turns, round after round; it shows medians over the rounds, for ratios the median of those within a round."""
+"""What the benchmarks share: options, processes, and the table. Each measurement is a process of
+its own; the rows of a table take turns, round after round; it shows medians over the rounds, for
+ratios the median of those within a round."""
 
 import argparse
 import multiprocessing
@@ -24,20 +25,30 @@ def parse_args(documentation, arguments, **defaults):
     """The options of a benchmark, one for each default; False: one that takes no value."""
     parser = argparse.ArgumentParser(description=documentation.split("\n")[0])
     for name, default in defaults.items():
-        kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
+        kind = (
+            {"action": "store_true"}
+            if default is False
+            else {"type": type(default), "default": default}
+        )
         parser.add_argument(f"--{name.replace('_', '-')}", **kind, help=f"default: {default}")
     return parser.parse_args(arguments)
 
 
 def print_table(args, rows, measure, ratios):
-    """measure(args, row) returns {heading: number}, of which one row may have other ones than another. ratios: further
-    headings -> (the heading of a number, the row whose number it is divided by)."""
+    """measure(args, row) returns {heading: number}, of which one row may have other ones than
+    another. ratios: further headings -> (the heading of a number, the row whose number it is
+    divided by)."""
     headings = []
     for dtype in args.dtype.split(","):
         args.dtype = dtype
-        rounds = [{row: in_own_process(measure, args, row) for row in rows} for _ in range(args.rounds)]
+        rounds = [
+            {row: in_own_process(measure, args, row) for row in rows} for _ in range(args.rounds)
+        ]
         if not headings:
-            headings = [*dict.fromkeys(heading for row in rows for heading in rounds[0][row]), *ratios]
+            headings = [
+                *dict.fromkeys(heading for row in rows for heading in rounds[0][row]),
+                *ratios,
+            ]
             print(f"| | dtype | {' | '.join(headings)} |\n{'|---' * (2 + len(headings))}|")
         for row in rows:
             cells = [cell(rounds, row, *ratios.get(heading, (heading,))) for heading in headings]
@@ -48,14 +59,18 @@ def cell(rounds, row, heading, base=None):
     """Empty where there is no such number, or no such row to divide it by."""
     if heading not in rounds[0][row] or base not in (None, *rounds[0]):
         return ""
-    numbers = [results[row][heading] / (results[base][heading] if base else 1) for results in rounds]
+    numbers = [
+        results[row][heading] / (results[base][heading] if base else 1) for results in rounds
+    ]
     median = statistics.median(numbers)
     return f"{median:,.0f}" if median >= 100 else f"{median:.4g}"
 
 
 def in_own_process(function, *arguments, **options):
     """What function(*arguments, **options) returns, or raises. What it prints is not shown."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=silence) as executor:
+    with ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn"), initializer=silence
+    ) as executor:
         return executor.submit(function, *arguments, **options).result()
 
 
@@ -73,22 +88,31 @@ def timer_of(call):
 
 
 def peak_mib(device):
-    """The allocator's peak on a GPU, on a CPU the process's peak resident set, which Linux gives in KiB."""
+    """The allocator's peak on a GPU, on a CPU the process's peak resident set, which Linux gives in
+    KiB."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def matmul_rate(dtype, device):
-    """FLOP/s of the kernel of linear layers: 1,024 tokens, 1,536 x 576 weights; on a GPU 8,192 and 4,096 x 4,096."""
+    """FLOP/s of the kernel of linear layers: 1,024 tokens, 1,536 x 576 weights; on a GPU 8,192 and
+    4,096 x 4,096."""
     Operators.look_up()
     rows, wide, out = (1024, 576, 1536) if device == "cpu" else (8192, 4096, 4096)
     x, w = (torch.randn(n, wide, dtype=getattr(torch, dtype), device=device) for n in (rows, out))
-    return 2 * rows * wide * out / timer_of(lambda: linear(x, w)).blocked_autorange(min_run_time=1).median
+    return (
+        2
+        * rows
+        * wide
+        * out
+        / timer_of(lambda: linear(x, w)).blocked_autorange(min_run_time=1).median
+    )
 
 
 def saved_bytes(model, tokens, labels):
-    """What autograd saves of model.loss for the backward pass: each storage counts once, the model's own not at all."""
+    """What autograd saves of model.loss for the backward pass: each storage counts once, the
+    model's own not at all."""
     weights, sizes = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def note(tensor):
@@ -102,7 +126,15 @@ def saved_bytes(model, tokens, labels):
 
 
 def encoded_examples(args):
-    """(prompt ids, response ids) of the examples in --train-file, or of the toy task, that --max-len admits."""
+    """(prompt ids, response ids) of the examples in --train-file, or of the toy task, that
+    --max-len admits."""
     tokenizer = load_tokenizer(args.ckpt)
-    pairs = [tasks.encode_example(example, tokenizer) for example in tasks.train_examples("toy", "", args.train_file)]
-    return [(prompt, response) for prompt, response in pairs if len(prompt) + len(response) <= args.max_len]
+    pairs = [
+        tasks.encode_example(example, tokenizer)
+        for example in tasks.train_examples("toy", "", args.train_file)
+    ]
+    return [
+        (prompt, response)
+        for prompt, response in pairs
+        if len(prompt) + len(response) <= args.max_len
+    ]

@@ -1,4 +1,5 @@
-"""Mutated files by the thousand, refused in a line or read rightly: python tests/fuzz/bench_fuzz.py [CASES [SEED]]"""
+"""Mutated files by the thousand, refused in a line or read rightly: python tests/fuzz/bench_fuzz.py
+[CASES [SEED]]"""
 
 import sys
 import tempfile
@@ -11,4 +12,7 @@ import fuzz  # noqa: E402 - beside this file
 cases, seed = map(int, [*sys.argv[1:], *("5000", "0")[len(sys.argv) - 1 :]])
 with tempfile.TemporaryDirectory() as directory:
     for kind, count in fuzz.run(range(cases), seed, Path(directory)).items():
-        print(f"{kind:<20}{count['cases']:>7} cases, {count['refused']} refused, {count['accepted']} read rightly")
+        print(
+            f"{kind:<20}{count['cases']:>7} cases, {count['refused']} refused, "
+            f"{count['accepted']} read rightly"
+        )

@@ -1,10 +1,11 @@
-"""A fuzzer of everything that is read: config.json, an index, a safetensors header, an adapter, data files.
+"""A fuzzer of everything that is read: config.json, an index, a safetensors header, an adapter,
+data files.
 
-A case flips, cuts and inserts bytes in one good file, or puts another value into its JSON, and has it read as the
-scripts read it. What follows is either a refusal, a UserError with a message for one line, or
-a result that an independent reading of the same bytes, by json and NumPy, gives too; within 5 seconds and 200 MB. The
-seed and its number alone decide a case: `python tests/fuzz/bench_fuzz.py`.
-"""
+A case flips, cuts and inserts bytes in one good file, or puts another value into its JSON, and has
+it read as the scripts read it. What follows is either a refusal, a UserError with a message for one
+line, or a result that an independent reading of the same bytes, by json and NumPy, gives too;
+within 5 seconds and 200 MB. The seed and its number alone decide a case: `python
+tests/fuzz/bench_fuzz.py`."""
 
 import contextlib
 import json
@@ -36,9 +37,23 @@ TOKENS = [3, 1, 4, 1, 5]
 SECONDS, BYTES = 5, 200 * 2**20  # of one case, at most
 MODEL = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8}
 PIECES = [b"9" * 30, b"9" * 5000, b"[" * 2000, b"\xff", b"\0", b"\n", b"\\ud800", b"\xe2\x80\xa8"]
-PIECES += b'- 0 1e999 NaN -Infinity null true {} [] "" " \\ { } , : ../ / .5 e9 F16 BF16 F64 llama'.split()
+PIECES += b'- 0 1e999 NaN -Infinity null true {} [] "" " \\ { } , : ../ /'.split()
+PIECES += b".5 e9 F16 BF16 F64 llama".split()
 VALUES = [None, True, False, 0, -1, 1, 2, 3, 10**9, 10**30, 0.5, 1e300, 1e-300, math.nan, math.inf]
-VALUES += ["", "1", "a", "x" * 10**5, "\0", "\ud800", "../a", "/etc/passwd", "inf", "linear", "mistral", "qwen2"]
+VALUES += [
+    "",
+    "1",
+    "a",
+    "x" * 10**5,
+    "\0",
+    "\ud800",
+    "../a",
+    "/etc/passwd",
+    "inf",
+    "linear",
+    "mistral",
+    "qwen2",
+]
 VALUES += [[], [[]], {}, [1, 2], {"a": 1}, {"rope_type": "linear", "factor": 2.0}]
 
 
@@ -54,7 +69,9 @@ def mutated(rng, content, part):
     text, data = content[8 : 8 + size], content[8 + size :]
     if part == "metadata":
         header = json.loads(text)
-        header["__metadata__"]["rosa"] = change(rng, header["__metadata__"]["rosa"].encode()).decode(errors="replace")
+        header["__metadata__"]["rosa"] = change(
+            rng, header["__metadata__"]["rosa"].encode()
+        ).decode(errors="replace")
         text = json.dumps(header).encode()
     elif rng.random() < 0.3:  # the length too, or a length that is no longer right
         return changed_bytes(rng, content[: 8 + size]) + data
@@ -64,22 +81,31 @@ def mutated(rng, content, part):
 
 
 def changed_values(rng, content):
-    """JSON, or lines of it, with another value in one place, or with a key less or by another name."""
+    """JSON, or lines of it, with another value in one place, or with a key less or by another
+    name."""
     lines = content.split(b"\n") if content.count(b"\n{") > 2 else [content]
     at = rng.randrange(len(lines))
     value = holder = {"": json.loads(lines[at] or b"0")}
     key = ""
-    while isinstance(holder[key], (dict, list)) and holder[key] and (key == "" or rng.random() < 0.9):
+    while (
+        isinstance(holder[key], (dict, list)) and holder[key] and (key == "" or rng.random() < 0.9)
+    ):
         holder = holder[key]
         key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
     old, others = holder[key], list(holder.values()) if isinstance(holder, dict) else holder
     if isinstance(holder, dict) and rng.random() < 0.2:
         del holder[key]
         if rng.random() < 0.5:
-            holder[rng.choice(("", key + "s", key.upper(), "x" * 10**5, "\ud800\x1b", *holder))] = old
+            holder[rng.choice(("", key + "s", key.upper(), "x" * 10**5, "\ud800\x1b", *holder))] = (
+                old
+            )
     else:
         number = type(old) in (int, float)
-        near = [old - 1, old + 1, old + 2**63, -old, old / 2, old * 10**9] if number else [[old], {"a": old}]
+        near = (
+            [old - 1, old + 1, old + 2**63, -old, old / 2, old * 10**9]
+            if number
+            else [[old], {"a": old}]
+        )
         holder[key] = rng.choice([*near, *near, *VALUES, rng.choice(others)])
     lines[at] = json.dumps(value.get("")).encode()
     return b"\n".join(lines)
@@ -93,7 +119,9 @@ def changed_bytes(rng, content):
         if digits and rng.random() < 0.2:  # what stays JSON is what may be read wrongly
             content[rng.choice(digits)] = rng.choice(b"0123456789")
         else:
-            new = rng.choice((b"", rng.randbytes(count), content[at : at + count], rng.choice(PIECES)))
+            new = rng.choice(
+                (b"", rng.randbytes(count), content[at : at + count], rng.choice(PIECES))
+            )
             content[at : at + rng.choice((0, 0, 0, 1, count, len(content)))] = new
     return bytes(content)
 
@@ -102,7 +130,11 @@ def changed_bytes(rng, content):
 
 
 def write_good_files(directory):
-    ckpt, sharded, test_set = directory / "ckpt", directory / "sharded", directory / "dataset" / "gsm8k"
+    ckpt, sharded, test_set = (
+        directory / "ckpt",
+        directory / "sharded",
+        directory / "dataset" / "gsm8k",
+    )
     for folder in (sharded, test_set):
         folder.mkdir(parents=True)
     model = random_model(**MODEL)
@@ -111,18 +143,30 @@ def write_good_files(directory):
     shutil.copy(ckpt / "config.json", sharded)
     weight_map = {name: f"{i % 3}.safetensors" for i, name in enumerate(tensors)}
     for file in set(weight_map.values()):
-        save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, sharded / file)
-    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}, indent=1))
-    rosa.save_adapter(randomise_adapters(rosa.attach(model, 2, 4, 0.5, "q,v")), directory / "adapter")
-    rows = [(f"Add {i} and 1.", "é\u2028" * (i % 2), f"It is {i + 1}.", str(i + 1)) for i in range(4)]
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if weight_map[name] == file},
+            sharded / file,
+        )
+    (sharded / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map}, indent=1)
+    )
+    rosa.save_adapter(
+        randomise_adapters(rosa.attach(model, 2, 4, 0.5, "q,v")), directory / "adapter"
+    )
+    rows = [
+        (f"Add {i} and 1.", "é\u2028" * (i % 2), f"It is {i + 1}.", str(i + 1)) for i in range(4)
+    ]
     records = [dict(zip(("instruction", "input", "output", "answer"), row)) for row in rows]
     lines = [dict(zip(("prompt", "input", "completion"), row)) for row in rows]
     (test_set / "test.json").write_text(json.dumps(records, ensure_ascii=False, indent=1))
-    (directory / "data.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    (directory / "data.jsonl").write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
 
 
 def tensors_of(content):
-    """name -> float64 array of every tensor in a safetensors file's bytes, read by json and NumPy."""
+    """name -> float64 array of every tensor in a safetensors file's bytes, read by json and
+    NumPy."""
     (size,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
     header.pop("__metadata__", None)
@@ -141,14 +185,23 @@ def check_equal(model, expected, what):
     tensors = model.state_dict()
     assert set(tensors) == set(expected), f"{what}: {sorted(set(tensors) ^ set(expected))[:3]}"
     for name, value in expected.items():
-        assert np.array_equal(tensors[name].double().numpy(), value, equal_nan=True), f"{what}: {name} differs"
+        assert np.array_equal(tensors[name].double().numpy(), value, equal_nan=True), (
+            f"{what}: {name} differs"
+        )
 
 
 def read_config(directory, content):
-    """The fields are those that json reads, and the model computes what the NumPy reference computes with them."""
+    """The fields are those that json reads, and the model computes what the NumPy reference
+    computes with them."""
     model = load_model(directory / "ckpt")
     raw, config = json.loads(content.decode("utf-8")), model.config
-    for name in {*vars(config)} - {"rope_scaling", "sliding_window", "attention_bias", "mlp_bias", "bos_token_id"}:
+    for name in {*vars(config)} - {
+        "rope_scaling",
+        "sliding_window",
+        "attention_bias",
+        "mlp_bias",
+        "bos_token_id",
+    }:
         value = raw.get(name)
         if name in ("rms_norm_eps", "rope_theta") and value is not None:
             value = float(value)
@@ -166,7 +219,9 @@ def read_config(directory, content):
 def read_weights(directory, content):
     """Every tensor holds what NumPy reads at its offsets, copied or mapped."""
     for mapped in (False, True):
-        check_equal(load_model(directory / "ckpt", mapped=mapped), tensors_of(content), "model.safetensors")
+        check_equal(
+            load_model(directory / "ckpt", mapped=mapped), tensors_of(content), "model.safetensors"
+        )
 
 
 def read_index(directory, content):
@@ -180,13 +235,18 @@ def read_index(directory, content):
 
 
 def read_adapter(directory, content):
-    """The model's updates are alpha / rank * B A, of the tensors that NumPy reads, whatever the metadata says."""
+    """The model's updates are alpha / rank * B A, of the tensors that NumPy reads, whatever the
+    metadata says."""
     model = peft_methods.load_adapter(random_model(**MODEL), directory / "adapter")
     config = json.loads((directory / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = tensors_of((directory / "adapter" / "adapter_model.safetensors").read_bytes())
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    scale = config["lora_alpha"] / (
+        math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    )
     adapters = rosa.adapters(model)
-    names = {f"base_model.model.{name}.lora_{factor}.weight" for name in adapters for factor in "AB"}
+    names = {
+        f"base_model.model.{name}.lora_{factor}.weight" for name in adapters for factor in "AB"
+    }
     assert names == set(tensors), "other tensors are adapted"
     for name, adapter in adapters.items():
         A, B = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
@@ -198,13 +258,17 @@ def read_adapter(directory, content):
 
 
 def read_train_file(directory, content):
-    check_examples(tasks.load_examples(directory / "data.jsonl"), content, ("instruction", "output"))
+    check_examples(
+        tasks.load_examples(directory / "data.jsonl"), content, ("instruction", "output")
+    )
 
 
 def read_test_set(directory, content):
     examples = tasks.test_examples("gsm8k", directory)
     check_examples(examples, content, ("instruction", "answer"))
-    assert all(math.isfinite(float(example["answer"].replace(",", ""))) for example in examples), "no number"
+    assert all(math.isfinite(float(example["answer"].replace(",", ""))) for example in examples), (
+        "no number"
+    )
 
 
 def check_examples(examples, content, needed):
@@ -216,12 +280,16 @@ def check_examples(examples, content, needed):
     for example, record in zip(examples, records):
         pairs = ("instruction", "output"), ("prompt", "completion"), ("question", "answer")
         every = [dict(zip(("instruction", "output"), pair)) for pair in pairs]
-        names = next(n for n in every if all(record.get(n.get(field, field)) is not None for field in needed))
+        names = next(
+            n for n in every if all(record.get(n.get(field, field)) is not None for field in needed)
+        )
         for field in (*needed, "input"):
             value = record.get(names.get(field, field))
             if isinstance(value, (bool, int, float)):
                 value = json.dumps(value) if value == value else None
-            right = example.get(field) == value and (field not in needed or isinstance(value, str) and value)
+            right = example.get(field) == value and (
+                field not in needed or isinstance(value, str) and value
+            )
             assert right, f"{field} is {example.get(field)!r}, the record says {value!r}"
         tasks.prompt_text(example).encode()
 
@@ -239,12 +307,14 @@ KINDS = {  # kind -> the file, what reads and verifies it, the part of it that i
 
 
 def run(cases, seed, directory):
-    """Read the cases, numbers, in a directory that is empty at first. Returns kind -> counts. Raises for an
-    outcome that is neither a clean refusal nor right."""
+    """Read the cases, numbers, in a directory that is empty at first. Returns kind -> counts.
+    Raises for an outcome that is neither a clean refusal nor right."""
     write_good_files(directory)
     contents = {kind: (directory / file).read_bytes() for kind, (file, _, _) in KINDS.items()}
     for kind, (file, read, _) in KINDS.items():
-        assert outcome(read, directory, contents[kind], file) == "accepted", f"{kind}: the good file is refused"
+        assert outcome(read, directory, contents[kind], file) == "accepted", (
+            f"{kind}: the good file is refused"
+        )
     signal.signal(signal.SIGALRM, too_long)
     counts = {kind: Counter() for kind in KINDS}
     for case in cases:
@@ -256,7 +326,9 @@ def run(cases, seed, directory):
         try:
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
             counts[kind].update(["cases", outcome(read, directory, content, file)])
-            assert peak_bytes() - before <= BYTES, f"it took {(peak_bytes() - before) / 2**20:.0f} MB"
+            assert peak_bytes() - before <= BYTES, (
+                f"it took {(peak_bytes() - before) / 2**20:.0f} MB"
+            )
         except BaseException as error:
             error.add_note(f"{kind}, seed {seed}, case {case}")
             raise
@@ -267,7 +339,9 @@ def run(cases, seed, directory):
 
 
 def peak_bytes():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def too_long(*_):

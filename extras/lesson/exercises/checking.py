@@ -29,7 +29,9 @@ def check(what, found, expected, mistakes=None, hint="compare with the equation 
     found, expected = as_array(what, found), as_array(what, expected)
     if same(found, expected):
         return
-    fitting = [hint for hint, numbers in (mistakes or {}).items() if same(found, as_array(what, numbers))]
+    fitting = [
+        hint for hint, numbers in (mistakes or {}).items() if same(found, as_array(what, numbers))
+    ]
     fail(f"{what}: {difference(found, expected)}", (fitting or [hint])[0], sure=len(fitting) == 1)
 
 
@@ -41,17 +43,27 @@ def fail(message, hint, sure=True):
 
 def as_array(what, numbers):
     if numbers is None:
-        fail(f"{what}: expected numbers, came None", "a function gives back what stands after `return`")
+        fail(
+            f"{what}: expected numbers, came None",
+            "a function gives back what stands after `return`",
+        )
     if isinstance(numbers, torch.Tensor):
         return numbers.detach().cpu().double().numpy()
     try:
-        return np.array([as_array(what, each) for each in numbers] if np.ndim(numbers) else float(numbers))
+        return np.array(
+            [as_array(what, each) for each in numbers] if np.ndim(numbers) else float(numbers)
+        )
     except (TypeError, ValueError):
-        fail(f"{what}: expected numbers, came {type(numbers).__name__}", "return a tensor, or what the text says")
+        fail(
+            f"{what}: expected numbers, came {type(numbers).__name__}",
+            "return a tensor, or what the text says",
+        )
 
 
 def same(found, expected):
-    return found.shape == expected.shape and np.allclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    return found.shape == expected.shape and np.allclose(
+        found, expected, rtol=TOLERANCE, atol=TOLERANCE
+    )
 
 
 def difference(found, expected):
@@ -60,10 +72,14 @@ def difference(found, expected):
         return f"expected {short(expected)}, came {short(found)}"
     if found.shape != expected.shape:
         return f"expected shape {list(expected.shape)}, came {list(found.shape) if found.ndim else short(found)}"
-    place = tuple(int(i) for i in np.argwhere(~np.isclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE))[0])
+    place = tuple(
+        int(i) for i in np.argwhere(~np.isclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE))[0]
+    )
     at = f" at {list(place)}" if place else ""
     return f"expected {short(expected[place])}{at}, came {short(found[place])}"
 
 
 def short(numbers):
-    return f"[{', '.join(map(short, numbers))}]" if np.ndim(numbers) else f"{numbers + 0.0:.4g}"  # + 0.0: no "-0"
+    return (
+        f"[{', '.join(map(short, numbers))}]" if np.ndim(numbers) else f"{numbers + 0.0:.4g}"
+    )  # + 0.0: no "-0"

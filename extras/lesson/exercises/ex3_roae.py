@@ -47,4 +47,6 @@ class RoAE(nn.Module):
         raise NotImplementedError("exercise 3: freeze linear, make A and B; see the text")
 
     def forward(self, x):  # [.., D] -> [.., out]
-        raise NotImplementedError("exercise 3: linear(x), plus the update of the rows; see the text")
+        raise NotImplementedError(
+            "exercise 3: linear(x), plus the update of the rows; see the text"
+        )

@@ -20,7 +20,9 @@ def pytest_runtest_makereport(item, call):
         exercise = item.path.name.removeprefix("test_")
         report.longrepr = message(exercise, call.excinfo.value)
         report.sure = getattr(call.excinfo.value, "sure", False)
-        report.exercise = "to do" if isinstance(call.excinfo.value, NotImplementedError) else "wrong"
+        report.exercise = (
+            "to do" if isinstance(call.excinfo.value, NotImplementedError) else "wrong"
+        )
     return report
 
 
@@ -30,7 +32,8 @@ def message(exercise, error):
         return f"{exercise}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
     places = [
-        [frame for frame in frames if Path(frame.filename).name == name] for name in (exercise, f"test_{exercise}")
+        [frame for frame in frames if Path(frame.filename).name == name]
+        for name in (exercise, f"test_{exercise}")
     ]
     frame = (places[0] or places[1] or frames)[-1]
     first_line = str(error).strip().split("\n")[0]
@@ -51,7 +54,9 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.section(kind)
         # Where a mistake is known, a guess at what else may be wrong in that file would only mislead.
         known = {report.fspath for report in reports if report.sure}
-        guesses = Counter(report.fspath for report in reports if report.fspath in known and not report.sure)
+        guesses = Counter(
+            report.fspath for report in reports if report.fspath in known and not report.sure
+        )
         alike = {}  # one mistake, many tests: what the first of them says, with its hint
         for report in reports:
             if report.fspath in guesses and not report.sure:
@@ -61,9 +66,13 @@ def pytest_terminal_summary(terminalreporter):
         for (first, hint), *others in alike.values():
             terminalreporter.line(textwrap.fill(first, width, subsequent_indent="    "))
             if hint:
-                terminalreporter.line(textwrap.fill(hint, width, initial_indent="    ", subsequent_indent="    "))
+                terminalreporter.line(
+                    textwrap.fill(hint, width, initial_indent="    ", subsequent_indent="    ")
+                )
             if hint and others:
                 terminalreporter.line(f"    and {len(others)} more like it")
         for path, count in guesses.items():
             exercise = Path(path).name.removeprefix("test_")
-            terminalreporter.line(f"{exercise}: {count} more tests fail, perhaps by the same mistake")
+            terminalreporter.line(
+                f"{exercise}: {count} more tests fail, perhaps by the same mistake"
+            )

@@ -24,7 +24,10 @@ def turn(x, angles, read="halves", written="halves", signs=(-1, 1)):
             cos, sin = np.cos(angles[t, i]), np.sin(angles[t, i])
             a, b = (x[..., t, place] for place in places[read])
             first, second = places[written]
-            y[..., t, first], y[..., t, second] = a * cos + signs[0] * b * sin, signs[1] * a * sin + b * cos
+            y[..., t, first], y[..., t, second] = (
+                a * cos + signs[0] * b * sin,
+                signs[1] * a * sin + b * cos,
+            )
     return y
 
 
@@ -47,7 +50,8 @@ def mistakes_in_frequencies(d, theta):
         "the exponent is negative": theta ** (2 * i / d),
         "pairs are counted from 0": theta ** (-2 * (i + 1) / d),
         "a frequency for each pair, not for each dimension": theta ** (-2 * dimensions / d),
-        "a frequency for each pair, not for each dimension: i goes from 0 to d/2 - 1": theta ** (-dimensions / d),
+        "a frequency for each pair, not for each dimension: i goes from 0 to d/2 - 1": theta
+        ** (-dimensions / d),
         "/ divides; // cuts the fraction off": np.ones(d // 2),
         "/ divides; // cuts the fraction off, downwards": theta ** (-2.0 * i // d),
     }
@@ -59,9 +63,17 @@ def test_frequencies_of_a_head_of_8():
 
 
 def test_frequencies_depend_on_theta():
-    mistakes = {"theta is an argument; models have other ones than 10000": 10000.0 ** (-2 * np.arange(3) / 6)}
+    mistakes = {
+        "theta is an argument; models have other ones than 10000": 10000.0
+        ** (-2 * np.arange(3) / 6)
+    }
     mistakes |= mistakes_in_frequencies(6, 1000.0)
-    check("inv_freq of d = 6, theta = 1000", rope_inverse_frequencies(6, 1000.0), [1, 0.1, 0.01], mistakes)
+    check(
+        "inv_freq of d = 6, theta = 1000",
+        rope_inverse_frequencies(6, 1000.0),
+        [1, 0.1, 0.01],
+        mistakes,
+    )
 
 
 def test_the_table_has_a_column_for_each_pair():
@@ -69,14 +81,22 @@ def test_the_table_has_a_column_for_each_pair():
     for name, found in (("cos", cos), ("sin", sin)):
         if found.shape != (3, 2):
             came = list(found.shape)
-            fail(f"{name} of 3 positions, 2 pairs: expected shape [3, 2], came {came}", "[T, d/2]: a column a pair")
+            fail(
+                f"{name} of 3 positions, 2 pairs: expected shape [3, 2], came {came}",
+                "[T, d/2]: a column a pair",
+            )
 
 
 def test_the_angle_is_position_times_frequency():
     positions, inv_freq = np.array([0, 3, 10, 11]), np.array([1, 0.3])
     found = rope_table(torch.tensor(positions), tensor(inv_freq))
-    right, late, early, row = (p[:, None] * inv_freq for p in (positions, positions + 1, positions - 1, np.arange(4)))
-    for name, numbers, function, other in (("cos", found[0], np.cos, np.sin), ("sin", found[1], np.sin, np.cos)):
+    right, late, early, row = (
+        p[:, None] * inv_freq for p in (positions, positions + 1, positions - 1, np.arange(4))
+    )
+    for name, numbers, function, other in (
+        ("cos", found[0], np.cos, np.sin),
+        ("sin", found[1], np.sin, np.cos),
+    ):
         mistakes = {
             "cos and sin are exchanged: return (cos, sin)": other(right),
             "positions are off by one: the first is 0": function(late),
@@ -93,8 +113,13 @@ def test_a_point_turns_by_a_right_angle():
 
 
 def test_a_pair_is_half_a_head_apart():
-    found = rotate(tensor([[1, 2, 0, 0]]), tensor([[0, 1]]), tensor([[1, 0]]))[0]  # pair 0 by 90 degrees, 1 rests
-    mistakes = {hint: y[0] for hint, y in mistakes_in(np.array([[1, 2, 0, 0]]), np.array([[np.pi / 2, 0]])).items()}
+    found = rotate(tensor([[1, 2, 0, 0]]), tensor([[0, 1]]), tensor([[1, 0]]))[
+        0
+    ]  # pair 0 by 90 degrees, 1 rests
+    mistakes = {
+        hint: y[0]
+        for hint, y in mistakes_in(np.array([[1, 2, 0, 0]]), np.array([[np.pi / 2, 0]])).items()
+    }
     check("[1, 2, 0, 0], pair 0 turned by 90 degrees", found, [0, 2, 1, 0], mistakes)
 
 
@@ -108,7 +133,12 @@ def test_x_itself_stays():
     x = tensor(random_numbers(5, 8, seed=3))
     before = x.clone()
     rotate(x, *[torch.full((5, 4), 0.6), torch.full((5, 4), 0.8)])
-    check("x after rotate(x, ...)", x, before, hint="build a new tensor: a' is written where b' still needs a")
+    check(
+        "x after rotate(x, ...)",
+        x,
+        before,
+        hint="build a new tensor: a' is written where b' still needs a",
+    )
 
 
 def test_the_dtype_of_x_comes_back():
@@ -121,7 +151,12 @@ def test_the_three_functions_together():
     x, positions = random_numbers(2, 4, 16, seed=4), np.array([0, 2, 5, 20])
     cos, sin = rope_table(torch.tensor(positions), rope_inverse_frequencies(16))
     angles = positions[:, None] * 10000.0 ** (-2 * np.arange(8) / 16)
-    check("positions 0, 2, 5, 20, d = 16", rotate(tensor(x), cos, sin), turn(x, angles), mistakes_in(x, angles))
+    check(
+        "positions 0, 2, 5, 20, d = 16",
+        rotate(tensor(x), cos, sin),
+        turn(x, angles),
+        mistakes_in(x, angles),
+    )
 
 
 def test_only_the_distance_counts():
@@ -131,4 +166,9 @@ def test_only_the_distance_counts():
         tables = [rope_table(torch.tensor([p]), rope_inverse_frequencies(16)) for p in (m, n)]
         return (rotate(q, *tables[0]) * rotate(k, *tables[1])).sum()
 
-    check("q at 9 by k at 7, as q at 2 by k at 0", product(9, 7), product(2, 0), hint="angle = position * frequency")
+    check(
+        "q at 9 by k at 7, as q at 2 by k at 0",
+        product(9, 7),
+        product(2, 0),
+        hint="angle = position * frequency",
+    )

@@ -23,26 +23,40 @@ def check_rows(num_heads, d, ratio, n):
     mistakes = {
         "these are the first pairs, which turn fast: take the last": rows_of(range(n), d, heads),
         "one half only: pair i has the rows i and i + d/2": rows_of(right, d, heads, halves=[0]),
-        "one half only, the second: pair i has the rows i and i + d/2": rows_of(right, d, heads, halves=[1]),
+        "one half only, the second: pair i has the rows i and i + d/2": rows_of(
+            right, d, heads, halves=[1]
+        ),
         "these are the rows of head 0 alone: head h begins at row h * d": rows_of(right, d, [0]),
         "the end of each head in one piece: pairs are (i, i + d/2), not (2i, 2i + 1)": [
             r for r in rows if r % d >= d - 2 * n
         ],
-        "the end of the whole projection: every head has its last pairs": rows[-2 * n * num_heads :],
+        "the end of the whole projection: every head has its last pairs": rows[
+            -2 * n * num_heads :
+        ],
         "the end of each head in one piece: RoAE adapts pairs, and a pair's rows are i and i + d/2": [
             r for r in rows if r % d >= d - int(ratio * d)
         ],
-        "n counts pairs: a share of d/2, not of d": rows_of(last(round(ratio * d), pairs), d, heads),
+        "n counts pairs: a share of d/2, not of d": rows_of(
+            last(round(ratio * d), pairs), d, heads
+        ),
         "no row: n is at least 1, max(1, ...)": [],
-        "n was rounded down: round(1.6) is 2, int(1.6) is 1": rows_of(last(max(1, n - 1), pairs), d, heads),
+        "n was rounded down: round(1.6) is 2, int(1.6) is 1": rows_of(
+            last(max(1, n - 1), pairs), d, heads
+        ),
         "n was rounded up: round to the nearest": rows_of(last(n + 1, pairs), d, heads),
         "all rows: with n = 0 the slice [-n:] is everything; n is at least 1": rows,
     }
     found = adapted_rows(num_heads * d, num_heads, ratio)
-    expected, what = rows_of(right, d, heads), f"{num_heads} head(s) of d = {d}, low_freq_ratio {ratio}"
+    expected, what = (
+        rows_of(right, d, heads),
+        f"{num_heads} head(s) of d = {d}, low_freq_ratio {ratio}",
+    )
     numbers = as_array(what, found)
     if numbers.tolist() != expected == sorted(numbers.flatten().tolist()):
-        fail(f"{what}: the right rows, shape {list(numbers.shape)}", "one list in ascending order: flatten, sort")
+        fail(
+            f"{what}: the right rows, shape {list(numbers.shape)}",
+            "one list in ascending order: flatten, sort",
+        )
     check(what, found, expected, mistakes, hint="compare with the drawing in the text")
 
 

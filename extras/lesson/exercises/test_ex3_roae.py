@@ -52,7 +52,10 @@ def test_A_begins_uniform():
         return  # of the shapes the first test speaks
     largest = adapter.A.abs().max().item()  # of 1,600 numbers between -0.1 and 0.1
     if largest == 0:
-        fail("A: expected random numbers, came zeros", "with A and B both zero no gradient is ever anything else")
+        fail(
+            "A: expected random numbers, came zeros",
+            "with A and B both zero no gradient is ever anything else",
+        )
     if not 0.09 < largest <= 0.1001:
         hint = "kaiming_uniform_ with a=math.sqrt(5) gives -1/sqrt(D) to 1/sqrt(D)"
         fail(f"the largest number of A [16, 100]: expected nearly 0.1, came {largest:.4g}", hint)
@@ -70,7 +73,11 @@ def test_what_trains_is_A_and_B():
     found = {name for name, parameter in layer()[0].named_parameters() if parameter.requires_grad}
     if found != {"A", "B"}:
         base = found & {"linear.weight", "linear.bias"}
-        hint = "the base is not frozen: linear.requires_grad_(False)" if base else "A and B are nn.Parameter"
+        hint = (
+            "the base is not frozen: linear.requires_grad_(False)"
+            if base
+            else "A and B are nn.Parameter"
+        )
         fail(f"what trains: expected A, B, came {', '.join(sorted(found)) or 'nothing'}", hint)
 
 
@@ -92,11 +99,15 @@ def test_the_update_goes_into_the_rows():
         "not scaled: alpha / rank": add(1),
         "scaled by rank / alpha: alpha / rank": add(RANK / ALPHA),
         "scaled by alpha / sqrt(rank), which is rsLoRA: alpha / rank": add(ALPHA / RANK**0.5),
-        "the update went to the first rows: y[.., rows] += ...": add(ALPHA / RANK, range(len(ROWS))),
-        "the update went to all rows: y[.., rows] += ...": base + ALPHA / RANK * np.tile(update, OUT // len(ROWS)),
+        "the update went to the first rows: y[.., rows] += ...": add(
+            ALPHA / RANK, range(len(ROWS))
+        ),
+        "the update went to all rows: y[.., rows] += ...": base
+        + ALPHA / RANK * np.tile(update, OUT // len(ROWS)),
         "the bias is lost: call self.linear": add(ALPHA / RANK) - bias,
         "this is the base layer alone: the update is missing": base,
-        "the update took the place of the outputs: add it": add(ALPHA / RANK) - base * np.isin(np.arange(OUT), ROWS),
+        "the update took the place of the outputs: add it": add(ALPHA / RANK)
+        - base * np.isin(np.arange(OUT), ROWS),
     }
     check("y for x [2, 5, D]", adapter(tensor(x)), add(ALPHA / RANK), mistakes)
 
@@ -110,14 +121,22 @@ def test_gradients_reach_A_and_B():
         gradient = getattr(adapter, name).grad
         if gradient is None or not gradient.any():
             hint = "no detach, no .data, no torch.no_grad() in forward"
-            fail(f"the gradient of {name} is missing", hint, sure=gradient is None)  # it may be zero for other reasons
+            fail(
+                f"the gradient of {name} is missing", hint, sure=gradient is None
+            )  # it may be zero for other reasons
 
 
 def test_bfloat16_stays_bfloat16():
     adapter, _, _ = layer(dtype=torch.bfloat16)
     dtypes = {"A": adapter.A.dtype, "B": adapter.B.dtype}
     if set(dtypes.values()) != {torch.float32}:
-        fail(f"A and B beside a bfloat16 weight: expected float32, came {dtypes}", "what trains stays in float32")
+        fail(
+            f"A and B beside a bfloat16 weight: expected float32, came {dtypes}",
+            "what trains stays in float32",
+        )
     y = adapter(torch.ones(3, D, dtype=torch.bfloat16))
     if y.dtype != torch.bfloat16:
-        fail(f"y for x in bfloat16: expected torch.bfloat16, came {y.dtype}", "cast A and B to x.dtype, and not x")
+        fail(
+            f"y for x in bfloat16: expected torch.bfloat16, came {y.dtype}",
+            "cast A and B to x.dtype, and not x",
+        )

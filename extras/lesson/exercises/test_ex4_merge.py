@@ -36,12 +36,18 @@ def merged(W, rows, A, B, alpha, bias=None):
 
 def problem():
     """A random layer: (W [8, 8], rows, A [3, 8], B [4, 3], alpha, bias)."""
-    W, A, B, bias = (random_numbers(*shape, seed=i) for i, shape in enumerate(((8, 8), (3, 8), (4, 3), (8,))))
+    W, A, B, bias = (
+        random_numbers(*shape, seed=i) for i, shape in enumerate(((8, 8), (3, 8), (4, 3), (8,)))
+    )
     return W, [2, 3, 6, 7], A, B, 6, bias
 
 
 def test_two_rows_by_hand():
-    W, A, B = np.ones((4, 2)), np.array([[1.0, 2.0]]), np.array([[1.0], [10.0]])  # rank 1, B A = [[1, 2], [10, 20]]
+    W, A, B = (
+        np.ones((4, 2)),
+        np.array([[1.0, 2.0]]),
+        np.array([[1.0], [10.0]]),
+    )  # rank 1, B A = [[1, 2], [10, 20]]
     update = 3 * np.array([[1.0, 2.0], [10.0, 20.0]])
     mistakes = {
         NOT_IN_PLACE: W,
@@ -74,7 +80,10 @@ def test_other_rows_and_the_bias_stay_bit_for_bit():
     before, after = linear_of(W, bias), merged(W, rows, A, B, alpha, bias)
     others = [row for row in range(len(W)) if row not in rows]
     if not torch.equal(after.weight[others], before.weight[others]):
-        fail("rows outside `rows` have changed", "other rows changed: write W[rows] alone, and round nothing else")
+        fail(
+            "rows outside `rows` have changed",
+            "other rows changed: write W[rows] alone, and round nothing else",
+        )
     if after.bias is None or not torch.equal(after.bias, before.bias):
         fail("the bias has changed", "the update has no bias: leave linear.bias alone")
 
@@ -85,7 +94,10 @@ def test_in_place():
     weight, memory = linear.weight, linear.weight.data_ptr()
     merge(linear, torch.tensor(rows), tensor(A), tensor(B), alpha)
     if linear.weight is not weight or linear.weight.data_ptr() != memory:
-        fail("linear.weight is another tensor now", "not in place: linear.weight[rows] += ... under torch.no_grad()")
+        fail(
+            "linear.weight is another tensor now",
+            "not in place: linear.weight[rows] += ... under torch.no_grad()",
+        )
 
 
 def test_autograd_does_not_see_it():
@@ -99,7 +111,12 @@ def test_the_same_function():
     x = random_numbers(5, 8, seed=20)
     expected = add((x @ W.T + bias).T, rows, alpha / len(A) * (x @ A.T @ B.T).T).T
     hint = "first the tests above; then compare W[rows] x and B (A x)"
-    check("merged(x), as linear(x) and the update", merged(W, rows, A, B, alpha, bias)(tensor(x)), expected, hint=hint)
+    check(
+        "merged(x), as linear(x) and the update",
+        merged(W, rows, A, B, alpha, bias)(tensor(x)),
+        expected,
+        hint=hint,
+    )
 
 
 def test_bfloat16_is_rounded_once():
@@ -108,6 +125,14 @@ def test_bfloat16_is_rounded_once():
     linear = linear_of(np.ones((2, 1)), dtype=torch.bfloat16)
     merge(linear, torch.tensor([0, 1]), tensor([[1]]), tensor([[1 / 256 + 1 / 131072], [1]]), 1)
     if linear.weight.dtype != torch.bfloat16:
-        fail(f"weight: expected torch.bfloat16, came {linear.weight.dtype}", "a merged weight keeps its dtype")
+        fail(
+            f"weight: expected torch.bfloat16, came {linear.weight.dtype}",
+            "a merged weight keeps its dtype",
+        )
     mistakes = {"rounded twice: add in float32, then cast the sum": [1, 2], NOT_IN_PLACE: [1, 1]}
-    check("1 + a little more than 1/256, and 1 + 1, in bfloat16", linear.weight[:, 0], [1 + 1 / 128, 2], mistakes)
+    check(
+        "1 + a little more than 1/256, and 1 + 1, in bfloat16",
+        linear.weight[:, 0],
+        [1 + 1 / 128, 2],
+        mistakes,
+    )

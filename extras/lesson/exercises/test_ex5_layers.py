@@ -13,13 +13,17 @@ pytest_plugins = ["short_messages"]
 def probe(gradients):
     """gradients [micro-batches, layers, 2 norms, D] -> their losses, the norm weights."""
     gradients = tensor(gradients)
-    norms = [[nn.Parameter(torch.ones(gradients.shape[-1])) for _ in range(2)] for _ in range(gradients.shape[1])]
+    norms = [
+        [nn.Parameter(torch.ones(gradients.shape[-1])) for _ in range(2)]
+        for _ in range(gradients.shape[1])
+    ]
     return losses_of(gradients, norms), norms
 
 
 def losses_of(gradients, norms):
     return [
-        sum((weight * g).sum() for pair, gs in zip(norms, part) for weight, g in zip(pair, gs)) for part in gradients
+        sum((weight * g).sum() for pair, gs in zip(norms, part) for weight, g in zip(pair, gs))
+        for part in gradients
     ]
 
 
@@ -31,18 +35,28 @@ def length(vectors):
 def mistakes_in_scores(gradients):
     total = gradients.sum(0)  # [layers, 2, D]
     return {
-        "the sum of two norms: take the norm of both weights together": np.sqrt((total**2).sum(-1)).sum(-1),
+        "the sum of two norms: take the norm of both weights together": np.sqrt(
+            (total**2).sum(-1)
+        ).sum(-1),
         "one norm weight only: both count": np.sqrt((total**2).sum(-1))[:, 0],
         "one norm weight only, the second: both count": np.sqrt((total**2).sum(-1))[:, 1],
         "the sum of absolute values: the root of the sum of squares": np.abs(total).sum((1, 2)),
         "a plain sum, in which signs cancel: the root of the sum of squares": total.sum((1, 2)),
         "the root is missing": length(total) ** 2,
-        "read before the last micro-batch: first all backward passes": length(gradients[:-1].sum(0)),
+        "read before the last micro-batch: first all backward passes": length(
+            gradients[:-1].sum(0)
+        ),
         "only the first micro-batch: first all backward passes": length(gradients[0]),
-        "only the last micro-batch: do not clear .grad between backward passes": length(gradients[-1]),
-        "norms of micro-batches added up: .grad is read once, after the last": sum(map(length, gradients)),
+        "only the last micro-batch: do not clear .grad between backward passes": length(
+            gradients[-1]
+        ),
+        "norms of micro-batches added up: .grad is read once, after the last": sum(
+            map(length, gradients)
+        ),
         "a mean over the micro-batches: .grad as it is": length(total) / len(gradients),
-        "read after each micro-batch and added up: .grad is a sum already": sum(map(length, gradients.cumsum(0))),
+        "read after each micro-batch and added up: .grad is a sum already": sum(
+            map(length, gradients.cumsum(0))
+        ),
     }
 
 
@@ -75,7 +89,13 @@ def test_the_next_probe_begins_anew():
     before = "the gradients of the probe before are still in .grad: start from .grad = None"
     mistakes = mistakes_in_scores(gradients) | {before: length(2 * gradients.sum(0))}
     found = layer_scores(losses_of(tensor(gradients), norms), norms)
-    check("the same probe once more", found, length(gradients.sum(0)), mistakes, hint="see 1 in the text")
+    check(
+        "the same probe once more",
+        found,
+        length(gradients.sum(0)),
+        mistakes,
+        hint="see 1 in the text",
+    )
 
 
 def check_selection(scores, k_ratio, count):
@@ -88,11 +108,19 @@ def check_selection(scores, k_ratio, count):
         "by score, the highest last: sort the indices": best,
         "these are scores, not indices of layers": sorted(np.array(scores)[best]),
         "no layer: max(1, ...)": [],
-        "the count was rounded down: round(1.6) is 2, int(1.6) is 1": sorted(order[-max(1, count - 1) :]),
+        "the count was rounded down: round(1.6) is 2, int(1.6) is 1": sorted(
+            order[-max(1, count - 1) :]
+        ),
         "the count was rounded up: round to the nearest": sorted(order[-count - 1 :]),
     }
     found = select_layers(tensor(scores), k_ratio)
-    check(f"scores {scores}, k_ratio {k_ratio}", found, sorted(best), mistakes, hint="see 2 in the text")
+    check(
+        f"scores {scores}, k_ratio {k_ratio}",
+        found,
+        sorted(best),
+        mistakes,
+        hint="see 2 in the text",
+    )
 
 
 def test_the_highest_in_order():
@@ -145,7 +173,12 @@ def test_frozen_layers_lose_their_gradient():
     activate(parameters, [1, 3])
     found = [all(parameter.grad is not None for parameter in layer) for layer in parameters]
     mistakes = {
-        "frozen layers keep their gradient: the optimizer would apply it; grad = None": [1, 1, 1, 1],
+        "frozen layers keep their gradient: the optimizer would apply it; grad = None": [
+            1,
+            1,
+            1,
+            1,
+        ],
         "the selected lost theirs: a probe is a training step too": [0, 0, 0, 0],
         "the wrong way round: these are the selected": [1, 0, 1, 0],
     }

@@ -43,23 +43,38 @@ def check_loss_and_gradient(table, which):
     found = accumulate_gradients(model, micro_batches())
     found = [found, model.weight.grad][which]
     sizes = np.array([[np.sum(np.array(part) != NONE), np.size(part)] for part in LABELS])
-    (first, second), counts = [by_hand(table, t, each)[which] for t, each in zip(TOKENS, LABELS)], sizes[:, 0]
+    (first, second), counts = (
+        [by_hand(table, t, each)[which] for t, each in zip(TOKENS, LABELS)],
+        sizes[:, 0],
+    )
     N, padded = sizes.sum(0)
     with_padding = by_hand(table, TOKENS, np.maximum(LABELS, 0))[which]
     mistakes = {
-        "a mean of means: divide the sums by the batch's tokens": (first / counts[0] + second / counts[1]) / 2,
-        "a sum of means: divide the sums by the batch's tokens": first / counts[0] + second / counts[1],
-        "divided by the number of micro-batches: by the batch's response tokens": (first + second) / 2,
+        "a mean of means: divide the sums by the batch's tokens": (
+            first / counts[0] + second / counts[1]
+        )
+        / 2,
+        "a sum of means: divide the sums by the batch's tokens": first / counts[0]
+        + second / counts[1],
+        "divided by the number of micro-batches: by the batch's response tokens": (first + second)
+        / 2,
         "divided by the tokens and by the number of micro-batches": (first + second) / N / 2,
         "a sum: divide by the batch's response tokens": first + second,
-        "padding and prompt were counted: N is the labels that are not -100": (first + second) / padded,
+        "padding and prompt were counted: N is the labels that are not -100": (first + second)
+        / padded,
         "positions without a label were learnt as token 0": with_padding / padded,
         "positions without a label were learnt as token 0, over N": with_padding / N,
         "only the last micro-batch: no zero_grad between the passes": second / N,
-        "only the last micro-batch, over its own tokens: no zero_grad between the passes": second / counts[1],
+        "only the last micro-batch, over its own tokens: no zero_grad between the passes": second
+        / counts[1],
         "only the first micro-batch": first / N,
     }
-    check(["the loss of the batch", "the gradient of the batch"][which], found, (first + second) / N, mistakes)
+    check(
+        ["the loss of the batch", "the gradient of the batch"][which],
+        found,
+        (first + second) / N,
+        mistakes,
+    )
 
 
 def test_labels_of_one_example():
@@ -70,11 +85,22 @@ def test_labels_of_one_example():
         [NONE, NONE, 8, 9],
         {
             "not shifted: a position's label is the token after it": [NONE, NONE, NONE, 8],
-            "not shifted, and one too long: a position's label is the token after it": [NONE, NONE, NONE, 8, 9],
+            "not shifted, and one too long: a position's label is the token after it": [
+                NONE,
+                NONE,
+                NONE,
+                8,
+                9,
+            ],
             "the last position predicts nothing: leave it out": [NONE, NONE, 8, 9, NONE],
             "the prompt is not learnt: -100": [6, 7, 8, 9],
             "the prompt is not learnt: its label is -100, not 0": [0, 0, 8, 9],
-            "the first response token is lost: the prompt's last token predicts it": [NONE, NONE, NONE, 9],
+            "the first response token is lost: the prompt's last token predicts it": [
+                NONE,
+                NONE,
+                NONE,
+                9,
+            ],
         },
     )
 
@@ -137,7 +163,9 @@ def test_the_size_of_the_micro_batches_does_not_matter():
     hint = "sums of token losses over the tokens of all micro-batches; a part without any label adds 0, not 0/0"
     for size in (1, 2, 4):
         model, starts = model_of(table), range(0, 4, size)
-        parts = micro_batches([tokens[i : i + size] for i in starts], [labels[i : i + size] for i in starts])
+        parts = micro_batches(
+            [tokens[i : i + size] for i in starts], [labels[i : i + size] for i in starts]
+        )
         accumulate_gradients(model, parts)
         check(f"the gradient, {size} row(s) at a time", model.weight.grad, expected, hint=hint)
 
@@ -146,4 +174,9 @@ def test_no_step_is_made():
     table = random_numbers(V, V, seed=4)
     model = model_of(table)
     accumulate_gradients(model, micro_batches())
-    check("the weights afterwards", model.weight, table, hint="gradients only: the optimizer's step is the caller's")
+    check(
+        "the weights afterwards",
+        model.weight,
+        table,
+        hint="gradients only: the optimizer's step is the caller's",
+    )
