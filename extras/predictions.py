@@ -130,10 +130,16 @@ def add_result(path, result, identifying, merge=lambda old, new: new):
     One that has the same values under the identifying names is replaced, by merge(it, the new
     one)."""
     with user_file(path), locked(path.parent):
-        for old in stored_results(path):
+        try:
+            stored = stored_results(path)
+        except UserError:  # a file that cannot be read is replaced
+            stored = []
+        others = []
+        for old in stored:
             if same(old, result, identifying):
                 result = merge(old, result)
-        others = [old for old in stored_results(path) if not same(old, result, identifying)]
+            else:
+                others.append(old)
         write_whole(path, json.dumps(result | {"others": others}, indent=2) + "\n")
 
 
@@ -142,11 +148,8 @@ def same(old, new, names):
 
 
 def stored_results(path):
-    """The results in a file of `add_result`, the latest last; none where it cannot be read."""
-    try:
-        result = read_json(path, missing={})
-    except UserError:
-        return []
+    """The results in a file of `add_result`, the latest last; none where there is no file."""
+    result = read_json(path, missing={})
     others = result.pop("others", [])
     return [*others, result] if result else []
 

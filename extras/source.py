@@ -98,7 +98,8 @@ def file_fingerprint(path):
 
 def is_library(file):
     """Whether a file belongs to Python or to an installed package. A notebook's cells do not."""
-    return "site-packages" in file or file.startswith((STANDARD_LIBRARY, "<frozen"))
+    is_installed = "site-packages" in file or "dist-packages" in file  # the second on Debian, Colab
+    return is_installed or file.startswith((STANDARD_LIBRARY, "<frozen"))
 
 
 # --- the code that a call may come to ---

@@ -163,6 +163,10 @@ def test_a_directory_without_results_has_a_line_and_the_others_their_table(ckpt,
     evaluate("--ckpt", "ckpt", "--out", "begun")
     Path("begun/results.json").unlink()
     Path("empty").mkdir()
+    shutil.copytree("a", "scores")
+    Path("scores/results.json").write_text("{")
+    said = table(capsys, "a", "scores")[1]
+    assert len(said) == 1 and said[0].startswith("left out: scores/results.json is not a JSON file")
     Path("broken").mkdir()
     Path("broken/args.json").write_text("{")
     rows, said = table(capsys, "empty", "begun", "a", "broken", "nowhere")

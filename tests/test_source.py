@@ -81,6 +81,12 @@ def test_a_decorator_counts_and_a_librarys_is_known_by_its_name():
     assert fingerprint(without_gradient) == fingerprint(torch.no_grad()(plain))
 
 
+@pytest.mark.parametrize("folder", ["site-packages", "dist-packages"])
+def test_an_installed_package_is_a_library_wherever_python_keeps_it(folder):
+    assert source.is_library(f"/usr/local/lib/python3.12/{folder}/torch/utils/_contextlib.py")
+    assert not source.is_library(model.__file__) and not source.is_library("<ipython-input-1>")
+
+
 # --- what a call may come to ---
 
 HELPERS = types.ModuleType("helpers")
