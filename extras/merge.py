@@ -67,6 +67,7 @@ def merge_checkpoint(ckpt, adapter, out):
     tokenizer = load_tokenizer(ckpt)
     model, table = meta_model(ckpt)
     updated = updater(model, adapter)
+    peft_methods.say_if_of_another_base(adapter, hub_name(ckpt))
     sizes = {name: math.prod(stored.shape) * SIZES[stored.dtype] for name, stored in table.items()}
     parameters = dict(model.named_parameters())
     check_names(
@@ -235,7 +236,7 @@ def updater(model, directory):
                 f"{directory}: {name} holds numbers that are not finite: train it again"
             )
     without_memory = rosa.adapters(rosa.attach(copy.deepcopy(model).to("meta"), **arguments))
-
+    checked = set()  # the names of the weights whose merging was compared with RoAE.forward
     merged = {
         f"base_model.model.{name}.lora_{factor}.weight"
         for name in without_memory
@@ -263,28 +264,31 @@ def updater(model, directory):
         )
         adapter.A.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
         adapter.B.copy_(tensors[f"base_model.model.{name}.lora_B.weight"][adapter.rows])
-        alone = copy.deepcopy(adapter).double()
-        x = torch.randn(4, linear.in_features, dtype=torch.float64)
-        expected, without = alone(x), alone.linear(x)
-        found = rosa.merge(nn.ModuleDict({"adapted": alone})).adapted(x)
-        if (found - expected).norm() > 1e-3 * (expected - without).norm() + 1e-6 * expected.norm():
-            problem = f"merged, {name} computes something else than RoAE.forward"
-            raise UserError(
-                f"{problem}: has RoAE.forward or rosa.merge in rosa.py been edited without the "
-                "other?"
-            )
+        if name not in checked:
+            check_merging(name, copy.deepcopy(adapter).double())
+            checked.add(name)
         return rosa.merge(nn.ModuleDict({"adapted": adapter})).adapted.weight
 
     return updated
 
 
+def check_merging(name, adapter):
+    """Raise UserError unless rosa.merge makes of an adapter in float64 the linear layer that
+    computes what RoAE.forward computes."""
+    x = torch.randn(4, adapter.linear.in_features, dtype=torch.float64)
+    expected, without = adapter(x), adapter.linear(x)
+    found = rosa.merge(nn.ModuleDict({"adapted": adapter})).adapted(x)
+    if (found - expected).norm() > 1e-3 * (expected - without).norm() + 1e-6 * expected.norm():
+        problem = f"merged, {name} computes something else than RoAE.forward"
+        raise UserError(
+            f"{problem}: has RoAE.forward or rosa.merge in rosa.py been edited without the other?"
+        )
+
+
 def main(args):
     """Merge, and say what it has cost."""
     runs.say_if_unfinished(args.adapter)
-    ckpt = find_checkpoint(args.ckpt)
-    peft_methods.check_files(args.adapter)
-    peft_methods.say_if_of_another_base(args.adapter, hub_name(ckpt))
-    before, after = merge_checkpoint(ckpt, args.adapter, args.out)
+    before, after = merge_checkpoint(find_checkpoint(args.ckpt), args.adapter, args.out)
     same = (before.argmax(-1) == after.argmax(-1)).sum()
     moved, largest = (after - before).abs().max(), before.abs().max()
     print(

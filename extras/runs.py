@@ -374,12 +374,8 @@ def check_same(args, description):
                 f"--resume: the {name} differ from those that the run in {args.out} began with"
             )
     if edited := edited_since(before, description["code"]):
-        files = " and ".join(edited)
-        are = "has" if len(edited) == 1 else "have"
-        print(
-            f"code       {files} {are} been edited since the run in {args.out} began: it goes on "
-            "with the code of now"
-        )
+        since = f"since the run in {args.out} began: it goes on with the code of now"
+        print(f"code       {have_been_edited(edited)} {since}")
 
 
 def edited_since(args, now):
@@ -388,6 +384,10 @@ def edited_since(args, now):
     not for all of the files."""
     began = args.get("code", {})
     return [file for file in began if file in now and began[file] != now[file]]
+
+
+def have_been_edited(files):
+    return f"{' and '.join(files)} {'has' if len(files) == 1 else 'have'} been edited"
 
 
 def code_of_the_method():
@@ -410,8 +410,7 @@ def say_if_unfinished(out):
     if step is None or processes()[0] > 0:
         return
     if edited := edited_since(read_json(out / "args.json", missing={}), code_of_the_method()):
-        are = "has" if len(edited) == 1 else "have"
-        print(f"trained    {out}: {' and '.join(edited)} {are} been edited since its run began")
+        print(f"trained    {out}: {have_been_edited(edited)} since its run began")
     if not (out / "summary.json").exists():
         print(
             f"unfinished {out}: its run has not ended; what it holds is the best so far, of step "
