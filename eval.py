@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import tasks
 from data.errors import UserError
 from data.tokenizer import load_tokenizer
-from extras import inference, kernels, merge, peft_methods, runs
+from extras import adapters, inference, kernels, merge, runs
 from extras.checkpoints import (
     check_finite,
     choose_device_and_dtype,
@@ -107,7 +107,7 @@ def main(args):
     too_long = check_lengths(args, questions, model.config, tokenizer)
     if args.adapter:
         # One of RoSA's, by rosa.load_adapter, or of PEFT's own
-        peft_methods.load_adapter(model, args.adapter)
+        adapters.load_adapter(model, args.adapter)
     check_finite(model)
     # Bfloat16 weights would round it away; PEFT's own stay as they are
     if args.adapter and dtype == torch.float32:

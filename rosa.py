@@ -47,7 +47,7 @@ class RoAE(nn.Module):
 
     def __init__(self, linear, num_heads, rank=64, alpha=128, low_freq_ratio=0.5, pairs="low"):
         super().__init__()
-        check_settings(rank, alpha, low_freq_ratio, pairs)
+        check_arguments(rank, alpha, low_freq_ratio, pairs)
         self.linear, self.num_heads, self.rank, self.alpha = linear, num_heads, rank, alpha
         self.low_freq_ratio, self.pairs = low_freq_ratio, pairs
         device, rows = (
@@ -92,7 +92,7 @@ def adapted_rows(out_features, num_heads, low_freq_ratio, pairs="low"):
     return rows.view(num_heads, 2, half).gather(2, chosen).flatten()
 
 
-def check_settings(rank, alpha, low_freq_ratio, pairs):
+def check_arguments(rank, alpha, low_freq_ratio, pairs):
     """Raise ValueError for what no adapter can have, in a call or in a file."""
     if type(rank) is not int or rank < 1:
         raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
@@ -153,7 +153,7 @@ def merge(model):
     return model
 
 
-def settings(model):
+def attach_arguments(model):
     """What must agree for one model's adapter to fit another: the arguments of `attach`."""
     # The last: all are alike
     layer = {name.split(".", 3)[3]: adapter for name, adapter in adapters(model).items()}
@@ -188,7 +188,7 @@ def save_adapter(model, directory):
             raise ValueError(
                 f"{name} trains, and save_adapter would lose it: it writes the A and B of adapters"
             )
-    metadata, tensors = settings(model), {}
+    metadata, tensors = attach_arguments(model), {}
     for name, adapter in adapters(model).items():
         B = torch.zeros(adapter.linear.out_features, adapter.rank)
         B[adapter.rows.cpu()] = adapter.B.detach().cpu()
@@ -227,11 +227,11 @@ def load_adapter(model, directory):
     arguments, tensors = read_adapter(directory)
     if "peft" in arguments:
         raise ValueError(
-            f"{directory} is an adapter of PEFT's own: extras.peft_methods.load_adapter reads it"
+            f"{directory} is an adapter of PEFT's own: extras.adapters.load_adapter reads it"
         )
-    if adapters(model) and settings(model) != arguments:
+    if adapters(model) and attach_arguments(model) != arguments:
         raise ValueError(
-            f"{directory} has {arguments}, the adapters of the model have {settings(model)}"
+            f"{directory} has {arguments}, the adapters of the model have {attach_arguments(model)}"
         )
     check_lora(directory, tensors, model, arguments)
     if not adapters(model):
@@ -290,7 +290,7 @@ def read_adapter(directory, as_lora=False):
     for name, default in (("low_freq_ratio", 1.0), ("pairs", "low")):
         arguments[name] = metadata.get(name, default)
     try:
-        check_settings(*(arguments[name] for name in ("rank", "alpha", "low_freq_ratio", "pairs")))
+        check_arguments(*(arguments[name] for name in ("rank", "alpha", "low_freq_ratio", "pairs")))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if config.get("use_rslora"):  # it scales by alpha / sqrt(r), LoRA by alpha / r

@@ -26,7 +26,7 @@ import rosa
 from data import tasks
 from data.errors import UserError
 from data.tokenizer import load_tokenizer
-from extras import kernels, peft_methods, runs
+from extras import adapters, kernels, runs
 from extras.checkpoints import (
     choose_device_and_dtype,
     find_checkpoint,
@@ -56,7 +56,7 @@ from extras.distributed import (
 ADAPTER = {"targets": "q,k", "rank": 64, "alpha": None, "lr": 1e-3}  # alpha: twice the rank
 # method -> its own options and their defaults; another method refuses them. A new method goes here
 # and into `attach` below. How it is saved extras/runs.py decides (Run.kept): as a whole checkpoint,
-# or as an adapter, by save_adapter and load_adapter of extras/peft_methods.py.
+# or as an adapter, by save_adapter and load_adapter of extras/adapters.py.
 METHODS = {
     "rosa": ADAPTER | {"low_freq_ratio": 0.5, "pairs": "low", "k_ratio": 0.5},
     "lora": ADAPTER | {"k_ratio": 1.0},
@@ -431,7 +431,7 @@ def attach(args, model):
         model.requires_grad_(True)
     else:
         options = read_json(args.peft_config) if args.peft_config else {}
-        peft_methods.attach_peft(model, args.method.removeprefix("peft:"), options)
+        adapters.attach_peft(model, args.method.removeprefix("peft:"), options)
     in_layers = any(parameter.requires_grad for parameter in model.model.layers.parameters())
     if args.k_ratio < 1 and not in_layers:
         raise UserError(

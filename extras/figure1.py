@@ -16,7 +16,7 @@ import rosa
 from data import tasks
 from data.errors import UserError, user_file
 from data.tokenizer import load_tokenizer
-from extras import checkpoints, peft_methods
+from extras import adapters, checkpoints
 from extras.checkpoints import (
     choose_device_and_dtype,
     find_checkpoint,
@@ -73,7 +73,7 @@ def mean_norms(model, prompts):
 def first_low_frequency_pair(model):
     """Where the pairs begin that RoAE adapts, in this model or by default."""
     default = inspect.signature(rosa.attach).parameters["low_freq_ratio"].default
-    ratio = rosa.settings(model)["low_freq_ratio"] if rosa.adapters(model) else default
+    ratio = rosa.attach_arguments(model)["low_freq_ratio"] if rosa.adapters(model) else default
     return int(rosa.adapted_rows(model.config.head_dim, 1, ratio).min())
 
 
@@ -121,7 +121,7 @@ def main(args):
             f"{model.config.context}"
         )
     if args.adapter:
-        peft_methods.load_adapter(model, args.adapter)
+        adapters.load_adapter(model, args.adapter)
     checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
     means, first_low = mean_norms(model, prompts), first_low_frequency_pair(model)

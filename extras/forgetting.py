@@ -15,7 +15,7 @@ from tqdm import tqdm
 from data import tasks
 from data.errors import UserError, user_file
 from data.tokenizer import load_tokenizer
-from extras import checkpoints, peft_methods
+from extras import adapters, checkpoints
 from extras.checkpoints import (
     choose_device_and_dtype,
     find_checkpoint,
@@ -83,12 +83,12 @@ def main(args):
     checkpoints.check_finite(model)
     alone = {}
     if args.adapter:
-        peft_methods.check_files(Path(args.adapter))  # before the work
+        adapters.check_files(Path(args.adapter))  # before the work
         alone = {
             file: mean_loss(model, pairs, file, ", without the adapter")
             for file, pairs in texts.items()
         }
-        peft_methods.load_adapter(model, args.adapter)
+        adapters.load_adapter(model, args.adapter)
         checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
     say_if_unfinished(Path(args.adapter or ckpt))

@@ -23,7 +23,7 @@ import rosa
 from data import tasks, toy
 from data.errors import UserError, refusals_of, user_file
 from data.tokenizer import load_tokenizer
-from extras import peft_methods, runs
+from extras import adapters, runs
 from extras.checkpoints import (
     checkpoint_files,
     copy_companions,
@@ -67,7 +67,7 @@ def merge_checkpoint(ckpt, adapter, out):
     tokenizer = load_tokenizer(ckpt)
     model, table = meta_model(ckpt)
     updated = updater(model, adapter)
-    peft_methods.say_if_of_another_base(adapter, hub_name(ckpt))
+    adapters.say_if_of_another_base(adapter, hub_name(ckpt))
     sizes = {name: math.prod(stored.shape) * SIZES[stored.dtype] for name, stored in table.items()}
     parameters = dict(model.named_parameters())
     check_names(
@@ -217,7 +217,7 @@ def updater(model, directory):
     """A function from a weight's name and the weight to the weight that rosa.merge makes of it with
     the adapter in a directory, in float32 at least; a weight that has no adapter is returned as it
     is. The model may be on the meta device."""
-    peft_methods.check_files(directory)
+    adapters.check_files(directory)
     with refusals_of("rosa"):
         arguments, tensors = rosa.read_adapter(directory, as_lora=True)
     if "peft" in arguments:
@@ -227,7 +227,7 @@ def updater(model, directory):
             f"{directory} is an adapter of type {peft_type}, which rosa.merge cannot merge: "
             f"{advice}"
         )
-    peft_methods.check_targets(directory, arguments["targets"])
+    adapters.check_targets(directory, arguments["targets"])
     with refusals_of("rosa"):
         rosa.check_lora(directory, tensors, model, arguments)
     for name, tensor in tensors.items():

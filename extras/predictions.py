@@ -12,9 +12,9 @@ import rosa
 from data import tasks
 from data.errors import UserError, user_file
 from data.tokenizer import JsonTokenizer, SentencePieceTokenizer
+from extras.adapters import ADAPTER_FILES
 from extras.checkpoints import checkpoint_files, companions, read_json
 from extras.distributed import gather, processes
-from extras.peft_methods import ADAPTER_FILES
 from extras.runs import locked, write_whole
 from extras.source import HERE, file_fingerprint, reached_code
 from model import Llama, LlamaConfig

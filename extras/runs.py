@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data.errors import UserError
-from extras import peft_methods
+from extras import adapters
 from extras.checkpoints import copy_companions, read_json, stored_tensors
 from extras.commands import Stop
 from extras.distributed import by_the_first, gather, processes
@@ -194,7 +194,7 @@ class Run:
                 self.model.save_pretrained(new)
                 copy_companions(self.ckpt, new)
             else:
-                peft_methods.save_adapter(self.model, new)
+                adapters.save_adapter(self.model, new)
             for file in new.iterdir():
                 write(self.out / file.name, lambda partial, file=file: os.replace(file, partial))
             new.rmdir()

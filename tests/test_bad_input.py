@@ -23,7 +23,7 @@ import eval as eval_script
 import rosa
 import train as train_script
 from data import tasks, toy
-from extras import checkpoints, compare, figure1, forgetting, peft_methods
+from extras import adapters, checkpoints, compare, figure1, forgetting
 from extras import merge as merge_file
 from extras.commands import one_line
 from model import Llama
@@ -277,7 +277,7 @@ def test_a_file_that_may_not_be_read_is_said_to_be_that(
             raise PermissionError(13, "Permission denied", str(file))
         return open(file, *how)
 
-    for module in (checkpoints, peft_methods):
+    for module in (checkpoints, adapters):
         monkeypatch.setattr(module, "open", denied, raising=False)
     refused(capsys, script, [], f"{path}: Permission denied")
 
@@ -454,7 +454,7 @@ def test_an_adapter_that_is_none_is_refused(here, capsys, what, script):
 
 def test_an_adapters_metadata_decides_which_rows_adapt_and_nothing_else(here):
     metadata(rank=3, alpha=9, size=4)()
-    settings = rosa.settings(peft_methods.load_adapter(checkpoints.load_model(CKPT), "adapter"))
+    settings = rosa.attach_arguments(adapters.load_adapter(checkpoints.load_model(CKPT), "adapter"))
     assert settings == {
         "rank": 4,
         "alpha": 8,

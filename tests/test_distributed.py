@@ -419,7 +419,7 @@ SILENCE = 2  # seconds, in the place of 50
 def impatient(rank):
     """The group that adds up gradients waits no longer than SILENCE. The first process takes longer
     than that to save its first adapter; in step 4 the second is stopped, and says nothing more."""
-    save = runs.peft_methods.save_adapter
+    save = runs.adapters.save_adapter
 
     def noting(function, seconds):
         def call(*arguments, timeout, **options):
@@ -429,13 +429,13 @@ def impatient(rank):
         return call
 
     def slow(*arguments):
-        runs.peft_methods.save_adapter = save
+        runs.adapters.save_adapter = save
         time.sleep(1.2 * SILENCE)
         save(*arguments)
 
     for name, seconds in {"init_process_group": 3600, "new_group": SILENCE}.items():
         setattr(torch.distributed, name, noting(getattr(torch.distributed, name), seconds))
-    runs.peft_methods.save_adapter = slow
+    runs.adapters.save_adapter = slow
     during(4, (1, halted), rank)
 
 

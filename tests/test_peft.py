@@ -15,7 +15,7 @@ import rosa
 import train as train_script
 from data.errors import UserError
 from data.tokenizer import HERE as DATA
-from extras import merge, peft_methods
+from extras import adapters, merge
 from extras.kernels import accelerate
 from model import MLP, Llama
 
@@ -52,7 +52,7 @@ def train(model, parameters, k_ratio=1.0, steps=5, adamw=torch.optim.AdamW):
 
 
 def test_all_linear_layers_are_those_of_the_layers(model):
-    peft_methods.attach_peft(model, "LORA", {"target_modules": "all-linear"})
+    adapters.attach_peft(model, "LORA", {"target_modules": "all-linear"})
     adapted = {
         name.split(".lora_A")[0].split(".", 3)[3]
         for name, _ in model.named_parameters()
@@ -68,9 +68,9 @@ def test_a_plain_lora_that_peft_has_trained_here_is_merged_and_no_other(tmp_path
     model, tokens = random_model(vocab_size=1024, max_position_embeddings=256), random_tokens(2, 20)
     model.save_pretrained(tmp_path / "ckpt")
     shutil.copy(DATA / "tiny" / "tokenizer.model", tmp_path / "ckpt")
-    peft_methods.attach_peft(model, "LORA", options)
+    adapters.attach_peft(model, "LORA", options)
     train(model, [p for p in model.parameters() if p.requires_grad])
-    peft_methods.save_adapter(model, tmp_path / "a")
+    adapters.save_adapter(model, tmp_path / "a")
     merge.merge_checkpoint(tmp_path / "ckpt", tmp_path / "a", tmp_path / "out")
     merged = Llama.from_pretrained(tmp_path / "out")
     assert_close(merged(tokens), model.eval()(tokens), **of_model(merged.config))
@@ -88,7 +88,7 @@ def test_a_method_of_peft_trains_layer_by_layer_and_comes_back_from_its_files(
     seed_torch(0)
     model, tokens = random_model(dtype=dtype), random_tokens(2, 20)
     frozen = {name: p.clone() for name, p in model.named_parameters()}
-    peft_methods.attach_peft(model, name.split()[0], METHODS[name])
+    adapters.attach_peft(model, name.split()[0], METHODS[name])
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trainable and all(p.dtype == torch.float32 for p in trainable.values())
     start = {name: p.detach().clone() for name, p in trainable.items()}
@@ -102,9 +102,9 @@ def test_a_method_of_peft_trains_layer_by_layer_and_comes_back_from_its_files(
         if (name := name.replace("base_layer.", "")) in frozen:
             assert torch.equal(p, frozen[name])
 
-    peft_methods.save_adapter(model, tmp_path)
+    adapters.save_adapter(model, tmp_path)
     again, base = (
-        peft_methods.load_adapter(random_model(dtype=dtype), tmp_path),
+        adapters.load_adapter(random_model(dtype=dtype), tmp_path),
         random_model(dtype=dtype),
     )
     # The same operations on the same values: the files hold all that trains, in float32.
@@ -114,7 +114,7 @@ def test_a_method_of_peft_trains_layer_by_layer_and_comes_back_from_its_files(
     with pytest.raises(
         ValueError, match="was trained on another model: model.layers.3.* is absent, this one needs"
     ):
-        peft_methods.load_adapter(random_model(num_hidden_layers=4), tmp_path)
+        adapters.load_adapter(random_model(num_hidden_layers=4), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_kernels_leave_its_layers_as_they_are_and_compute_the_same(name, options
     """A linear layer inside one of PEFT's it may read or call; where it adapts lm_head, the loss
     sees it."""
     model, tokens, results = random_model(), random_tokens(2, 20), []
-    peft_methods.attach_peft(model, name.split()[0], options)
+    adapters.attach_peft(model, name.split()[0], options)
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:
         p.data += 0.05 * torch.randn(p.shape, generator=generator_of(p.numel()))
@@ -148,14 +148,14 @@ def test_a_mistake_in_the_model_is_a_traceback_and_what_peft_refuses_a_line(monk
     forward = MLP.forward
     monkeypatch.setattr(MLP, "forward", lambda self, x: forward(self, x.view(3, -1)))
     with pytest.raises(RuntimeError, match="shape"):
-        peft_methods.attach_peft(random_model(), "IA3", METHODS["IA3"])
+        adapters.attach_peft(random_model(), "IA3", METHODS["IA3"])
     monkeypatch.setattr(MLP, "forward", forward)
     with pytest.raises(UserError, match="peft:LORA with .*no_such.* in float32: .*no_such"):
-        peft_methods.attach_peft(random_model(), "LORA", {"no_such": 1})
+        adapters.attach_peft(random_model(), "LORA", {"no_such": 1})
     # Fails where peft calls it
     monkeypatch.setattr(peft.tuners.lora.Linear, "_cast_input_dtype", torch.linalg.inv)
     with pytest.raises(UserError, match="peft:LORA with .*inv"):
-        peft_methods.attach_peft(random_model(), "LORA", {"target_modules": ["q_proj"]})
+        adapters.attach_peft(random_model(), "LORA", {"target_modules": ["q_proj"]})
 
 
 DROPOUT = [("LORA", {"lora_dropout": 0.5}), ("LORA", {"lora_dropout": 0.5, "use_dora": True})]
@@ -166,25 +166,25 @@ DROPOUT += [("BOFT", {"boft_block_size": 4, "boft_dropout": 0.5})]
 def test_dropout_acts_in_training_alone(tmp_path, name, options):
     """PEFT puts its modules in in training mode, whatever the mode of the model."""
     model, tokens = random_model(), random_tokens(2, 20)
-    peft_methods.attach_peft(model, name, options)
+    adapters.attach_peft(model, name, options)
     for p in model.parameters():
         if p.requires_grad:
             p.data += 0.05 * torch.randn(p.shape, generator=generator_of(p.numel()))
     assert torch.equal(model(tokens), model(tokens))  # in evaluation nothing is drawn
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
-    peft_methods.save_adapter(model, tmp_path)
-    again = peft_methods.load_adapter(random_model(), tmp_path)
+    adapters.save_adapter(model, tmp_path)
+    again = adapters.load_adapter(random_model(), tmp_path)
     assert not any(module.training for module in again.modules())
     assert_close(again(tokens), model.eval()(tokens), **of_model(model.config))
-    in_training = peft_methods.attach_peft(random_model().train(), name, options)
+    in_training = adapters.attach_peft(random_model().train(), name, options)
     assert all(module.training for module in in_training.modules())
 
 
 def test_layers_are_selected_among_those_in_which_something_trains(ckpt):
     """As with PEFT's layers_to_transform."""
     model = random_model(num_hidden_layers=6)
-    peft_methods.attach_peft(
+    adapters.attach_peft(
         model, "LORA", {"target_modules": ["q_proj"], "layers_to_transform": [4, 5]}
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -210,12 +210,12 @@ def test_an_adapter_reads_back_as_the_model_that_was_trained_however_it_began(tm
             UserError,
             match=f"peft:LORA with init_lora_weights '{initial}': peft draws the base anew",
         ):
-            peft_methods.attach_peft(model, "LORA", options)
+            adapters.attach_peft(model, "LORA", options)
         return
-    peft_methods.attach_peft(model, "LORA", options)
+    adapters.attach_peft(model, "LORA", options)
     train(model, [p for p in model.parameters() if p.requires_grad], steps=3)
-    peft_methods.save_adapter(model, tmp_path)
-    again = peft_methods.load_adapter(random_model(), tmp_path)
+    adapters.save_adapter(model, tmp_path)
+    again = adapters.load_adapter(random_model(), tmp_path)
     assert_close(again(tokens), model(tokens), **of_model(model.config))
 
 
@@ -238,9 +238,9 @@ def test_its_files_load_into_a_transformers_model(tmp_path, name):
     transformers = pytest.importorskip("transformers")
     model, tokens = random_model(), random_tokens(2, 20)
     model.save_pretrained(tmp_path / "base")
-    peft_methods.attach_peft(model, name, METHODS[name])
+    adapters.attach_peft(model, name, METHODS[name])
     train(model, [p for p in model.parameters() if p.requires_grad])
-    peft_methods.save_adapter(model, tmp_path / "adapter")
+    adapters.save_adapter(model, tmp_path / "adapter")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", dtype=torch.float32
     )
@@ -253,7 +253,7 @@ def test_our_lora_is_pefts(targets):
     ours, theirs = random_model(), random_model()
     rosa.attach(ours, rank=4, alpha=8, low_freq_ratio=1.0, targets=targets)
     modules = [rosa.TARGETS[target].split(".")[1] for target in targets.split(",")]
-    peft_methods.attach_peft(theirs, "LORA", {"r": 4, "lora_alpha": 8, "target_modules": modules})
+    adapters.attach_peft(theirs, "LORA", {"r": 4, "lora_alpha": 8, "target_modules": modules})
     with torch.no_grad():
         for name, adapter in rosa.adapters(ours).items():
             theirs.get_submodule(name).lora_A["default"].weight.copy_(adapter.A)
@@ -281,7 +281,7 @@ REFUSED = [
 @pytest.mark.parametrize("method, options, message", REFUSED)
 def test_what_cannot_run_is_refused_in_a_line(model, method, options, message):
     with pytest.raises(ValueError, match=message) as error:
-        peft_methods.attach_peft(model, method, options)
+        adapters.attach_peft(model, method, options)
     assert "\n" not in str(error.value)
 
 
@@ -292,7 +292,7 @@ def test_adapters_from_elsewhere_that_we_do_not_implement_run_by_peft(tmp_path):
         parameter.data *= 1.5
     theirs.save_pretrained(tmp_path)
     assert_close(
-        peft_methods.load_adapter(model, tmp_path)(tokens),
+        adapters.load_adapter(model, tmp_path)(tokens),
         theirs.model(tokens),
         **of_model(model.config),
     )

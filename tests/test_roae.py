@@ -24,7 +24,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from extras.kernels import accelerate, roae_forward
 from model import rope_table, rotate
-from rosa import TARGETS, RoAE, adapters, attach, load_adapter, merge, save_adapter, settings
+from rosa import (
+    TARGETS,
+    RoAE,
+    adapters,
+    attach,
+    attach_arguments,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 
 pytestmark = pytest.mark.numeric
 # Rows of a projection with 2 heads of d = 8: pairs (i, i + 4), the slow ones last.
@@ -336,7 +345,7 @@ def test_the_file_is_a_peft_lora_with_zero_rows_outside_the_low_frequencies(tmp_
         "pairs": "low",
     }
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["rosa"]) == metadata == settings(model)
+        assert json.loads(file.metadata()["rosa"]) == metadata == attach_arguments(model)
 
 
 def test_an_adapter_with_other_settings_is_refused_and_the_difference_named(tmp_path):
@@ -419,7 +428,9 @@ def test_a_peft_lora_from_elsewhere_loads_and_of_our_metadata_pairs_and_ratio_al
     for rosa in (None, {"rosa": json.dumps(metadata)}):
         save_file(load_file(file), file, metadata=rosa)
         model = load_adapter(random_model(), tmp_path)
-        assert settings(model) == settings(trained) and torch.equal(model(tokens), trained(tokens))
+        assert attach_arguments(model) == attach_arguments(trained) and torch.equal(
+            model(tokens), trained(tokens)
+        )
 
 
 @pytest.mark.parametrize("pairs", ["low", "high", "random"])
@@ -430,4 +441,4 @@ def test_an_adapter_that_the_older_version_wrote_computes_what_it_did_there(pair
     base = model(stored["tokens"])
     logits = load_adapter(model, fixtures / pairs)(stored["tokens"])
     assert_close(logits, stored[pairs], **of_model(model.config))
-    assert (logits - base).abs().max() > 0.1 and settings(model)["pairs"] == pairs
+    assert (logits - base).abs().max() > 0.1 and attach_arguments(model)["pairs"] == pairs

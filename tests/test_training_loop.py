@@ -18,7 +18,7 @@ import rosa
 import train
 from data import toy
 from data.tokenizer import load_tokenizer
-from extras import kernels, peft_methods, runs
+from extras import adapters, kernels, runs
 from model import Llama
 
 pytestmark = pytest.mark.numeric
@@ -184,7 +184,7 @@ def test_a_method_of_peft_runs_in_the_same_loop_and_is_read_back(ckpt):
     assert log[-1]["val_loss"] < first["val_loss"] - 0.01 and all(
         len(record["active_layers"]) == 2 for record in log
     )
-    model = peft_methods.load_adapter(Llama.from_pretrained("ckpt"), "out")
+    model = adapters.load_adapter(Llama.from_pretrained("ckpt"), "out")
     assert log[-1]["val_loss"] == validated(model, args)
     run(*arguments, "--save-every", 1, out="parts")
     assert saved("parts") == saved()
@@ -199,7 +199,7 @@ def test_dropout_acts_in_training_alone(ckpt):
         first.append([record.get("val_loss") or record["loss"] for record in read_log("out")])
     # Step 0, step 1 (B is zero), step 2
     assert first[0][:2] == first[1][:2] and first[0][2] != first[1][2]
-    model = peft_methods.load_adapter(Llama.from_pretrained("ckpt"), "out")
+    model = adapters.load_adapter(Llama.from_pretrained("ckpt"), "out")
     assert read_log("out")[-1]["val_loss"] == validated(
         model, train.parse_args([*SHORT, "--method", "lora"])
     )
@@ -283,7 +283,7 @@ def test_pairs_all_is_lora(model):
     for options in ("--pairs all --low-freq-ratio 0.1", "--method lora"):
         other = copy.deepcopy(model)
         train.attach(train.parse_args([*options.split(), "--rank", "4"]), other)
-        settings.append(rosa.settings(other))
+        settings.append(rosa.attach_arguments(other))
     assert settings[0] == settings[1] and settings[0]["low_freq_ratio"] == 1
 
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 import rosa
 from data import tasks
 from data.errors import UserError
-from extras import peft_methods
+from extras import adapters
 from extras.checkpoints import load_model
 from extras.commands import one_line
 
@@ -237,18 +237,16 @@ def read_index(directory, content):
 def read_adapter(directory, content):
     """The model's updates are alpha / rank * B A, of the tensors that NumPy reads, whatever the
     metadata says."""
-    model = peft_methods.load_adapter(random_model(**MODEL), directory / "adapter")
+    model = adapters.load_adapter(random_model(**MODEL), directory / "adapter")
     config = json.loads((directory / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = tensors_of((directory / "adapter" / "adapter_model.safetensors").read_bytes())
     scale = config["lora_alpha"] / (
         math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
     )
-    adapters = rosa.adapters(model)
-    names = {
-        f"base_model.model.{name}.lora_{factor}.weight" for name in adapters for factor in "AB"
-    }
+    modules = rosa.adapters(model)
+    names = {f"base_model.model.{name}.lora_{factor}.weight" for name in modules for factor in "AB"}
     assert names == set(tensors), "other tensors are adapted"
-    for name, adapter in adapters.items():
+    for name, adapter in modules.items():
         A, B = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
         rows = np.zeros_like(B)
         rows[adapter.rows.numpy()] = adapter.B.detach().double().numpy()
