@@ -1,147 +1,17 @@
-"""Random tiny models on the CPU: what the tests state, they state about these."""
+"""Fixtures: a random tiny model, a toy task of few examples, a checkpoint to run the scripts on."""
 
 import functools
 import gc
-import json
-import multiprocessing.forkserver
-import os
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from rounding import bound, of_model
+from helpers import ROOT, forkserver, random_model
 
-from data import toy
-from extras import inference, kernels
-from extras.operators import Operators
-from model import Llama, LlamaConfig
-
-ROOT = Path(__file__).resolve().parent.parent
-# The statements shall hold for any random numbers: this many seeds further on are others.
-OFFSET = 1000 * int(os.environ.get("ROSA_TEST_SEED", 0))
-BASE = {
-    "model_type": "llama",
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "eos_token_id": 2,
-    "bos_token_id": 1,
-}
-
+from data import tasks
+from extras import kernels
 
 # The same few methods, hundreds of times.
 kernels.fingerprint = functools.cache(kernels.fingerprint)
-
-
-def seed_torch(seed):
-    torch.manual_seed(OFFSET + seed)
-
-
-def generator_of(seed):
-    return torch.Generator().manual_seed(OFFSET + seed)
-
-
-def random_model(seed=0, dtype=torch.float32, **changes):
-    """A Llama with random weights large enough that every part matters, norms and biases
-    included."""
-    fields = {
-        name: value
-        for name, value in (BASE | changes).items()
-        if name in LlamaConfig.__dataclass_fields__
-    }
-    model = Llama(LlamaConfig(**fields))
-    generator = generator_of(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.2 * noise)
-    return model.to(dtype).eval()
-
-
-def decisive_model(prompts, count, **changes):
-    """A random model whose greedy answers hang on no rounding: nowhere is the second token as
-    likely as the first but for rounding."""
-    for seed in range(50):
-        model = random_model(seed, **changes)
-        for prompt, ids in zip(prompts, inference.generate(model, prompts, count, None)):
-            logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 :]
-            first, second = logits.topk(2).values.unbind(-1)
-            if (first - second).min() <= 2 * bound(
-                **of_model(model.config)
-            ) * logits.square().mean().sqrt():
-                break
-        else:
-            return model
-    raise AssertionError("fifty models in a row that hang on rounding")
-
-
-def write_checkpoint(directory, config, model):
-    """`model` as a checkpoint whose config.json is exactly `config`."""
-    model.save_pretrained(directory)
-    (directory / "config.json").write_text(json.dumps(config))
-    return directory
-
-
-def random_tokens(*shape, seed=0, vocab_size=97):
-    return torch.randint(vocab_size, shape, generator=generator_of(seed))
-
-
-def assert_same_tensors(model, expected):
-    """Two models have the same parameters, to the bit: reading and writing round nothing. What the
-    two compute is the same to rounding only: where a tensor lies in memory, as one mapped from a
-    file does, may decide in which order a product is added up."""
-    tensors, others = model.state_dict(), expected.state_dict()
-    assert tensors.keys() == others.keys()
-    for name, tensor in tensors.items():
-        assert tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]), name
-
-
-def randomise_adapters(model, seed=1):
-    """As if trained: B is no longer zero."""
-    from rosa import adapters
-
-    generator = generator_of(seed)
-    with torch.no_grad():
-        for adapter in adapters(model).values():
-            adapter.B.copy_(0.1 * torch.randn(adapter.B.shape, generator=generator))
-    return model
-
-
-def smooth_adamw():
-    """AdamW divides a gradient by its own size: of one that is nearly zero, all rounding, it makes
-    a whole step. With an eps far above rounding its steps differ as little as the gradients do; for
-    runs that are compared to rounding."""
-    return functools.partial(torch.optim.AdamW, eps=1e-3)
-
-
-def without_operators(monkeypatch):
-    """As on a machine, or in a PyTorch, that has none of the operators that PyTorch does not
-    document."""
-    Operators.look_up()
-    monkeypatch.setattr(Operators, "onednn", frozenset())
-    for name, formula in Operators.formulas.items():
-        monkeypatch.setattr(Operators, name, staticmethod(formula))
-
-
-def forkserver():
-    """Starts processes that need not import torch anew: each is a fork of one that has."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(
-        ["train", "eval", "torch._dynamo", "torch.distributed.fsdp", "matplotlib.figure"]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        # Before Python 3.13 it does not look where we do
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        multiprocessing.forkserver.ensure_running()
-    return processes
 
 
 def pytest_collection_finish(session):
@@ -160,13 +30,10 @@ def model():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """What takes longer than the runs themselves and changes nothing in them: hundreds of problems
-    drawn, disks waited for."""
-    from data import tasks
-
+    """Few toy problems: drawing hundreds takes longer than a test's own run, and changes nothing
+    in it."""
     monkeypatch.setitem(tasks.TOY_SIZES, "train", 100)
     monkeypatch.setitem(tasks.TOY_SIZES, "test", 30)
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 # --- the scripts, as a user runs them ---
@@ -182,42 +49,3 @@ def ckpt(tmp_path, monkeypatch):
     )
     shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", "ckpt")
     return "ckpt"
-
-
-def run(script, *arguments):
-    """The script's main with these arguments, in this process. Returns its parsed arguments."""
-    args = script.parse_args([str(argument) for argument in arguments])
-    script.main(args)
-    return args
-
-
-SHORT = (
-    "--ckpt ckpt --max-steps 6 --batch-size 8 --micro-batch-size 8 --val-size 20 --eval-every 3 "
-    "--max-len "
-    "200 --select-every 2 --device cpu --dtype float32"
-).split()
-QUICK = (*SHORT, "--rank", 4, "--alpha", 8, "--lr", 1e-2)
-
-
-def read_log(out, name="log.jsonl"):
-    return [json.loads(line) for line in (Path(out) / name).read_text().splitlines()]
-
-
-def best_step(directory):
-    """The step of the lowest validation loss of a run."""
-    validated = [record for record in read_log(directory) if "val_loss" in record]
-    return min(validated, key=lambda record: record["val_loss"])["step"]
-
-
-def no_package(monkeypatch, name):
-    """As on a machine where an optional package is absent."""
-    for module in [module for module in sys.modules if module.split(".")[0] == name]:
-        monkeypatch.delitem(sys.modules, module)
-    monkeypatch.setitem(sys.modules, name, None)
-
-
-def write_test_sets(directory, names):
-    for i, name in enumerate(names):
-        file = Path(directory, "dataset", name, "test.json")
-        file.parent.mkdir(parents=True)
-        file.write_text(json.dumps(toy.examples("test", 5 + 4 * i, seed=i)))

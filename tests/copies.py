@@ -14,7 +14,7 @@ import time
 import traceback
 from pathlib import Path
 
-from conftest import ROOT, forkserver
+from helpers import ROOT, forkserver
 from tqdm import tqdm
 
 OURS = ("model", "rosa", "train", "eval", "data", "extras")

@@ -15,7 +15,7 @@ from pathlib import Path
 import fuzz
 import pytest
 import torch
-from conftest import ROOT, random_model
+from helpers import ROOT, random_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

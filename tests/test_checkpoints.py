@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, assert_same_tensors, random_model, random_tokens, randomise_adapters
+from helpers import ROOT, assert_same_tensors, random_model, random_tokens, randomise_adapters
 from rounding import assert_close, of_model
 from safetensors.torch import load_file, save_file
 

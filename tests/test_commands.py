@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, best_step, no_package, read_log, run, write_test_sets
+from helpers import QUICK, ROOT, best_step, no_package, read_log, run, write_test_sets
 from rounding import assert_close, near, of_model
 
 import eval as eval_script

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, decisive_model, forkserver, random_model, read_log, smooth_adamw
+from helpers import ROOT, decisive_model, forkserver, random_model, read_log, smooth_adamw
 from rounding import assert_close, near, of_model
 from safetensors.torch import load_file
 from tqdm import tqdm

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, forkserver, random_model, randomise_adapters
 from copies import copy_project, edit, ends_of, last_place, run_copy, run_jobs
+from helpers import ROOT, forkserver, random_model, randomise_adapters
 from safetensors.torch import load_file
 
 import rosa

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, decisive_model, random_model, run, write_test_sets
+from helpers import QUICK, ROOT, decisive_model, random_model, run, write_test_sets
 from rounding import bound, of_model
 from safetensors.torch import load_file, save_file
 

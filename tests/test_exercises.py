@@ -9,7 +9,7 @@ import sys
 from types import ModuleType
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 pytestmark = pytest.mark.numeric
 FOLDER = ROOT / "extras" / "lesson" / "exercises"

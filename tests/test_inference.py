@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import decisive_model, random_model, random_tokens, randomise_adapters
+from helpers import decisive_model, random_model, random_tokens, randomise_adapters
 from rounding import assert_close, assert_greedy, near, of_model
 
 from extras.inference import BatchedCache, generate, log_likelihoods, stream

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
+from helpers import (
     generator_of,
     random_model,
     random_tokens,

@@ -3,7 +3,7 @@ train."""
 
 import pytest
 import torch
-from conftest import random_model, random_tokens, seed_torch
+from helpers import random_model, random_tokens, seed_torch
 from rounding import assert_close, of_model
 
 from extras.kernels import accelerate

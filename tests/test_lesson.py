@@ -8,7 +8,7 @@ import runpy
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 LESSON = ROOT / "extras" / "lesson"
 CELLS = json.loads((LESSON / "lesson.ipynb").read_text())["cells"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import as_machine
 import pytest
 import torch
-from conftest import random_model, random_tokens, randomise_adapters, without_operators
+from helpers import random_model, random_tokens, randomise_adapters, without_operators
 from rounding import assert_close, of_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_tensors, random_model, random_tokens, randomise_adapters
+from helpers import assert_same_tensors, random_model, random_tokens, randomise_adapters
 from rounding import assert_close, bound, of_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from conftest import BASE, forkserver, generator_of, random_model, random_tokens, write_checkpoint
+from helpers import BASE, forkserver, generator_of, random_model, random_tokens, write_checkpoint
 from rounding import assert_close, assert_greedy, of_model
 
 import model as model_file

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import generator_of, random_model, random_tokens, seed_torch, smooth_adamw
+from helpers import generator_of, random_model, random_tokens, seed_torch, smooth_adamw
 from rounding import assert_close, near, of_model
 from torch import nn
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run, write_test_sets
+from helpers import ROOT, run, write_test_sets
 
 import eval as eval_script
 import rosa

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, SHORT, random_model, run, write_test_sets
+from helpers import QUICK, SHORT, random_model, run, write_test_sets
 
 import eval as eval_script
 import rosa

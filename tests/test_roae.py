@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
+from helpers import (
     OFFSET,
     assert_same_tensors,
     random_model,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise_adapters, read_log, run
+from helpers import randomise_adapters, read_log, run
 from rounding import assert_close, near, of_model
 
 import eval as eval_script

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, SHORT, random_model, random_tokens, read_log, seed_torch, smooth_adamw
+from helpers import QUICK, SHORT, random_model, random_tokens, read_log, seed_torch, smooth_adamw
 from rounding import assert_close, assert_no_worse, near, of_model
 
 import eval as eval_script

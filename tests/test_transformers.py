@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import rounding
 import torch
-from conftest import BASE, random_model, random_tokens, randomise_adapters
+from helpers import BASE, random_model, random_tokens, randomise_adapters
 from safetensors.torch import load_file, save_file
 
 import rosa

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import reference
 import torch
-from conftest import random_model, randomise_adapters
+from helpers import random_model, randomise_adapters
 from safetensors.torch import load_file, save_file
 
 import rosa
