@@ -1,29 +1,33 @@
-"""A self-contained LLaMA: Hugging Face directory in, logits and greedy answers out, Hugging Face
-directory out.
+"""A self-contained LLaMA: a Hugging Face directory in, logits and greedy answers out, and a Hugging
+Face directory out.
+
+Read first: `Llama.forward` and `hidden_states`, then DecoderLayer, Attention and `rotate`; they are
+the transformer. Skip at first reading: everything about files, which is LlamaConfig.from_dict,
+from_pretrained and save_pretrained.
 
 This file owns the architecture, the safetensors files, the key/value cache and greedy generation.
 It deals in token ids: text is `data/`'s business. It knows nothing of adapters: `rosa.py` wraps its
 linear layers from outside. Modules and parameters are named as in a Hugging Face checkpoint, so a
-tensor's name there is its name here. In train.py and eval.py faster code stands for some of the
-methods here, and says so; `--plain` runs them as written.
+tensor's name there is its name here. train.py and eval.py replace some of these methods by faster
+ones, and a line on the screen says which; with `--plain` every method runs as it is written here.
 
     tokens [B, T] -> embed_tokens
       -> L x ( x += self_attn(input_layernorm(x)) ; x += mlp(post_attention_layernorm(x)) )
       -> norm -> lm_head -> logits [B, T, V]
 
-Implemented: `model_type` "llama" (LLaMA 1, 2, 3, SmolLM, TinyLlama, ...), "mistral" (the same), and
-"qwen2" (the same with biases on q, k and v). Whatever else a config.json asks for is refused by
-name.
+Implemented are the directories that transformers writes for `model_type` "llama" (LLaMA 1, 2, 3,
+SmolLM, TinyLlama, ...), "mistral" (the same network), and "qwen2" (the same with biases on q, k and
+v). Whatever else a config.json asks for is refused by name. `extras/checkpoints.py` reads the other
+directories that there are, and translates them to what this file implements.
 
 Letters in shapes: B rows, T tokens, D hidden_size, H query heads, K key/value heads, d head_dim, V
 vocab_size, L layers, S all positions that attention sees, those in the cache and the T new ones.
 """
 
-import functools
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -33,11 +37,28 @@ from safetensors.torch import save_file
 from torch import nn
 
 MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
-# model_type -> its architecture, and its own defaults for fields that a config.json leaves out
+# model_type -> the name of its architecture, and transformers' defaults for the fields that a
+# config.json leaves out, where they differ from LLaMA's
 FAMILIES = {
     "llama": ("LlamaForCausalLM", {}),
     "mistral": ("MistralForCausalLM", MISTRAL),
     "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 32, "max_position_embeddings": 32768}),
+}
+# Fields of a config.json that have no defaults
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+# Fields of which one value alone is implemented; absent and null mean that value too
+IMPLEMENTED = {
+    "hidden_act": "silu",
+    "quantization_config": None,
+    "use_sliding_window": False,
+    "attention_dropout": 0,
+    "partial_rotary_factor": 1,
 }
 
 
@@ -59,35 +80,33 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", ...}
-    # On q, k, v and o; llama alone: qwen2 has biases on q, k and v, mistral has none
-    attention_bias: bool = False
-    mlp_bias: bool = False  # llama alone
-    sliding_window: int | None = None  # mistral alone: so many tokens attention sees; None: all
+    attention_bias: bool = False  # llama: biases on q, k, v and o; qwen2 always has them on q, k, v
+    mlp_bias: bool = False  # llama: biases on gate, up and down
+    sliding_window: int | None = None  # mistral: how many tokens attention sees; None: all
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    # Decides where a checkpoint has tensors of several
-    torch_dtype: str | None = field(default=None, compare=False)
 
     def __post_init__(self):
-        self.rms_norm_eps, self.rope_theta = float(self.rms_norm_eps), float(self.rope_theta)
+        self.rms_norm_eps = float(self.rms_norm_eps)
+        self.rope_theta = float(self.rope_theta)
         if self.model_type not in FAMILIES:
             raise ValueError(
                 f"model_type {self.model_type!r} is not implemented: only {', '.join(FAMILIES)} are"
             )
+        # transformers ignores these fields of the other families, and so do we.
         if self.model_type != "llama":
-            self.attention_bias = self.mlp_bias = False
+            self.attention_bias = False
+            self.mlp_bias = False
         if self.model_type != "mistral":
             self.sliding_window = None
-        heads, key_value_heads = (
-            self.num_attention_heads,
-            self.num_key_value_heads or self.num_attention_heads,
-        )
-        self.num_key_value_heads = key_value_heads
-        if heads % key_value_heads:
+        heads = self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = heads
+        if heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads "
-                f"{key_value_heads}"
+                f"{self.num_key_value_heads}"
             )
         if self.head_dim is None:
             if self.hidden_size % heads:
@@ -106,88 +125,76 @@ class LlamaConfig:
 
     @property
     def context(self):
-        """The longest sequence, in tokens. Sliding windows, not implemented, change nothing up to
-        there. Where linear scaling does not say what it started from, max_position_embeddings is
-        taken for that."""
-        longest, scaling = self.max_position_embeddings, self.rope_scaling or {}
-        if (
-            scaling.get("rope_type") == "linear"
-            and "original_max_position_embeddings" not in scaling
-        ):
-            longest = int(longest * scaling["factor"])
-        return min(longest, self.sliding_window or longest)
+        """The longest sequence, in tokens. A sliding window is not implemented: up to its length it
+        changes nothing, so it limits the context."""
+        if self.sliding_window is None:
+            return self.max_position_embeddings
+        return min(self.max_position_embeddings, self.sliding_window)
 
     @classmethod
     def from_file(cls, path):
         """Read a config.json, or the one in a directory. Raises ValueError naming the file and the
         field."""
         path = Path(path)
-        path = path / "config.json" if path.is_dir() else path
-        generation = path.parent / "generation_config.json"
+        if path.is_dir():
+            path = path / "config.json"
         raw = json.loads(path.read_text(encoding="utf-8"))
-        if generation.is_file():  # where it names the end-of-sequence tokens, it decides
-            eos_token_id = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-            raw["eos_token_id"] = raw.get("eos_token_id") if eos_token_id is None else eos_token_id
+        generation = path.with_name("generation_config.json")
+        generation_config = {}
+        if generation.is_file():
+            generation_config = json.loads(generation.read_text(encoding="utf-8"))
         try:
-            return cls(**implemented_fields(raw))
+            return cls.from_dict(raw, generation_config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
+    @classmethod
+    def from_dict(cls, raw, generation_config):
+        """Make a config of what the two JSON files hold. Where generation_config.json names the
+        end-of-sequence tokens, it decides. Raises ValueError for what this file does not
+        implement."""
+        for name in REQUIRED:
+            if name not in raw:
+                raise ValueError(f"the key {name!r} is missing")
+        model_type = raw.get("model_type")
+        if model_type not in FAMILIES:
+            return cls(model_type=model_type)  # __post_init__ refuses it
+        architecture, defaults = FAMILIES[model_type]
+        raw = defaults | raw
+        # transformers 5 writes all of RoPE into rope_parameters; transformers 4 writes rope_theta,
+        # and rope_scaling where there is any.
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", cls.rope_theta))
+        if "partial_rotary_factor" in rope:
+            raw["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+        is_scaled = bool(rope) and rope.get("rope_type") != "default"
+        raw["rope_scaling"] = rope if is_scaled else None
 
-def implemented_fields(raw):
-    """The LlamaConfig fields in a raw config.json. Raises ValueError for what this file does not
-    implement."""
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    ):
-        if name not in raw:
-            raise ValueError(f"the key {name!r} is missing")
-    if str(raw.get("model_type")) not in FAMILIES:
-        return {"model_type": raw.get("model_type")}  # which LlamaConfig refuses
-    architecture, defaults = FAMILIES[raw["model_type"]]
-    raw = defaults | raw
-    # Transformers 5 writes the second
-    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    # Early checkpoints say LLaMAForCausalLM, those that were saved without their lm_head
-    # LlamaModel.
-    spellings = [
-        str(name).replace("LLaMA", "Llama") for name in raw.get("architectures") or [architecture]
-    ]
-    raw["architectures"] = [name.replace("Model", "ForCausalLM") for name in spellings]
-    implemented = {
-        "architectures": [architecture],
-        "hidden_act": "silu",
-        "quantization_config": None,
-        "use_sliding_window": False,
-        "attention_dropout": 0,
-        "partial_rotary_factor": 1,
-        "layer_types": ["full_attention"] * len(raw.get("layer_types") or ()),
-    }
-    for name, value in implemented.items():
-        # Transformers 5 has partial_rotary_factor among rope_parameters
-        setting = rope.get(name, raw.get(name))
-        if setting not in (value, None):
-            raise ValueError(f"{name} = {setting!r} is not implemented (only {value!r} is)")
-    raw["torch_dtype"] = raw.get("dtype", raw.get("torch_dtype"))  # transformers 5 writes the first
-    raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))  # early configs: type
-    raw["rope_scaling"] = rope if rope["rope_type"] != "default" else None
-    return {name: raw[name] for name in LlamaConfig.__dataclass_fields__ if name in raw}
+        if raw.get("architectures") not in (None, [architecture]):
+            raise ValueError(
+                f"architectures = {raw['architectures']!r} is not implemented (only "
+                f"{[architecture]!r} is)"
+            )
+        for name, value in IMPLEMENTED.items():
+            if raw.get(name) not in (value, None):
+                raise ValueError(f"{name} = {raw[name]!r} is not implemented (only {value!r} is)")
+        for layer_type in raw.get("layer_types") or ():
+            if layer_type != "full_attention":
+                raise ValueError(
+                    f"layer_types = {[layer_type]!r} is not implemented (only full_attention is)"
+                )
+        if generation_config.get("eos_token_id") is not None:
+            raw["eos_token_id"] = generation_config["eos_token_id"]
+        return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
 
 
 def rope_inverse_frequencies(config):
     """Radians per position of each RoPE pair i, `theta ** (-2i / d)` as scaled by `rope_scaling`.
-    [d/2], float32."""
-    # On the CPU even while parameters are made on the meta device, and in float32 whatever the
-    # weights' dtype.
-    exponent = (
-        torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
-    )
-    frequencies = 1.0 / config.rope_theta**exponent
+    [d/2], float32. Raises ValueError for a scaling that is not implemented."""
+    # The frequencies are made on the CPU, even while parameters are made on the meta device, and in
+    # float32, whatever the dtype of the weights.
+    dimensions = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    frequencies = 1.0 / config.rope_theta ** (dimensions / config.head_dim)
     scaling = config.rope_scaling
     if not scaling:
         return frequencies
@@ -195,15 +202,14 @@ def rope_inverse_frequencies(config):
         return frequencies / scaling["factor"]
     if scaling.get("rope_type") != "llama3":
         raise ValueError(
-            f"rope_scaling {scaling.get('rope_type')!r} is not implemented: only linear and "
-            "llama3 are"
+            f"rope_scaling with rope_type {scaling.get('rope_type')!r} is not implemented: only "
+            "linear and llama3 are"
         )
-    # LLaMA 3.1: wavelengths beyond the original context are stretched, short ones kept, the ones
-    # between blended.
-    # Full turns in that context
+    # LLaMA 3.1 divides the frequencies of the pairs that turn little within the original context,
+    # keeps those of the pairs that turn often, and blends between the two.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: as it is; 0: divided by factor
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: kept as it is; 0: divided by the factor
     return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
 
 
@@ -214,9 +220,9 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # No buffer: `.to(bfloat16)` must not round it
+        # inv_freq is no buffer: `model.to(bfloat16)` would round a buffer.
         self.inv_freq = rope_inverse_frequencies(config)
-        # Filled below: nn.Embedding would fill it too
+        # nn.Embedding(V, D) would draw random numbers here, and the loop below draws them again.
         embedding = torch.empty(config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict()
         self.model["embed_tokens"] = nn.Embedding.from_pretrained(embedding, freeze=False)
@@ -230,7 +236,11 @@ class Llama(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
                 if getattr(module, "bias", None) is not None:
                     nn.init.zeros_(module.bias)
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self):
+        """Let lm_head and the embedding be one parameter, where the config says so."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @property
@@ -263,9 +273,11 @@ class Llama(nn.Module):
                 f"{T} tokens are more than the model's context of {self.config.context}"
             )
         positions = torch.arange(T, device=tokens.device)  # [T]
-        if cache is not None:  # after what it holds: a number, or [B] in a cache whose rows differ
-            # [T] or [B, T]
-            positions = torch.as_tensor(cache.length, device=tokens.device)[..., None] + positions
+        if cache is not None:
+            # The new tokens follow those in the cache. Its length is a number, or [B] where the
+            # rows of the cache differ; the positions become [T] or [B, T].
+            first = torch.as_tensor(cache.length, device=tokens.device)
+            positions = first[..., None] + positions
         rope = rope_table(positions, self.inv_freq)
         x = self.model.embed_tokens(tokens)  # [B, T, D]
         for i, layer in enumerate(self.model.layers):
@@ -292,98 +304,76 @@ class Llama(nn.Module):
         eos_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
         answers = []
         for prompt in prompts:
-            cache, ids, answer = KVCache(self.config), prompt, []
+            cache = KVCache(self.config)
+            ids = prompt  # what the model has not read yet; what it has read is in the cache
+            answer = []
             while len(answer) < max_new_tokens:
                 with torch.inference_mode():
-                    # [1, T, D]
-                    x = self.hidden_states(torch.tensor([ids], device=self.device), cache)
+                    tokens = torch.tensor([ids], device=self.device)
+                    x = self.hidden_states(tokens, cache)  # [1, T, D]
                     token = self.logits(x[:, -1]).argmax().item()
                 if token in eos_ids:
                     break
                 answer.append(token)
-                ids = [token]  # what came before is in the cache
+                ids = [token]
             answers.append(answer)
         return answers
 
     @classmethod
     def from_pretrained(cls, directory, device="cpu", dtype=None):
-        """Load a Hugging Face directory. dtype None: as stored. A stored lm_head counts, whatever
-        the config says of tying, and an equal copy is tied. Raises ValueError or OSError for what
-        is not exactly the config's model.
-
-        One tensor at a time goes from its file to its place, file by file, the largest of each
-        first; the file is opened anew for each, so that what was read of it leaves memory."""
+        """Load a directory that transformers has written: config.json, and the weights in
+        safetensors files. dtype None: as stored. Raises ValueError or OSError for a directory whose
+        tensors are not exactly those of the config's model."""
         directory = Path(directory)
-        config, files = LlamaConfig.from_file(directory), tensor_files(directory)
-        tied = config.tie_word_embeddings
-        config.tie_word_embeddings = tied and "lm_head.weight" not in files
+        config = LlamaConfig.from_file(directory)
         with torch.device("meta"):  # shapes without memory
             model = cls(config)
+        tensors = {}
+        for file in weight_files(directory):
+            with safe_open(file, framework="pt") as stored:  # memory-mapped
+                for name in stored.keys():
+                    if not name.endswith("rotary_emb.inv_freq"):  # from before transformers 4.32
+                        tensors[name] = stored.get_tensor(name)
+        check_tensors(directory, tensors, dict(model.named_parameters()), dtype)
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(device, dtype, copy=True)
+        model.load_state_dict(tensors, strict=False, assign=True)  # check_tensors has been strict
+        model.tie_weights()
         model.name_or_path = str(directory)
-        parameters = dict(model.named_parameters())
-        if unmatched := sorted(parameters.keys() ^ files.keys()):
-            problem = (
-                "is missing"
-                if unmatched[0] in parameters
-                else "belongs to no parameter of this model"
-            )
-            raise ValueError(f"{directory}: the tensor {unmatched[0]} {problem}")
-        for name in sorted(files, key=lambda name: (files[name][0], -parameters[name].numel())):
-            path, stored_name = files[name]
-            with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor(stored_name)
-            if tensor.shape != parameters[name].shape or tensor.dtype not in FLOATS:
-                shape = list(parameters[name].shape)
-                raise ValueError(
-                    f"{directory}: {name} is {tensor.dtype} {list(tensor.shape)}, not floats "
-                    f"{shape}"
-                )
-            module, _, leaf = name.rpartition(".")
-            tensor = tensor.to(device=device, dtype=dtype, copy=True)
-            setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
-        if len(dtypes := {p.dtype for p in model.parameters() if not p.is_meta}) > 1:
-            stated = getattr(torch, str(config.torch_dtype), None)
-            model.to(stated if stated in FLOATS else functools.reduce(torch.promote_types, dtypes))
-        if (
-            config.tie_word_embeddings
-            or tied
-            and torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
-        ):
-            config.tie_word_embeddings, model.lm_head.weight = True, model.model.embed_tokens.weight
-        elif tied:
-            print(
-                f"{directory}: lm_head is not the embedding to which config.json ties it: both "
-                "are kept"
-            )
         return model.eval()
 
     def save_pretrained(self, directory):
-        """Write config.json and model.safetensors in Hugging Face layout; an existing file is
-        replaced at once, whole.
-
-        Raises ValueError for a parameter that Llama(config) does not have, such as an adapter's."""
+        """Write config.json and model.safetensors as transformers writes them. Raises ValueError
+        for a parameter that Llama(config) does not have, such as an adapter's."""
+        directory = Path(directory)
         with torch.device("meta"):
-            names = set(Llama(self.config).state_dict())
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        if extra := sorted(set(tensors) - names):
-            advice = (
-                "rosa.merge(model) folds adapters in; a parameter of your own is made where "
-                "a field of config says so"
-            )
-            raise ValueError(f"cannot save {extra[0]}, which Llama(config) does not have: {advice}")
+            expected = Llama(self.config).state_dict()
+        tensors = {}
+        for name, tensor in self.state_dict().items():
+            if name not in expected:
+                raise ValueError(
+                    f"cannot save {name}, which Llama(config) does not have: rosa.merge(model) "
+                    "folds adapters in; a parameter of your own is made where a field of config "
+                    "says so"
+                )
+            tensors[name] = tensor.contiguous()
         if self.config.tie_word_embeddings:
-            del tensors["lm_head.weight"]
-        (directory := Path(directory)).mkdir(parents=True, exist_ok=True)
-        raw = {key: value for key, value in asdict(self.config).items() if value is not None}
-        raw |= {"architectures": [FAMILIES[self.config.model_type][0]], "hidden_act": "silu"}
+            del tensors["lm_head.weight"]  # stored once, as the embedding
+
+        raw = {name: value for name, value in asdict(self.config).items() if value is not None}
+        raw["architectures"] = [FAMILIES[self.config.model_type][0]]
+        raw["hidden_act"] = "silu"
         raw["torch_dtype"] = str(self.dtype).removeprefix("torch.")
         if self.config.model_type == "mistral":
-            # Null: none; were it absent, that would say 4096
+            # Write null, not nothing: transformers' default for Mistral is a window of 4096.
             raw["sliding_window"] = self.config.sliding_window
+
+        # Each file replaces an older one by a rename, so that no file is ever half-written.
+        directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, directory / "model.safetensors.partial", metadata={"format": "pt"})
+        os.replace(directory / "model.safetensors.partial", directory / "model.safetensors")
         (directory / "config.json.partial").write_text(json.dumps(raw, indent=2) + "\n")
-        for name in ("model.safetensors", "config.json"):
-            os.replace(directory / f"{name}.partial", directory / name)
+        os.replace(directory / "config.json.partial", directory / "config.json")
 
 
 class DecoderLayer(nn.Module):
@@ -394,7 +384,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, cache, layer):  # [B, T, D] -> [B, T, D]; layer: its index
+    def forward(self, x, rope, cache, layer):
+        """[B, T, D] -> [B, T, D]. rope: what `rope_table` returns; layer: the index of this
+        layer."""
         x = x + self.self_attn(self.input_layernorm(x), rope, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -418,7 +410,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, H, T, d]
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, d]
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, K, T, d]
-        q, k, mask = rotate(q, *rope), rotate(k, *rope), None
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        mask = None
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)  # [B, K, S, d] twice
         y = self.attend(q, k, v, mask)  # [B, H, T, d]
@@ -453,13 +446,10 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(
-            config.hidden_size, config.intermediate_size, bias=config.mlp_bias
-        )
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(
-            config.intermediate_size, config.hidden_size, bias=config.mlp_bias
-        )
+        D, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, intermediate, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(D, intermediate, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(intermediate, D, bias=config.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -484,21 +474,24 @@ class KVCache:
     `update`, hidden_states only `length`: any class with these two can stand in its place."""
 
     def __init__(self, config):
-        self.length = 0  # how many tokens it holds: the position of the next one
-        self.keys, self.values = [[None] * config.num_hidden_layers for _ in range(2)]
+        self.length = 0  # how many tokens the cache holds: the position of the next one
+        self.keys = [None] * config.num_hidden_layers
+        self.values = [None] * config.num_hidden_layers
 
     def update(self, layer, k, v):
         """Add the k and v of T new tokens, [B, K, T, d]. Returns those of all S tokens, [B, K, S,
         d], and a mask: None where nothing lies before the new tokens, which then is plain causal
         attention, else [B or 1, 1, T, S], true where a token (row) sees a position."""
-        T, S = k.shape[2], self.length + k.shape[2]
+        T = k.shape[2]
+        S = self.length + T
+        mask = None
         if self.length:
-            k, v = torch.cat((self.keys[layer], k), 2), torch.cat((self.values[layer], v), 2)
+            k = torch.cat((self.keys[layer], k), 2)
+            v = torch.cat((self.values[layer], v), 2)
+            mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=k.device).tril(S - T)
         self.keys[layer], self.values[layer] = k, v
-        mask = (
-            torch.ones(1, 1, T, S, dtype=torch.bool, device=k.device).tril(S - T) if S > T else None
-        )
-        # For all layers of a pass the tokens begin at the same place
+        # The tokens of a forward pass begin at the same position in every layer, so the length
+        # changes after the last one.
         if layer == len(self.keys) - 1:
             self.length = S
         return k, v, mask
@@ -511,38 +504,40 @@ def check_prompts(prompts, max_new_tokens, config):
         if not prompt:
             raise ValueError(f"prompt {i} is empty")
         if len(prompt) + max_new_tokens > config.context:
-            problem = (
-                f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones it "
-                "exceeds the model's"
+            raise ValueError(
+                f"prompt {i} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds "
+                f"the model's context of {config.context}"
             )
-            raise ValueError(f"{problem} context of {config.context}")
 
 
-# One of 8 bits would need its scales
+def weight_files(directory):
+    """The safetensors files of a checkpoint directory: those that the index names, or the one."""
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return [directory / "model.safetensors"]
+    weight_map = json.loads(index.read_text())["weight_map"]
+    return [directory / name for name in sorted(set(weight_map.values()))]
+
+
+# An integer tensor is quantised: it would need its scales.
 FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
-def full_name(name):
-    """A tensor's name, with the prefix that checkpoints of the transformer without its lm_head
-    leave out."""
-    return f"model.{name}" if name.startswith(("embed_tokens.", "layers.", "norm.")) else name
-
-
-def tensor_files(directory):
-    """name -> (safetensors file, name in there) of the tensors in a checkpoint directory."""
-    names = {"model.safetensors"}
-    if not (directory / "model.safetensors").is_file():
-        names = set(
-            json.loads((directory / "model.safetensors.index.json").read_text())[
-                "weight_map"
-            ].values()
-        )
-    files = {}
-    for path in sorted(directory / name for name in names):
-        with safe_open(path, framework="pt") as file:
-            files |= {
-                full_name(n): (path, n)
-                for n in file.keys()
-                if not n.endswith("rotary_emb.inv_freq")
-            }
-    return files
+def check_tensors(directory, tensors, parameters, dtype):
+    """Raise ValueError unless the tensors, name -> tensor, are floats with exactly the names and
+    shapes of the parameters, and of one dtype where no dtype is given to convert them to."""
+    unmatched = sorted(tensors.keys() ^ parameters.keys())
+    if unmatched:
+        name = unmatched[0]
+        problem = "is missing" if name in parameters else "belongs to no parameter of this model"
+        raise ValueError(f"{directory}: the tensor {name} {problem}")
+    for name, tensor in tensors.items():
+        shape = parameters[name].shape
+        if tensor.shape != shape or tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{directory}: {name} is {tensor.dtype} {list(tensor.shape)}, not floats "
+                f"{list(shape)}"
+            )
+    dtypes = {str(tensor.dtype) for tensor in tensors.values()}
+    if len(dtypes) > 1 and dtype is None:
+        raise ValueError(f"{directory} stores {' and '.join(sorted(dtypes))}: choose a dtype")

@@ -71,6 +71,14 @@ def encode_example(example, tokenizer):
     return encode_prompt(example, tokenizer), response + [tokenizer.eos_id]
 
 
+def tokens_and_labels(prompt, response):
+    """What a model reads of an example, and what it shall predict at each of these positions: the
+    next id where that belongs to the response, else -100. Two lists of one length."""
+    tokens = (prompt + response)[:-1]
+    labels = [-100] * (len(prompt) - 1) + response
+    return tokens, labels
+
+
 def test_sets(task):
     """The names of a task's test sets; one set, or several separated by commas, are a task too.
     Raises UserError for an unknown name."""
@@ -300,11 +308,15 @@ def extract_answer(name, response):
 
 
 def is_correct(name, response, answer):
-    """Whether a response gives the right answer; numbers may be off by 1e-3."""
-    answered = extract_answer(name, response)
+    """Whether a response gives the right answer."""
+    return is_right(name, extract_answer(name, response), answer)
+
+
+def is_right(name, extracted, answer):
+    """Whether what `extract_answer` found is the right answer; numbers may be off by 1e-3."""
     if name in CHOICES or name == "AQuA":
-        return answered == answer
-    return answered != "" and abs(float(answered) - float(answer.replace(",", ""))) <= 1e-3
+        return extracted == answer
+    return extracted != "" and abs(float(extracted) - float(answer.replace(",", ""))) <= 1e-3
 
 
 def options(name, example):

@@ -1,12 +1,14 @@
-"""Where a checkpoint lies, what is wrong with it, and what it runs on: names, Hugging Face's cache,
-device, dtype.
-`--ckpt llama2-7b` finds its files; what is absent or broken is one line that says what to download
-or fix.
-Without it: Llama.from_pretrained(directory, device, dtype) with the directory's own path; a mistake
-is a traceback.
+"""Where a checkpoint lies, what other writers than transformers have put into it, what is wrong
+with it, and what it runs on.
+`--ckpt llama2-7b` finds the files; a file that is absent or broken is one line that says what to
+download or fix.
+Without it: Llama.from_pretrained(directory, device, dtype) for a directory that transformers has
+written; a mistake is a traceback.
 """
 
+import functools
 import json
+import math
 import os
 import re
 import shutil
@@ -21,7 +23,8 @@ from torch import nn
 
 from data.errors import UserError, refusals_of, user_file
 from extras.distributed import processes
-from model import Llama, LlamaConfig, full_name
+from extras.source import edited
+from model import FAMILIES, Llama, LlamaConfig
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -62,12 +65,12 @@ def find_checkpoint(ckpt):
         )
     cache = hub_cache() / ("models--" + repository.replace("/", "--"))
     head = cache / "refs" / "main"
-    # Of what the file says the last part alone: it shall lead nowhere else.
-    directory = (
-        cache / "snapshots" / Path(head.read_text(errors="replace").strip()).name
-        if head.is_file()
-        else cache
-    )
+    directory = cache
+    if head.is_file():
+        # The file names a commit. Only the last part of that name counts, so that it leads nowhere
+        # else.
+        commit = Path(head.read_text(errors="replace").strip()).name
+        directory = cache / "snapshots" / commit
     if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
         return directory
     raise UserError(
@@ -93,14 +96,18 @@ COMPANIONS = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "chat_template*",
+    "generation_config.json",
 )
-COMPANIONS += ("chat_template*", "generation_config.json")
 
 
 def companions(ckpt):
     """What a checkpoint directory holds beside config and weights: the tokenizer's files, the
     generation config."""
-    return sorted({file for pattern in COMPANIONS for file in ckpt.glob(pattern) if file.is_file()})
+    files = set()
+    for pattern in COMPANIONS:
+        files |= {file for file in ckpt.glob(pattern) if file.is_file()}
+    return sorted(files)
 
 
 def copy_companions(source, directory):
@@ -113,14 +120,12 @@ def choose_device_and_dtype(device="auto", dtype="auto"):
     "auto": bfloat16 where the device computes it natively (CUDA, CPUs with AVX512-BF16 or AMX),
     float32 elsewhere."""
     if device == "auto":
-        device = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
-    if device == "cuda" and processes()[1] > 1:  # each process of a machine its own
+        device = "cpu"
+        if torch.backends.mps.is_available():
+            device = "mps"
+        if torch.cuda.is_available():
+            device = "cuda"
+    if device == "cuda" and processes()[1] > 1:  # each process of a machine has a device of its own
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=device).item()  # "meta" has no numbers
@@ -132,9 +137,9 @@ def choose_device_and_dtype(device="auto", dtype="auto"):
             f"device {device!r} is not available ({reason}): choose auto, cpu, cuda or mps"
         ) from None
     device = torch.device(device)
-    if dtype != "auto":
-        return device, getattr(torch, dtype)
-    return device, torch.bfloat16 if computes_bfloat16(device) else torch.float32
+    if dtype == "auto":
+        dtype = "bfloat16" if computes_bfloat16(device) else "float32"
+    return device, getattr(torch, dtype)
 
 
 def computes_bfloat16(device):
@@ -147,7 +152,7 @@ def computes_bfloat16(device):
 
 
 def say_if_bfloat16_is_slow(device, dtype):
-    """A line for who has asked for bfloat16 where it is computed in software."""
+    """Print a warning if the user chose bfloat16 and this processor emulates it."""
     if dtype == torch.bfloat16 and not computes_bfloat16(device) and processes()[0] == 0:
         name = "processor" if device.type == "cpu" else "device"
         print(
@@ -156,36 +161,225 @@ def say_if_bfloat16_is_slow(device, dtype):
         )
 
 
-# --- loading, with a line for the user where something is wrong ---
+# --- loading: what writers other than transformers do is translated here, and nowhere else ---
+
+
+class Stored(NamedTuple):
+    """Where a parameter of the model lies: a tensor in a file, or some of its rows."""
+
+    file: Path
+    name: str  # the tensor's name in the file
+    shape: tuple  # of the parameter
+    dtype: str  # as safetensors names it: BF16
+    rows: slice | None = None  # None: the parameter is the whole tensor
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint directory holds, in the words of model.py."""
+
+    directory: Path
+    raw: dict  # config.json as it stands
+    stored: dict  # name in the files -> Stored
+    config: LlamaConfig
+    table: dict  # parameter's name -> Stored
+
+
+def read_checkpoint(directory):
+    """The Checkpoint in a directory: config.json and the headers of the safetensors files, each
+    read once. Raises UserError for what is wrong with them, and for tensors that do not fit the
+    config."""
+    directory = Path(directory)
+    raw = read_json(directory / "config.json")
+    generation = read_json(directory / "generation_config.json", missing={})
+    config = translate_config(directory, raw, generation)
+    stored = stored_tensors(directory)
+    table = translate_names(stored, config)
+    head = table.get("lm_head.weight")
+    embedding = table.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and head and embedding:
+        # The config says that lm_head is the embedding, and an lm_head is stored: it counts, unless
+        # it is an equal copy.
+        is_copy = torch.equal(read_tensor(head), read_tensor(embedding))
+        config.tie_word_embeddings = is_copy
+        if is_copy:
+            del table["lm_head.weight"]
+    checkpoint = Checkpoint(directory, raw, stored, config, table)
+    check_fit(checkpoint)
+    return checkpoint
+
+
+def translate_config(directory, raw, generation):
+    """The LlamaConfig of a config.json and a generation_config.json, whatever has written them.
+    Raises UserError naming the file and the field."""
+    path = directory / "config.json"
+    try:
+        check_config(raw, generation)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    raw = dict(raw)
+    if raw.get("architectures"):
+        raw["architectures"] = [usual_architecture(name) for name in raw["architectures"]]
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = dict(raw.get(key) or {})
+    if "type" in rope:  # as transformers called it before 4.43
+        rope.setdefault("rope_type", rope.pop("type"))
+    if rope.get("rope_type") == "linear" and "original_max_position_embeddings" not in rope:
+        # The config does not say whether max_position_embeddings is before or after the scaling:
+        # it is taken to be before.
+        longest = stated_context(raw)
+        rope["original_max_position_embeddings"] = longest
+        raw["max_position_embeddings"] = int(longest * rope["factor"])
+    raw[key] = rope
+    try:
+        with refusals_of("model"):
+            return LlamaConfig.from_dict(raw, generation)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def stated_context(raw):
+    """max_position_embeddings of a config.json, or its family's default."""
+    _, defaults = FAMILIES.get(raw.get("model_type"), (None, {}))
+    fields = {"max_position_embeddings": LlamaConfig.max_position_embeddings} | defaults | raw
+    return fields["max_position_embeddings"]
+
+
+def usual_architecture(name):
+    """LLaMAForCausalLM of early checkpoints, and LlamaModel of those that were saved without their
+    lm_head, as LlamaForCausalLM."""
+    return str(name).replace("LLaMA", "Llama").replace("Model", "ForCausalLM")
+
+
+def translate_names(stored, config):
+    """Parameter's name -> Stored, from the name in the files -> Stored. A tensor whose name is
+    known neither here nor in model.py keeps it, and check_fit refuses it."""
+    table = {}
+    for stored_name, entry in stored.items():
+        if stored_name.endswith("rotary_emb.inv_freq"):
+            continue  # from before transformers 4.32: computed in model.py
+        name = parameter_name(stored_name)
+        for part, part_of_entry in split(name, entry, config).items():
+            if part in table:
+                both = f"{part} is in {table[part].file} and in {entry.file.name}"
+                raise UserError(f"{both}: download the checkpoint again")
+            table[part] = part_of_entry
+    return table
+
+
+def parameter_name(stored_name):
+    """A tensor's name in model.py. A checkpoint that was saved without its lm_head leaves the
+    prefix "model." out."""
+    if stored_name.startswith(("embed_tokens.", "layers.", "norm.")):
+        return f"model.{stored_name}"
+    return stored_name
+
+
+def fused_projections(config):
+    """The projections that are stored as one: its name -> {projection: number of its rows}."""
+    query_size = config.num_attention_heads * config.head_dim
+    key_size = config.num_key_value_heads * config.head_dim
+    mlp_size = config.intermediate_size
+    return {
+        "qkv_proj": {"q_proj": query_size, "k_proj": key_size, "v_proj": key_size},
+        "gate_up_proj": {"gate_proj": mlp_size, "up_proj": mlp_size},
+    }
+
+
+def split(name, entry, config):
+    """The parameters that a tensor holds, name -> Stored: one, or where projections are fused each
+    of them, which is some of the tensor's rows."""
+    module, _, leaf = name.rpartition(".")  # model.layers.0.mlp.gate_up_proj, weight
+    parent, _, projection = module.rpartition(".")
+    sizes = fused_projections(config).get(projection, {})
+    if entry.shape[:1] != (sum(sizes.values()),):
+        return {name: entry}
+    parts = {}
+    first = 0
+    for part, size in sizes.items():
+        rows = slice(first, first + size)
+        shape = (size, *entry.shape[1:])
+        parts[f"{parent}.{part}.{leaf}"] = entry._replace(rows=rows, shape=shape)
+        first += size
+    return parts
+
+
+# load_model stands for this method, as it was written.
+PLAIN = {(Llama, "from_pretrained"): "e19f336c697d"}
 
 
 def load_model(ckpt, device="cpu", dtype=None, mapped=False):
-    """Llama.from_pretrained of a checkpoint directory. Raises UserError for what is wrong with its
-    files.
+    """The model in a checkpoint directory, any that this project reads. dtype None: as stored.
+    Raises UserError for what is wrong with its files.
 
-    mapped: the weights stay in their files, as stored; they take memory as they are read."""
-    model, table = meta_model(ckpt)
-    config = model.config
-    if config.context != config.max_position_embeddings and processes()[0] == 0:
-        scaled = f"linear scaling by {config.rope_scaling['factor']}" if config.rope_scaling else ""
-        reason = (
-            "the sliding window"
-            if config.context == config.sliding_window
-            else f"{scaled} of what config.json has"
-        )
-        print(
-            f"context    taken to be {config.context} tokens, not "
-            f"{config.max_position_embeddings}: {reason}"
-        )
-    if not mapped:
-        model = Llama.from_pretrained(ckpt, device, dtype)
-    for name in table if mapped else ():
+    mapped: the weights stay memory-mapped, as stored, and take memory as they are read. Else one
+    tensor at a time goes from its file to its place, file by file, the largest of each first; a
+    file is opened anew for each tensor, so that what was read of it leaves memory."""
+    if reason := edited(PLAIN):
+        print(f"checkpoint {reason}: loading by Llama.from_pretrained")
+        with refusals_of("model"):
+            return Llama.from_pretrained(ckpt, device, dtype)
+    checkpoint = read_checkpoint(ckpt)
+    say_what_is_inferred(checkpoint)
+    model = meta_model(checkpoint)
+    table = checkpoint.table
+    if dtype is None:
+        dtype = dtype_as_stored(checkpoint)
+
+    def file_and_size(name):
+        return table[name].file, -math.prod(table[name].shape)
+
+    for name in sorted(table, key=file_and_size):
+        tensor = read_tensor(table[name])
+        if not mapped:
+            tensor = tensor.to(device=device, dtype=dtype, copy=True)
         module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(read_tensor(table, name)))
-    if mapped and model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+    model.tie_weights()
     model.name_or_path = hub_name(ckpt)  # PEFT looks there
     return model.eval()
+
+
+def meta_model(checkpoint):
+    """The model of a checkpoint on the meta device: its shapes without memory."""
+    with torch.device("meta"):
+        return Llama(checkpoint.config)
+
+
+def say_what_is_inferred(checkpoint):
+    """Print a line for each thing that is taken otherwise than config.json has it."""
+    config, raw = checkpoint.config, checkpoint.raw
+    if config.context != stated_context(raw):
+        reason = f"linear scaling by {(config.rope_scaling or {}).get('factor')} of what it has"
+        if config.context == config.sliding_window:
+            reason = "the sliding window"
+        print(
+            f"context    taken to be {config.context} tokens, not {stated_context(raw)} as in "
+            f"config.json: {reason}"
+        )
+    if raw.get("tie_word_embeddings") and not config.tie_word_embeddings:
+        print(
+            f"{checkpoint.directory}: lm_head is not the embedding to which config.json ties it: "
+            "both are kept"
+        )
+
+
+DTYPES = {
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+
+def dtype_as_stored(checkpoint):
+    """The dtype of a checkpoint's tensors. Where they have different dtypes: the one that
+    config.json states, or else the one to which all of them can be converted exactly."""
+    dtypes = {DTYPES[entry.dtype] for entry in checkpoint.table.values()}
+    raw = checkpoint.raw
+    stated = getattr(torch, str(raw.get("dtype", raw.get("torch_dtype"))), None)
+    if len(dtypes) > 1 and stated in DTYPES.values():
+        return stated
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def hub_name(ckpt):
@@ -194,26 +388,6 @@ def hub_name(ckpt):
     # In that cache a checkpoint is models--org--name/snapshots/<commit>.
     cached = re.search(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+$", Path(ckpt).as_posix())
     return "/".join(cached.groups()) if cached else str(Path(ckpt).absolute())
-
-
-def meta_model(ckpt):
-    """(the model of a checkpoint directory without memory, its tensor table). As in
-    Llama.from_pretrained a stored lm_head counts, whatever config.json says of tying, and an equal
-    copy is tied."""
-    config, stored = check_config(ckpt), stored_tensors(ckpt)
-    if config.tie_word_embeddings and stored.keys() >= {
-        "lm_head.weight",
-        "model.embed_tokens.weight",
-    }:
-        both = (
-            read_tensor(stored, name) for name in ("lm_head.weight", "model.embed_tokens.weight")
-        )
-        config.tie_word_embeddings = torch.equal(*both)
-    if config.tie_word_embeddings:
-        stored.pop("lm_head.weight", None)
-    with torch.device("meta"):
-        model = Llama(config)
-    return model, tensor_table(ckpt, model, stored)
 
 
 def check_finite(model):
@@ -236,53 +410,39 @@ WHOLE_NUMBERS |= {"num_hidden_layers": 2**10, "max_position_embeddings": 2**24}
 OPTIONAL_WHOLE_NUMBERS = dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"), 2**24)
 
 
-def check_config(directory):
-    """LlamaConfig.from_file, with each value looked at first. Raises UserError naming the file and
-    the field."""
-    path = Path(directory) / "config.json"
-    raw = read_json(path)
-    generation = read_json(path.with_name("generation_config.json"), missing={})
-    try:
-        for name, largest in (WHOLE_NUMBERS | OPTIONAL_WHOLE_NUMBERS).items():
-            value = raw.get(name, 1)
-            optional = name in OPTIONAL_WHOLE_NUMBERS and value is None
-            if not optional and (type(value) is not int or not 1 <= value <= largest):
-                raise UserError(
-                    f"{name} must be a whole number from 1 to {largest:,}, not {value!r}"
-                )
-        if raw.get("num_attention_heads", 1) * (raw.get("head_dim") or 1) > 2**24:
-            raise UserError("num_attention_heads x head_dim is more than 2^24")
-        for name in ("architectures", "layer_types"):
-            if not isinstance(raw.get(name), list | None):
-                raise UserError(f"{name} must be a list, not {raw[name]!r}")
-        for name in [
-            name for name, field in LlamaConfig.__dataclass_fields__.items() if field.type is bool
-        ]:
-            if raw.get(name) not in (True, False, None):
-                raise UserError(f"{name} must be true or false, not {raw[name]!r}")
-        eos = (
-            raw.get("eos_token_id")
-            if generation.get("eos_token_id") is None
-            else generation["eos_token_id"]
-        )
-        if any(
-            token is not None and type(token) is not int
-            for token in (eos if isinstance(eos, list) else [eos])
-        ):
+def check_config(raw, generation):
+    """Look at each value in config.json and generation_config.json before it is used. Raises
+    UserError naming the field."""
+    for name, largest in (WHOLE_NUMBERS | OPTIONAL_WHOLE_NUMBERS).items():
+        value = raw.get(name, 1)
+        if value is None and name in OPTIONAL_WHOLE_NUMBERS:
+            continue
+        if type(value) is not int or not 1 <= value <= largest:
+            raise UserError(f"{name} must be a whole number from 1 to {largest:,}, not {value!r}")
+    if raw.get("num_attention_heads", 1) * (raw.get("head_dim") or 1) > 2**24:
+        raise UserError("num_attention_heads x head_dim is more than 2^24")
+    for name in ("architectures", "layer_types"):
+        if not isinstance(raw.get(name), list | None):
+            raise UserError(f"{name} must be a list, not {raw[name]!r}")
+    for name, field in LlamaConfig.__dataclass_fields__.items():
+        if field.type is bool and raw.get(name) not in (True, False, None):
+            raise UserError(f"{name} must be true or false, not {raw[name]!r}")
+    eos = generation.get("eos_token_id")
+    if eos is None:
+        eos = raw.get("eos_token_id")
+    tokens = eos if isinstance(eos, list) else [eos]
+    for token in tokens:
+        if token is not None and type(token) is not int:
             where = "eos_token_id, here or in generation_config.json,"
             raise UserError(f"{where} must be a token id or a list of them, not {eos!r}")
-        if not isinstance(raw.get("model_type", ""), str):
-            raise UserError(f"model_type {raw['model_type']!r} is not implemented")
-        check_positive("rms_norm_eps", raw.get("rms_norm_eps", 1.0))
-        check_rope(raw)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    with refusals_of("model"):
-        return LlamaConfig.from_file(directory)
+    if not isinstance(raw.get("model_type", ""), str):
+        raise UserError(f"model_type {raw['model_type']!r} is not implemented")
+    check_positive("rms_norm_eps", raw.get("rms_norm_eps", 1.0))
+    check_rope(raw)
 
 
 def check_rope(raw):
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope_scaling must be an object, not {rope!r}")
     check_positive("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 1.0)))
@@ -307,75 +467,68 @@ def check_positive(name, value):
         raise UserError(f"{name} must be a positive number, not {value!r}")
 
 
-class Stored(NamedTuple):
-    file: Path
-    name: str  # in the file
-    shape: tuple
-    dtype: str  # as safetensors names it: BF16
-
-
-def tensor_table(directory, model, stored):
-    """name -> Stored of every parameter of the model, which may be on the meta device, from what is
-    stored in a checkpoint directory. Raises UserError naming the first tensors that do not fit."""
-    # A tied one once
-    needed = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    stored = {
-        name: entry for name, entry in stored.items() if not name.endswith("rotary_emb.inv_freq")
-    }
+def check_fit(checkpoint):
+    """Raise UserError naming the first tensors that do not fit the config: the parameters of its
+    model are all that a checkpoint holds."""
+    parameters = meta_model(checkpoint).named_parameters()
+    needed = {name: tuple(parameter.shape) for name, parameter in parameters}
+    stored = checkpoint.table
     missing = [f"missing {name}" for name in sorted(needed.keys() - stored.keys())]
     unexpected = [f"unexpected {name}" for name in sorted(stored.keys() - needed.keys())]
-    problems = [
-        problem for both in zip_longest(missing, unexpected) for problem in both if problem
-    ]  # in turn: both show
-    for name in (name for name in needed if name in stored):
-        if stored[name].shape != needed[name]:
-            shape = list(stored[name].shape)
-            problems.append(f"{name} has shape {shape}, config.json says {list(needed[name])}")
-        if stored[name].dtype not in ("F16", "BF16", "F32", "F64"):
+    problems = []
+    for pair in zip_longest(missing, unexpected):  # in turn, so that both kinds are shown
+        problems += filter(None, pair)
+    for name in [name for name in needed if name in stored]:
+        entry = stored[name]
+        if entry.shape != needed[name]:
             problems.append(
-                f"{name} is stored as {stored[name].dtype}, not as a float of 16, 32 or 64 bits"
+                f"{name} has shape {list(entry.shape)}, config.json says {list(needed[name])}"
+            )
+        if entry.dtype not in DTYPES:
+            problems.append(
+                f"{name} is stored as {entry.dtype}, not as a float of 16, 32 or 64 bits"
             )
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        message = f"{directory}: the tensors do not fit the config: {'; '.join(problems[:5])}{more}"
-        of_your_own = (
-            "a parameter of your own, in model.py, is made only where a field of "
-            "LlamaConfig says so"
+        raise UserError(
+            f"{checkpoint.directory}: the tensors do not fit the config: "
+            f"{'; '.join(problems[:5])}{more}. Download both again, of one model; a parameter of "
+            "your own, in model.py, is made only where a field of LlamaConfig says so"
         )
-        raise UserError(f"{message}. Download both again, of one model; {of_your_own}")
-    return stored
 
 
-def read_tensor(table, name):
-    """A tensor of a checkpoint, mapped from its file: what is read of it goes when the tensor
-    goes."""
-    with safe_open(table[name].file, framework="pt") as file:
-        return file.get_tensor(table[name].name)
+def read_tensor(stored):
+    """A parameter of a checkpoint, memory-mapped from its file: what is read of it leaves memory
+    when the tensor does."""
+    with safe_open(stored.file, framework="pt") as file:
+        if stored.rows is None:
+            return file.get_tensor(stored.name)
+        return file.get_slice(stored.name)[stored.rows]
 
 
 def stored_tensors(directory):
-    """name -> Stored of every tensor in a checkpoint directory."""
+    """Name in the file -> Stored of every tensor in a checkpoint directory. Raises UserError for a
+    file that is not whole."""
     table = {}
     for file in checkpoint_files(Path(directory)):
         try:
             with user_file(file):
-                # Which says why where it cannot: safe_open calls it absent
-                open(file, "rb").close()
+                open(file, "rb").close()  # says why where it cannot: safe_open calls it absent
             with safe_open(file, framework="pt") as tensors:
-                for stored_name in tensors.keys():
-                    if (name := full_name(stored_name)) in table:
+                for name in tensors.keys():
+                    if name in table:
                         both = f"{name} is in {table[name].file} and in {file.name}"
                         raise UserError(f"{both}: download the checkpoint again")
-                    entry = tensors.get_slice(stored_name)
-                    table[name] = Stored(
-                        file, stored_name, tuple(entry.get_shape()), entry.get_dtype()
-                    )
+                    entry = tensors.get_slice(name)
+                    shape = tuple(entry.get_shape())
+                    table[name] = Stored(file, name, shape, entry.get_dtype())
         except SafetensorError as error:
             with open(file, "rb") as opened:
-                if opened.read(40).startswith(b"version https://git-lfs"):
-                    raise UserError(
-                        f"{file} is a Git LFS pointer, not the weights: git lfs pull"
-                    ) from None
+                is_pointer = opened.read(40).startswith(b"version https://git-lfs")
+            if is_pointer:
+                raise UserError(
+                    f"{file} is a Git LFS pointer, not the weights: git lfs pull"
+                ) from None
             raise UserError(
                 f"{file} is not a whole safetensors file ({error}): download it again"
             ) from None
@@ -390,7 +543,7 @@ def checkpoint_files(directory):
         return [single]
     if not index.is_file():
         pickled = sorted(
-            file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in directory.glob(pattern)
+            file.name for file in directory.iterdir() if file.suffix in (".bin", ".pt", ".pth")
         )
         if pickled:
             problem = (

@@ -83,7 +83,7 @@ def main(args):
     checkpoints.check_finite(model)
     alone = {}
     if args.adapter:
-        adapters.check_files(Path(args.adapter))  # before the work
+        adapters.read_adapter(args.adapter)  # a mistake shows before the work
         alone = {
             file: mean_loss(model, pairs, file, ", without the adapter")
             for file, pairs in texts.items()

@@ -11,8 +11,6 @@ where this PyTorch or this processor has it not, likewise."""
 
 import functools
 import platform
-import tokenize
-from pathlib import Path
 from types import FunctionType, MethodType
 from typing import NamedTuple
 
@@ -23,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from extras.distributed import gather
 from extras.operators import Operators, is_onednn, linear, reordered
-from extras.source import fingerprint
+from extras.source import edited
 from model import MLP, Attention, Llama, RMSNorm
 from rosa import RoAE
 
@@ -92,18 +90,6 @@ def accelerate(model, inference=False):
 
 def has_hooks(module):
     return any(value for name, value in vars(module).items() if name.endswith("_hooks"))
-
-
-def edited(fingerprints):
-    """Why none of the functions in {(class or module, name): fingerprint} may be stood for: a line,
-    or None where all are as they were."""
-    for (owner, name), expected in fingerprints.items():
-        shown = owner.__name__ if isinstance(owner, type) else Path(owner.__file__).stem
-        try:
-            if fingerprint(getattr(owner, name)) != expected:
-                return f"{shown}.{name} has been edited"
-        except (OSError, TypeError, AttributeError, SyntaxError, tokenize.TokenError):
-            return f"{shown}.{name} has no source to be compared"
 
 
 def say_what_runs(exchanged, from_inference=()):

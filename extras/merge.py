@@ -15,7 +15,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -25,21 +24,21 @@ from data.errors import UserError, refusals_of, user_file
 from data.tokenizer import load_tokenizer
 from extras import adapters, runs
 from extras.checkpoints import (
-    checkpoint_files,
+    DTYPES,
     copy_companions,
     find_checkpoint,
     hub_name,
     meta_model,
-    read_json,
+    read_checkpoint,
     read_tensor,
+    usual_architecture,
 )
 from extras.commands import command_parser, run_script
 from extras.inference import pad
-from extras.kernels import edited
+from extras.source import edited
 from model import FAMILIES
 
 SHARD = 5 * 10**9  # bytes of a file at most
-SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 # A merged weight stands for RoAE.forward, as long as both are as they were written.
 MERGED = {(rosa.RoAE, "forward"): "19f590aa9e30", (rosa, "merge"): "e814ae8f17db"}
 
@@ -53,83 +52,111 @@ def merge_if_unedited(model):
         rosa.merge(model)
 
 
-def merge_checkpoint(ckpt, adapter, out):
-    """Write the checkpoint in directory `ckpt` with an adapter folded into its weights, each in the
-    dtype that it is stored in, as the Hugging Face directory `out`. No more is in memory than the
-    tensors of one file, 5 GB.
+def merge_checkpoint(ckpt, directory, out):
+    """Write the checkpoint in directory `ckpt` with the adapter in another directory folded into
+    its weights, as the Hugging Face directory `out`. Every tensor that the checkpoint stores is
+    written, under its name there and in its dtype, so that whoever reads the checkpoint reads the
+    merged one. No more is in memory than the tensors of one file, 5 GB.
 
     Returns what rounding has cost: the logits of a few prompts, [positions, V] in float32, with the
     adapter beside the weights, and as merged. Whatever it raises, it leaves nothing behind."""
     partial = out.with_name(out.name + ".partial")
-    for directory in (out, partial):
-        if directory.exists():
-            raise UserError(f"{directory} exists already: delete it, or choose another --out")
+    for path in (out, partial):
+        if path.exists():
+            raise UserError(f"{path} exists already: delete it, or choose another --out")
     tokenizer = load_tokenizer(ckpt)
-    model, table = meta_model(ckpt)
-    updated = updater(model, adapter)
+    checkpoint = read_checkpoint(ckpt)
+    adapter = adapters.read_adapter(directory)
+    updated = updater(meta_model(checkpoint), adapter)
     adapters.say_if_of_another_base(adapter, hub_name(ckpt))
-    sizes = {name: math.prod(stored.shape) * SIZES[stored.dtype] for name, stored in table.items()}
-    parameters = dict(model.named_parameters())
-    check_names(
-        ckpt, [table[name].name for name in table], [parameters[name].shape for name in table]
-    )
-    files = split_into_files(sizes)
 
     with user_file(partial):
         partial.mkdir(parents=True)
     try:
-        if (free := shutil.disk_usage(partial).free) < sum(sizes.values()):
-            raise UserError(
-                f"--out {out} needs {sum(sizes.values()) / 1e9:.1f} GB, only {free / 1e9:.1f} are "
-                "free there"
-            )
-        for file, names in files.items():
-            tensors = {name: read_tensor(table, name) for name in names}  # mapped, not read yet
-            tensors = {
-                table[name].name: rounded(name, updated(name, tensor), tensor.dtype)
-                for name, tensor in tensors.items()
-            }
-            with user_file(partial / file):
-                save_file(tensors, partial / file, metadata={"format": "pt"})
-        if len(files) > 1:
-            index = {
-                "metadata": {"total_size": sum(sizes.values())},
-                "weight_map": {
-                    table[name].name: file for file, names in files.items() for name in names
-                },
-            }
-            (partial / "model.safetensors.index.json").write_text(
-                json.dumps(index, indent=2) + "\n"
-            )
+        write_weights(checkpoint, updated, partial)
         shutil.copyfile(ckpt / "config.json", partial / "config.json")
-        stated = read_json(ckpt / "config.json")
-        config = stated | {"architectures": [FAMILIES[model.config.model_type][0]]}
-        # Its lm_head is another
-        if config.get("tie_word_embeddings") and not model.config.tie_word_embeddings:
-            print(
-                "lm_head is not the embedding to which config.json ties it: both are kept, and "
-                "untied"
-            )
-            config["tie_word_embeddings"] = False
-        if config != stated:
+        config = merged_config(checkpoint)
+        if config != checkpoint.raw:
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        written = shapes_in_files(partial)
-        check_names(ckpt, list(written), list(written.values()))
         copy_companions(ckpt, partial)
-        _, merged = meta_model(partial)
-        tokens, lengths = pad(
-            [tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 4)]
-        )
+
+        prompts = [tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 4)]
+        tokens, lengths = pad(prompts)
         real = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]: where there is no padding
         before = logits_layer_by_layer(
-            model, tokens, lambda name: updated(name, read_tensor(table, name))
-        )[real]
-        after = logits_layer_by_layer(model, tokens, lambda name: read_tensor(merged, name))[real]
+            meta_model(checkpoint),
+            tokens,
+            lambda name: updated(name, read_tensor(checkpoint.table[name])),
+        )
+        merged = read_checkpoint(partial)
+        after = logits_layer_by_layer(
+            meta_model(merged), tokens, lambda name: read_tensor(merged.table[name])
+        )
         os.rename(partial, out)
     except BaseException:
         shutil.rmtree(partial)
         raise
-    return before, after
+    return before[real], after[real]
+
+
+def write_weights(checkpoint, updated, directory):
+    """Write the tensors of a checkpoint into files of at most SHARD bytes, each parameter as
+    `updated` makes it, and the index of the files where there are several."""
+    stored = checkpoint.stored
+    sizes = {
+        name: math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+        for name, entry in stored.items()
+    }
+    total_size = sum(sizes.values())
+    free = shutil.disk_usage(directory).free
+    if free < total_size:
+        raise UserError(
+            f"--out {directory.with_suffix('')} needs {total_size / 1e9:.1f} GB, only "
+            f"{free / 1e9:.1f} are free there"
+        )
+    held = {name: {} for name in stored}  # stored name -> the parameters that the tensor holds
+    for name, entry in checkpoint.table.items():
+        held[entry.name][name] = entry
+    weight_map = {}
+    for file, names in split_into_files(sizes).items():
+        tensors = {name: merged_tensor(stored[name], held[name], updated) for name in names}
+        with user_file(directory / file):
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text)
+
+
+def merged_tensor(stored, parameters, updated):
+    """A stored tensor with the parameters in it, name -> Stored, as `updated` makes them."""
+    tensor = read_tensor(stored)  # memory-mapped, not read yet
+    for name, entry in parameters.items():
+        weight = read_tensor(entry)
+        new = rounded(name, updated(name, weight), weight.dtype)
+        if entry.rows is None:
+            return new
+        if new is not weight:
+            tensor = tensor.clone()
+            tensor[entry.rows] = new
+    return tensor
+
+
+def merged_config(checkpoint):
+    """config.json of a merged checkpoint: that of the checkpoint, with its architecture as
+    transformers spells it, and untied where lm_head is not the embedding."""
+    raw = dict(checkpoint.raw)
+    if raw.get("architectures"):
+        raw["architectures"] = [usual_architecture(name) for name in raw["architectures"]]
+    elif raw["model_type"] in FAMILIES:
+        raw["architectures"] = [FAMILIES[raw["model_type"]][0]]
+    if raw.get("tie_word_embeddings") and not checkpoint.config.tie_word_embeddings:
+        print(
+            "lm_head is not the embedding to which config.json ties it: both are kept, and untied"
+        )
+        raw["tie_word_embeddings"] = False
+    return raw
 
 
 def rounded(name, weight, dtype):
@@ -157,92 +184,54 @@ def split_into_files(sizes):
     }
 
 
-def shapes_in_files(directory):
-    """Name -> shape of every tensor in the files of a checkpoint directory, as they stand there."""
-    shapes = {}
-    for path in checkpoint_files(directory):
-        with safe_open(path, framework="pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    return shapes
-
-
-def check_names(ckpt, names, shapes):
-    """Raise UserError unless these tensors, under these names and in these shapes, stand in the
-    checkpoint's files too: then whoever reads the checkpoint reads what is written."""
-    stored = shapes_in_files(ckpt)
-    for name, shape in zip(names, shapes, strict=True):
-        if stored.get(name) != tuple(shape) or names.count(name) > 1:
-            problem = (
-                f"the model's tensors are not those of its files, {name} {list(shape)} among them"
-            )
-            advice = (
-                "rosa.merge(model) and model.save_pretrained write what Llama.from_pretrained reads"
-            )
-            raise UserError(f"{ckpt}: {problem}: nobody else could read what is written; {advice}")
-
-
 @torch.inference_mode()
 def logits_layer_by_layer(model, tokens, read):
     """model(tokens) in float32, [B, T, V], of a model on the meta device, with one part's weights
     in memory at a time: each part reads its own by name before it computes, and drops them
     afterwards."""
-    parts = [
-        "model.embed_tokens",
-        "model.norm",
-        "lm_head",
-        *(f"model.layers.{i}" for i in range(len(model.model.layers))),
-    ]
-    hooks = []
-    for name in parts:
+    layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
+    for name in ("model.embed_tokens", *layers, "model.norm", "lm_head"):
         part = model.get_submodule(name)
 
         def load(part, inputs, name=name):
-            tied = name == "lm_head" and model.config.tie_word_embeddings
-            prefix = "model.embed_tokens" if tied else name
-            part.load_state_dict(
-                {key: read(f"{prefix}.{key}").float() for key in part.state_dict()}, assign=True
-            )
+            is_tied = name == "lm_head" and model.config.tie_word_embeddings
+            prefix = "model.embed_tokens" if is_tied else name
+            weights = {key: read(f"{prefix}.{key}").float() for key in part.state_dict()}
+            part.load_state_dict(weights, assign=True)
 
         def drop(part, inputs, output):
             part.to("meta")
 
-        hooks += [part.register_forward_pre_hook(load), part.register_forward_hook(drop)]
-    logits = model(tokens)
-    for hook in hooks:
-        hook.remove()
-    return logits
+        part.register_forward_pre_hook(load)
+        part.register_forward_hook(drop)
+    return model(tokens)
 
 
-def updater(model, directory):
+def updater(model, adapter):
     """A function from a weight's name and the weight to the weight that rosa.merge makes of it with
-    the adapter in a directory, in float32 at least; a weight that has no adapter is returned as it
-    is. The model may be on the meta device."""
-    adapters.check_files(directory)
-    with refusals_of("rosa"):
-        arguments, tensors = rosa.read_adapter(directory, as_lora=True)
-    if "peft" in arguments:
-        peft_type = arguments["peft"]["peft_type"]
-        advice = "load both with the package peft, and call merge_and_unload()"
+    an adapter, in float32 at least; a weight that has no adapter is returned as it is. model: the
+    checkpoint's on the meta device."""
+    directory, tensors = adapter.directory, adapter.tensors
+    if adapter.peft_type != "LORA":
         raise UserError(
-            f"{directory} is an adapter of type {peft_type}, which rosa.merge cannot merge: "
-            f"{advice}"
+            f"{directory} is an adapter of type {adapter.peft_type}, which rosa.merge cannot "
+            "merge: load both with the package peft, and call merge_and_unload()"
         )
-    adapters.check_targets(directory, arguments["targets"])
+    arguments = adapters.lora_arguments(adapter)
     with refusals_of("rosa"):
-        rosa.check_lora(directory, tensors, model, arguments)
+        rosa.check_adapter(model, directory, arguments, tensors)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise FloatingPointError(
                 f"{directory}: {name} holds numbers that are not finite: train it again"
             )
-    without_memory = rosa.adapters(rosa.attach(copy.deepcopy(model).to("meta"), **arguments))
+    without_memory = rosa.adapters(rosa.attach(model, **arguments))
     checked = set()  # the names of the weights whose merging was compared with RoAE.forward
-    merged = {
-        f"base_model.model.{name}.lora_{factor}.weight"
-        for name in without_memory
-        for factor in "AB"
-    }
-    if others := sorted(tensors.keys() - merged):
+    merged = set()  # the names of the tensors that are merged
+    for name in without_memory:
+        merged |= {f"base_model.model.{name}.lora_{factor}.weight" for factor in "AB"}
+    others = sorted(tensors.keys() - merged)
+    if others:
         advice = "rosa.merge(model) and model.save_pretrained merge what rosa.py knows of"
         raise UserError(
             f"{directory} holds {others[0]}, which is no part of what is merged here: {advice}"
@@ -254,9 +243,8 @@ def updater(model, directory):
         if name not in without_memory:
             return weight
         like = without_memory[name]
-        linear = nn.Linear(
-            like.linear.in_features, like.linear.out_features, bias=False, device="meta"
-        )
+        out_features, in_features = weight.shape
+        linear = nn.Linear(in_features, out_features, bias=False, device="meta")
         dtype = torch.promote_types(weight.dtype, torch.float32)
         linear.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
         adapter = rosa.RoAE(

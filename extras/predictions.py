@@ -175,7 +175,7 @@ def result_code(kind, adapter=None, own=()):
     "likelihood", and "loss". adapter: whether there is one. own: functions of the caller's that
     take part."""
     method = Llama.generate if kind == "generate" else Llama.loss
-    reading = [LlamaConfig.from_file, Llama.from_pretrained]
+    reading = [LlamaConfig.from_dict, Llama.from_pretrained]
     text = [tasks.encode_prompt if kind == "generate" else tasks.encode_example]
     text += [
         getattr(cls, name)

@@ -36,6 +36,20 @@ def fingerprint(function):
     return short_hash(" of ".join(parts))
 
 
+def edited(fingerprints):
+    """Why none of the functions in {(class or module, name): fingerprint} may be stood for: a line,
+    or None where all are as they were."""
+    for (owner, name), expected in fingerprints.items():
+        shown = owner.__name__ if isinstance(owner, type) else Path(owner.__file__).stem
+        try:
+            function = getattr(owner, name)
+            if fingerprint(getattr(function, "__func__", function)) != expected:  # a class method's
+                return f"{shown}.{name} has been edited"
+        except (OSError, TypeError, AttributeError, SyntaxError, tokenize.TokenError):
+            return f"{shown}.{name} has no source to be compared"
+    return None
+
+
 def short_hash(text):
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:12]
 

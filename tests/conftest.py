@@ -8,10 +8,10 @@ import pytest
 from helpers import ROOT, forkserver, random_model
 
 from data import tasks
-from extras import kernels
+from extras import source
 
 # The same few methods, hundreds of times.
-kernels.fingerprint = functools.cache(kernels.fingerprint)
+source.fingerprint = functools.cache(source.fingerprint)
 
 
 def pytest_collection_finish(session):

@@ -118,6 +118,6 @@ def run_one(script, arguments):
 
 def last_place(error):
     """The file and the line's text that a traceback names last."""
-    places = re.findall(r'File "([^"]+)", line \d+, in .*\n +(.*)', error)
+    places = re.findall(r'File "([^"]+)", line \d+, in .*\n {4,}(.*)', error)
     file, line = places[-1]
     return Path(file).name, line

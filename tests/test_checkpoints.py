@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import rosa
 from data.errors import UserError
+from extras import checkpoints
 from extras.checkpoints import find_checkpoint, hub_cache, load_model
 from extras.merge import merge_checkpoint
 from model import Llama
@@ -108,13 +109,12 @@ def shard(directory):
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_checkpoint_that_fits_is_loaded_as_from_pretrained_loads_it(tmp_path, tied, sharded):
-    """In one file or in shards; what old checkpoints hold beyond the parameters is passed over by
+    """In one file or in shards; the frequencies that old checkpoints hold are passed over by
     both."""
     model, tokens = random_model(tie_word_embeddings=tied), random_tokens(1, 9)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"].clone())
     save_file(tensors, tmp_path / "model.safetensors")
     if sharded:
         shard(tmp_path)
@@ -129,49 +129,132 @@ def test_a_checkpoint_that_fits_is_loaded_as_from_pretrained_loads_it(tmp_path, 
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
 
 
+def test_the_header_of_each_file_is_read_once(tmp_path, model, monkeypatch):
+    model.save_pretrained(tmp_path)
+    shard(tmp_path)
+    asked = []
+    stored_tensors = checkpoints.stored_tensors
+    monkeypatch.setattr(
+        checkpoints,
+        "stored_tensors",
+        lambda directory: asked.append(1) or stored_tensors(directory),
+    )
+    load_model(tmp_path)
+    assert asked == [1]
+
+
+def test_what_the_scripts_load_is_what_an_edited_from_pretrained_loads(
+    tmp_path, model, monkeypatch, capsys
+):
+    model.save_pretrained(tmp_path)
+
+    @classmethod
+    def doubled(cls, directory, device="cpu", dtype=None):
+        model = from_pretrained(directory, device, dtype)
+        model.lm_head.weight.data.mul_(2)
+        return model
+
+    from_pretrained = Llama.from_pretrained
+    monkeypatch.setattr(Llama, "from_pretrained", doubled)
+    assert torch.equal(load_model(tmp_path).lm_head.weight, 2 * model.lm_head.weight)
+    line = "Llama.from_pretrained has been edited: loading by Llama.from_pretrained"
+    assert line in capsys.readouterr().out
+
+
 def test_a_checkpoint_that_was_saved_without_its_lm_head_lacks_a_prefix_only(tmp_path):
-    """Of tied embeddings; without these the lm_head is missing. Merged, it is a checkpoint like any
-    other."""
+    """That is so where the embeddings are tied; else the lm_head is missing. Merged, it is a
+    checkpoint like any other."""
     model, tokens = random_model(tie_word_embeddings=True, vocab_size=1024), random_tokens(1, 9)
     model.save_pretrained(tmp_path / "a")
     rosa.save_adapter(randomise_adapters(rosa.attach(model, rank=4)), tmp_path / "adapter")
-    file, config = (
-        tmp_path / "a" / "model.safetensors",
-        json.loads((tmp_path / "a" / "config.json").read_text()),
-    )
+    file = tmp_path / "a" / "model.safetensors"
     save_file(
         {name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file
     )
-    (tmp_path / "a" / "config.json").write_text(
-        json.dumps(config | {"architectures": ["LlamaModel"]})
-    )
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    change_config(tmp_path / "a", architectures=["LlamaModel"])
     shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", tmp_path / "a")
-    for loaded in (Llama.from_pretrained(tmp_path / "a"), load_model(tmp_path / "a")):
-        assert_same_tensors(rosa.load_adapter(loaded, tmp_path / "adapter"), model)
-        assert_close(loaded(tokens), model(tokens), **of_model(model.config))
+    loaded = load_model(tmp_path / "a")
+    assert_same_tensors(rosa.load_adapter(loaded, tmp_path / "adapter"), model)
+    assert_close(loaded(tokens), model(tokens), **of_model(model.config))
     merge_checkpoint(tmp_path / "a", tmp_path / "adapter", tmp_path / "merged")
-    # By one formula
-    assert_same_tensors(Llama.from_pretrained(tmp_path / "merged"), rosa.merge(model))
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == [
-        "LlamaForCausalLM"
-    ]
+    # Both are merged by one formula.
+    assert_same_tensors(load_model(tmp_path / "merged"), rosa.merge(model))
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert written["architectures"] == ["LlamaForCausalLM"]
     (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
-    for load in (Llama.from_pretrained, load_model):
-        with pytest.raises(ValueError, match="lm_head.weight"):
-            load(tmp_path / "a")
+    with pytest.raises(ValueError, match="lm_head.weight"):
+        load_model(tmp_path / "a")
+
+
+def test_fused_tensors_are_taken_apart_and_merged_where_they_are_stored(tmp_path):
+    """As Phi-3 and others store q, k and v as one tensor, and gate and up as another."""
+    changes = {"attention_bias": True, "vocab_size": 1024, "max_position_embeddings": 256}
+    model, tokens = random_model(**changes), random_tokens(1, 9)
+    model.save_pretrained(tmp_path / "a")
+    shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / "model.safetensors")
+    fused = fuse(tensors, len(model.model.layers))
+    assert len(fused) < len(tensors)
+    save_file(fused, tmp_path / "a" / "model.safetensors")
+    with pytest.raises(ValueError, match="is missing"):
+        Llama.from_pretrained(tmp_path / "a")
+    for mapped in (False, True):
+        loaded = load_model(tmp_path / "a", mapped=mapped)
+        assert_same_tensors(loaded, model)
+        assert_close(loaded(tokens), model(tokens), **of_model(model.config))
+
+    targets = "q,k,up"  # so that rows beside the adapted ones must stay
+    rosa.save_adapter(
+        randomise_adapters(rosa.attach(model, 4, targets=targets)), tmp_path / "adapter"
+    )
+    merge_checkpoint(tmp_path / "a", tmp_path / "adapter", tmp_path / "merged")
+    written = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {name: x.shape for name, x in written.items()} == {
+        name: x.shape for name, x in fused.items()
+    }
+    assert_same_tensors(load_model(tmp_path / "merged"), rosa.merge(model))
+
+
+def fuse(tensors, num_layers):
+    """The tensors of a checkpoint, with those of q, k and v in one, and those of gate and up."""
+    fused = dict(tensors)
+    for i in range(num_layers):
+        for whole, parts in (
+            ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+            ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
+        ):
+            for leaf in ("weight", "bias"):
+                names = [f"model.layers.{i}.{part}.{leaf}" for part in parts]
+                if names[0] in fused:
+                    rows = torch.cat([fused.pop(name) for name in names])
+                    fused[f"model.layers.{i}.{whole}.{leaf}"] = rows
+    return fused
+
+
+def change_config(directory, **changes):
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def test_a_context_that_config_json_does_not_state_is_said(tmp_path, capsys):
     scaling = {"rope_type": "linear", "factor": 2.0}
     random_model(rope_scaling=scaling).save_pretrained(tmp_path)
-    assert load_model(tmp_path).config.context == 256
+    loaded = load_model(tmp_path)
+    assert loaded.config.context == 256
     said = (
-        "context    taken to be 256 tokens, not 128: linear scaling by 2.0 of what config.json "
-        "has\n"
+        "context    taken to be 256 tokens, not 128 as in config.json: linear scaling by 2.0 of "
+        "what it has\n"
     )
     assert capsys.readouterr().out == said
+    assert Llama.from_pretrained(tmp_path).config.context == 128
+    # Written, the config says what it was taken to say.
+    loaded.save_pretrained(tmp_path / "again")
+    for load in (Llama.from_pretrained, load_model):
+        assert load(tmp_path / "again").config.context == 256
+    assert capsys.readouterr().out == ""
     for changes, said in (
-        ({"sliding_window": 20}, "20 tokens, not 128: the sliding window\n"),
+        ({"sliding_window": 20}, "20 tokens, not 128 as in config.json: the sliding window\n"),
         ({}, ""),
     ):
         random_model(model_type="mistral", **changes).save_pretrained(tmp_path)
@@ -179,41 +262,76 @@ def test_a_context_that_config_json_does_not_state_is_said(tmp_path, capsys):
         assert capsys.readouterr().out == (said and f"context    taken to be {said}")
 
 
+SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+EARLY = {  # how checkpoints of other times and writers put it: as transformers puts it
+    "LLaMAForCausalLM": ({"architectures": ["LLaMAForCausalLM"]}, {}),
+    "type": (
+        {"rope_scaling": {"type": "llama3"} | SCALING},
+        {"rope_scaling": {"rope_type": "llama3"} | SCALING},
+    ),
+}
+
+
+@pytest.mark.parametrize("early, usual", EARLY.values(), ids=EARLY)
+def test_early_spellings_are_those_of_now_and_model_py_refuses_them_by_name(tmp_path, early, usual):
+    random_model(rope_scaling=None).save_pretrained(tmp_path)
+    change_config(tmp_path, **usual)
+    expected, tokens = Llama.from_pretrained(tmp_path), random_tokens(1, 100)
+    change_config(tmp_path, **early)
+    assert torch.equal(load_model(tmp_path)(tokens), expected(tokens))
+    with pytest.raises(ValueError, match="LLaMAForCausalLM|rope_type None is not implemented"):
+        Llama.from_pretrained(tmp_path)
+
+
 def test_an_lm_head_other_than_the_embedding_that_it_is_tied_to_counts_here_and_in_what_is_written(
     tmp_path, capsys
 ):
     model, tokens = random_model(), random_tokens(1, 9)
     model.save_pretrained(tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "config.json").read_text()) | {
-        "tie_word_embeddings": True
-    }
-    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
-    for load in (Llama.from_pretrained, load_model):
-        loaded = load(tmp_path / "a")
+    change_config(tmp_path / "a", tie_word_embeddings=True)
+    for mapped in (False, True):
+        loaded = load_model(tmp_path / "a", mapped=mapped)
         assert_same_tensors(loaded, model)
         assert_close(loaded(tokens), model(tokens), **of_model(model.config))
         assert not loaded.config.tie_word_embeddings
         assert "both are kept" in capsys.readouterr().out
-    assert_same_tensors(load_model(tmp_path / "a", mapped=True), model)
+    with pytest.raises(ValueError, match="lm_head.weight belongs to no parameter"):
+        Llama.from_pretrained(tmp_path / "a")
     loaded.save_pretrained(tmp_path / "b")
     assert_same_tensors(Llama.from_pretrained(tmp_path / "b"), model)
     assert capsys.readouterr().out == ""
 
 
+def test_an_equal_copy_of_the_embedding_is_tied_to_it(tmp_path, capsys):
+    model = random_model(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    for mapped in (False, True):
+        loaded = load_model(tmp_path, mapped=mapped)
+        assert_same_tensors(loaded, model)
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("stated, expected", [("bfloat16", torch.bfloat16), (None, torch.float32)])
 def test_tensors_of_several_dtypes_become_a_model_of_one(tmp_path, model, stated, expected):
-    """The one that the config names, or the widest; a checkpoint of one dtype stays as it is."""
+    """That dtype is the one that the config names, or the widest; a checkpoint of one dtype stays
+    as it is."""
     model.bfloat16().save_pretrained(tmp_path)
-    file, config = (
-        tmp_path / "model.safetensors",
-        json.loads((tmp_path / "config.json").read_text()),
-    )
-    (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
-    assert Llama.from_pretrained(tmp_path).dtype == torch.bfloat16
-    (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": stated}))
+    change_config(tmp_path, torch_dtype="float32")
+    assert load_model(tmp_path).dtype == torch.bfloat16
+    change_config(tmp_path, torch_dtype=stated)
+    file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     save_file({name: x.float() if "norm" in name else x for name, x in tensors.items()}, file)
-    loaded = Llama.from_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
     assert {p.dtype for p in loaded.parameters()} == {expected}
     assert_close(
         loaded(random_tokens(1, 9)),
@@ -221,6 +339,9 @@ def test_tensors_of_several_dtypes_become_a_model_of_one(tmp_path, model, stated
         **of_model(model.config),
         dtype=torch.bfloat16,
     )
+    with pytest.raises(ValueError, match="torch.bfloat16 and torch.float32: choose a dtype"):
+        Llama.from_pretrained(tmp_path)
+    assert Llama.from_pretrained(tmp_path, dtype=torch.float32).dtype == torch.float32
 
 
 def test_names_that_do_not_fit_are_shown_on_both_sides_and_a_pointer_is_called_one(tmp_path, model):

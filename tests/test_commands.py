@@ -417,7 +417,6 @@ COMMANDS = {
     "no checkpoint 'absent'": "eval.py --ckpt absent",
     "--ckpt, --adapter, --out": "-m extras.merge",
 }
-COMMANDS |= {"python -m extras.merge": "rosa.py merge"}  # which was the command
 
 
 @functools.cache

@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import eval as eval_script
 import rosa
 from extras import inference, kernels, merge
-from extras.kernels import KERNELS, SummedCrossEntropy, accelerate, fingerprint
+from extras.kernels import KERNELS, SummedCrossEntropy, accelerate
 from extras.operators import Operators
+from extras.source import fingerprint
 from model import MLP, Attention, Llama, RMSNorm
 from rosa import RoAE, attach
 

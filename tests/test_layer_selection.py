@@ -268,13 +268,17 @@ def test_what_belongs_to_no_layer_cannot_be_selected():
     model.lm_head.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="k_ratio must be 1"):
         LayerSelector(model, 0.5)
+
+
+def test_a_parameter_that_layers_share_trains_with_any_of_them():
+    model = random_model(num_hidden_layers=L).requires_grad_(False)
     shared = model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     model.model.layers[1].mlp.up_proj.weight = shared
-    with pytest.raises(ValueError, match="k_ratio must be 1"):
-        LayerSelector(model, 0.5)
-    selector = LayerSelector(model, 1)
-    selector.activate([])
-    assert shared.requires_grad
+    selector = LayerSelector(model, 0.5)
+    assert selector.candidates == [0, 1]
+    for layers, trains in (([0], True), ([1], True), ([], False), ([0, 1], True)):
+        selector.activate(layers)
+        assert shared.requires_grad == trains
 
 
 REFUSED = {"k_ratio": (0, 1.1), "select_every": (0,), "score_ema": (1.0, -0.1), "select": ("best",)}

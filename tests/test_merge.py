@@ -14,12 +14,12 @@ from rounding import assert_close, bound, of_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import model as model_file
 import rosa
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
 from extras import checkpoints
 from extras import merge as merge_file
+from extras.checkpoints import load_model
 from model import Llama
 
 pytestmark = pytest.mark.numeric
@@ -72,7 +72,7 @@ def test_the_directory_is_complete_and_holds_what_merging_in_memory_gives(
         "F32": torch.float32,
         "F64": torch.float64,
     }
-    assert merge_file.SIZES == {name: dtype.itemsize for name, dtype in dtypes.items()}
+    assert checkpoints.DTYPES == dtypes
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["weight_map"] == {name: file for file in weights for name in load_file(out / file)}
     assert index["metadata"]["total_size"] == sum(2 * p.numel() for p in merged.parameters())
@@ -116,7 +116,7 @@ def test_it_says_what_rounding_has_cost_which_is_nothing_in_float32(ckpt, capsys
 def test_an_lm_head_other_than_the_embedding_that_it_is_tied_to_is_kept_and_untied(ckpt, capsys):
     config = json.loads(Path("ckpt/config.json").read_text())
     Path("ckpt/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
-    expected = rosa.merge(rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"))
+    expected = rosa.merge(rosa.load_adapter(load_model("ckpt"), "adapter"))
     merge()
     assert "both are kept, and untied" in capsys.readouterr().out
     assert not json.loads(Path("out/config.json").read_text())["tie_word_embeddings"]
@@ -185,24 +185,18 @@ def test_logits_layer_by_layer_are_the_logits_and_leave_nothing_in_memory(change
     assert all(parameter.is_meta for parameter in empty.parameters())
 
 
-def renamed(monkeypatch, of):
-    """As if a reader had taught the project a family whose files have other names: `of` gives the
-    name of a parameter for a name in a file."""
-    for module in (checkpoints, model_file):
-        monkeypatch.setattr(module, "full_name", of)
-
-
 def test_what_is_written_has_the_names_of_the_checkpoints_files(ckpt, monkeypatch):
-    """Whoever reads the checkpoint, by whatever names, reads the merged one."""
+    """As if a reader had taught checkpoints.py a family whose files have other names. Whoever reads
+    the checkpoint, by whatever names, reads the merged one."""
     expected = rosa.merge(rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"))
-    tensors = load_file("ckpt/model.safetensors")
-    theirs = {
-        name.replace("model.layers.", "blocks.").replace("self_attn", "attn"): x
-        for name, x in tensors.items()
-    }
+    theirs = {"a tensor that is no parameter, rotary_emb.inv_freq": torch.ones(3)}
+    for name, tensor in load_file("ckpt/model.safetensors").items():
+        name = name.replace("model.layers.", "blocks.").replace("self_attn", "attn")
+        theirs[name] = tensor
     save_file(theirs, "ckpt/model.safetensors")
-    renamed(
-        monkeypatch,
+    monkeypatch.setattr(
+        checkpoints,
+        "parameter_name",
         lambda name: name.replace("blocks.", "model.layers.").replace("attn", "self_attn"),
     )
     merge()
@@ -210,41 +204,7 @@ def test_what_is_written_has_the_names_of_the_checkpoints_files(ckpt, monkeypatc
     assert {name: x.shape for name, x in written.items()} == {
         name: x.shape for name, x in theirs.items()
     }
-    assert_same_tensors(Llama.from_pretrained("out"), expected)
-
-
-def test_a_checkpoint_whose_tensors_are_parts_of_others_is_refused_before_anything_is_written(
-    ckpt, monkeypatch, capsys
-):
-    """Two layers' gates stored as one tensor, say, which a reader has the project take apart."""
-    tensors = load_file("ckpt/model.safetensors")
-    gates = [name for name in tensors if "gate_proj" in name]
-    whole = torch.cat([tensors.pop(name) for name in gates])
-    save_file(tensors | {"gates": whole}, "ckpt/model.safetensors")
-    stored, reading = checkpoints.stored_tensors, checkpoints.read_tensor
-    rows = whole.shape[0] // len(gates)
-
-    def taken_apart(directory):
-        table = stored(directory)
-        entry = table.pop("gates")
-        part = entry._replace(shape=(rows, whole.shape[1]))
-        return table | dict.fromkeys(gates, part)
-
-    def part(table, name):
-        tensor = reading(table, name)
-        return tensor[gates.index(name) * rows :][:rows] if name in gates else tensor
-
-    monkeypatch.setattr(checkpoints, "stored_tensors", taken_apart)
-    monkeypatch.setattr(checkpoints, "read_tensor", part)
-    monkeypatch.setattr(merge_file, "read_tensor", part)
-    with pytest.raises(SystemExit) as stopped:
-        merge()
-    error = capsys.readouterr().err
-    assert (
-        stopped.value.code == 2
-        and "the model's tensors are not those of its files, gates [48, 32] among" in error
-    )
-    assert sorted(path.name for path in Path().iterdir()) == ["adapter", "ckpt"]
+    assert_same_tensors(load_model("out"), expected)
 
 
 EDITED = {
@@ -274,7 +234,7 @@ def test_where_merging_is_another_computation_than_the_adapters_own_it_is_refuse
 
 
 def test_what_an_adapter_holds_beside_updates_is_not_left_out_silently(ckpt, monkeypatch, capsys):
-    """A reader's own tensor, of which rosa.check_lora was taught."""
+    """A reader's own tensor, of which rosa.check_adapter was taught."""
     file = Path("adapter/adapter_model.safetensors")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
@@ -283,7 +243,7 @@ def test_what_an_adapter_holds_beside_updates_is_not_left_out_silently(ckpt, mon
         file,
         metadata,
     )
-    monkeypatch.setattr(rosa, "check_lora", lambda *_: None)
+    monkeypatch.setattr(rosa, "check_adapter", lambda *_: None)
     with pytest.raises(SystemExit) as stopped:
         merge()
     error = capsys.readouterr().err

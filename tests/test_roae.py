@@ -390,47 +390,29 @@ def test_an_adapter_for_another_model_is_refused_and_nothing_changed(tmp_path, c
     assert torch.equal(other(random_tokens(1, 9)), before) and not adapters(other)
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.lora_A.weight"])
-def test_an_adapter_that_carries_more_than_updates_of_layers_is_called_that(tmp_path, name):
-    """PEFT saves the embeddings where tokens were added, and adapts lm_head where it is told to."""
+STRICT = {
+    "another alpha": ({"lora_alpha": 9.0}, "adapter_config.json is not what save_adapter has"),
+    "a field of PEFT's": ({"use_dora": True}, "adapter_config.json is not what save_adapter has"),
+    "no metadata": ({}, "was not written by save_adapter: extras.adapters.load_adapter reads the"),
+}
+
+
+@pytest.mark.parametrize("changes, message", STRICT.values(), ids=STRICT)
+def test_what_save_adapter_has_not_written_is_refused(tmp_path, changes, message):
     save_adapter(randomise_adapters(attach(random_model(), 4, 8)), tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
-    save_file(
-        load_file(file) | {f"base_model.model.{name}": torch.ones(97, 32)}, file, metadata=metadata
-    )
-    with pytest.raises(
-        ValueError, match=f"holds base_model.model.{name}, which is in no layer: let PEFT merge it"
-    ):
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | changes))
+    if not changes:
+        file = tmp_path / "adapter_model.safetensors"
+        save_file(load_file(file), file)
+    with pytest.raises(ValueError, match=message):
         load_adapter(random_model(), tmp_path)
-
-
-def test_a_peft_lora_from_elsewhere_loads_and_of_our_metadata_pairs_and_ratio_alone_count(tmp_path):
-    trained, tokens = (
-        randomise_adapters(attach(random_model(), 4, 8, 1.0, "q,v")),
-        random_tokens(1, 9),
+    # The base may be named otherwise: it may have been moved.
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": "elsewhere"})
     )
-    save_adapter(trained, tmp_path)
-    file = tmp_path / "adapter_model.safetensors"
-    metadata = {"rank": 9, "alpha": 1, "low_freq_ratio": 1.0, "dtype": "x"}
-    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {
-        "base_model_name_or_path": "pissa-7b"
-    }
-    config |= {
-        "init_lora_weights": True,
-        "lora_dropout": 0.05,
-        "bias": "none",
-        "use_dora": False,
-        "rank_pattern": {},
-    }
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    for rosa in (None, {"rosa": json.dumps(metadata)}):
-        save_file(load_file(file), file, metadata=rosa)
-        model = load_adapter(random_model(), tmp_path)
-        assert attach_arguments(model) == attach_arguments(trained) and torch.equal(
-            model(tokens), trained(tokens)
-        )
+    if changes:
+        load_adapter(random_model(), tmp_path)
 
 
 @pytest.mark.parametrize("pairs", ["low", "high", "random"])
