@@ -57,14 +57,14 @@ def test_a_name_is_looked_for_here_then_in_the_cache_of_hugging_face(
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0123abc")
     assert find_checkpoint(name) == cached / "snapshots" / "0123abc"
-    # Which an adapter's config will name
+    # An adapter's config will name the checkpoint by its name on the Hub
     assert load_model(find_checkpoint(name)).name_or_path == repository
     (cached / "snapshots" / "0123abc" / "model.safetensors").rename(tmp_path / "weights")
     is_absent()  # config.json alone is no checkpoint
     for nearer in (f"checkpoints/{name}", name):
         model.save_pretrained(nearer)
         assert find_checkpoint(name).samefile(nearer)
-    # Where PEFT finds it
+    # An adapter's config will name the directory, where PEFT finds it
     assert load_model(find_checkpoint(name)).name_or_path == str(tmp_path / name)
 
 
@@ -108,8 +108,8 @@ def shard(directory):
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_checkpoint_that_fits_is_loaded_as_from_pretrained_loads_it(tmp_path, tied, sharded):
-    """In one file or in shards; what old checkpoints hold beyond the parameters is passed over by
-    both."""
+    """The checkpoint lies in one file or in shards. Both functions pass over the tensors that old
+    checkpoints hold beside the parameters."""
     model, tokens = random_model(tie_word_embeddings=tied), random_tokens(1, 9)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -130,8 +130,8 @@ def test_a_checkpoint_that_fits_is_loaded_as_from_pretrained_loads_it(tmp_path, 
 
 
 def test_a_checkpoint_that_was_saved_without_its_lm_head_lacks_a_prefix_only(tmp_path):
-    """Of tied embeddings; without these the lm_head is missing. Merged, it is a checkpoint like any
-    other."""
+    """This holds for tied embeddings; if they are not tied, the lm_head is missing. The merged
+    checkpoint is like any other."""
     model, tokens = random_model(tie_word_embeddings=True, vocab_size=1024), random_tokens(1, 9)
     model.save_pretrained(tmp_path / "a")
     rosa.save_adapter(randomise_adapters(rosa.attach(model, rank=4)), tmp_path / "adapter")
@@ -150,7 +150,7 @@ def test_a_checkpoint_that_was_saved_without_its_lm_head_lacks_a_prefix_only(tmp
         assert_same_tensors(rosa.load_adapter(loaded, tmp_path / "adapter"), model)
         assert_close(loaded(tokens), model(tokens), **of_model(model.config))
     merge_checkpoint(tmp_path / "a", tmp_path / "adapter", tmp_path / "merged")
-    # By one formula
+    # To the bit: both are merged by the same formula
     assert_same_tensors(Llama.from_pretrained(tmp_path / "merged"), rosa.merge(model))
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["architectures"] == [
         "LlamaForCausalLM"
@@ -202,7 +202,8 @@ def test_an_lm_head_other_than_the_embedding_that_it_is_tied_to_counts_here_and_
 
 @pytest.mark.parametrize("stated, expected", [("bfloat16", torch.bfloat16), (None, torch.float32)])
 def test_tensors_of_several_dtypes_become_a_model_of_one(tmp_path, model, stated, expected):
-    """The one that the config names, or the widest; a checkpoint of one dtype stays as it is."""
+    """The model has the dtype that the config names, or else the widest of the tensors. A
+    checkpoint of one dtype keeps its dtype."""
     model.bfloat16().save_pretrained(tmp_path)
     file, config = (
         tmp_path / "model.safetensors",

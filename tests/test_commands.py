@@ -123,7 +123,8 @@ def test_empty_records_are_left_out_where_a_user_says_so(ckpt, capsys):
 
 
 def test_the_bundled_checkpoint_is_what_make_tiny_makes(tmp_path, capsys):
-    """Its vocabulary; the weights would take half an hour."""
+    """The vocabulary and the config are the same. To make the same weights would take half an
+    hour."""
     make_tiny.run([str(tmp_path / "new" / "tiny"), "--minutes", "0.005"])
     assert "2,337,216 parameters" in capsys.readouterr().out
     made, bundled = (
@@ -293,7 +294,7 @@ def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkey
         inference, "generate", lambda *given, on_token: [on_token(0, [0xF0, 0x9F])] and [[]]
     )
     monkeypatch.setattr(SentencePieceTokenizer, "decode", lambda self, ids: "\N{HOT SPRINGS} hot")
-    # The first the arrow between two losses
+    # compare prints an arrow between two losses, eval.py the answer to a prompt
     for call, shown in ((compare.run, b" ? "), (eval_script.run, b"? hot")):
         screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
         monkeypatch.setattr(sys, "stdout", screen)
@@ -328,7 +329,7 @@ def test_the_directory_that_one_is_in_has_a_name(ckpt, monkeypatch):
 
 
 def help_text(script, option, capsys):
-    """What a script prints, and its parser."""
+    """What a script prints with --help or the like, and its parser."""
     parsers, parse = [], argparse.ArgumentParser.parse_args
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(
@@ -387,7 +388,7 @@ LEFT = [
     {"RANK": ""},
     {"RANK": "x", "WORLD_SIZE": "1"},
 ]
-# Of two processes the fourth
+# A rank that cannot be: the fourth of two processes
 LEFT += [dict(zip(distributed.LAUNCHER, ("3", "0", "2", "localhost", "1")))]
 CALLS = {
     train: "--ckpt ckpt",
@@ -406,7 +407,8 @@ def test_what_a_launcher_left_in_the_environment_is_one_line(ckpt, monkeypatch, 
                 patch.setenv(name, value)
             with pytest.raises(SystemExit) as stopped:
                 script.run(arguments.split())
-            assert not set(left) & set(os.environ)  # a process that goes on is alone
+            # A process that goes on is one without a launcher
+            assert not set(left) & set(os.environ)
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and error.count("\n") == 1, error
         assert "the environment has " in error and f"unset {' '.join(left)}" in error
@@ -417,7 +419,7 @@ COMMANDS = {
     "no checkpoint 'absent'": "eval.py --ckpt absent",
     "--ckpt, --adapter, --out": "-m extras.merge",
 }
-COMMANDS |= {"python -m extras.merge": "rosa.py merge"}  # which was the command
+COMMANDS |= {"python -m extras.merge": "rosa.py merge"}  # as the command was typed once
 
 
 @functools.cache
@@ -431,7 +433,7 @@ def start_scripts():
 
 @pytest.mark.ahead(start=start_scripts)
 def test_the_scripts_run_as_scripts():
-    """train.py is one in test_torchrun."""
+    """test_distributed.py runs train.py as a script, under torchrun."""
     for message, process in zip(COMMANDS, start_scripts()):
         out, error = process.communicate()
         assert process.returncode == 2 and out == "" and error.count("\n") == 1 and message in error

@@ -49,12 +49,12 @@ def test_the_directory_is_complete_and_holds_what_merging_in_memory_gives(
     ckpt, capsys, shard, monkeypatch
 ):
     monkeypatch.setattr(merge_file, "SHARD", shard)
-    merge("--out", "a/b/out")  # with those above it
+    merge("--out", "a/b/out")  # a and a/b are made too
     assert capsys.readouterr().out.startswith("a/b/out holds the merged checkpoint.")
     out, merged = Path("a/b/out"), Llama.from_pretrained("a/b/out")
     expected = rosa.merge(rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"))
     assert merged.config == expected.config and merged.config.eos_token_id == [2, 7]
-    assert_same_tensors(merged, expected)  # both by rosa.merge
+    assert_same_tensors(merged, expected)  # to the bit: rosa.merge makes both
     assert (out / "config.json").read_bytes() == Path("ckpt/config.json").read_bytes()
     weights = sorted(file.name for file in out.glob("*.safetensors"))
     others = {file.name for file in out.iterdir()} - set(weights)
@@ -107,7 +107,7 @@ def test_it_says_what_rounding_has_cost_which_is_nothing_in_float32(ckpt, capsys
         dtype == torch.float32
     )
     assert int(words[words.index("next") - 1]) == len(before)
-    # Where they are alike either may be the next token
+    # Where the two largest logits are equal but for rounding, either may be the next token
     first, second = before.topk(2).values.unbind(-1)
     same, ties = (before.argmax(-1) == after.argmax(-1)).sum(), (first - second < rounding).sum()
     assert abs(int(words[words.index("tokens") + 1]) - same) <= ties
@@ -177,7 +177,7 @@ def test_what_fails_half_way_leaves_nothing(ckpt, capsys, monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "qwen2"}])
 def test_logits_layer_by_layer_are_the_logits_and_leave_nothing_in_memory(changes):
     model, tokens = random_model(**changes), random_tokens(2, 20)
-    weights = dict(model.named_parameters())  # a tied one once, as in a file
+    weights = dict(model.named_parameters())  # tied weights are here once, as in a file
     with torch.device("meta"):
         empty = Llama(model.config)
     logits = merge_file.logits_layer_by_layer(empty, tokens, weights.get)
@@ -186,14 +186,14 @@ def test_logits_layer_by_layer_are_the_logits_and_leave_nothing_in_memory(change
 
 
 def renamed(monkeypatch, of):
-    """As if a reader had taught the project a family whose files have other names: `of` gives the
-    name of a parameter for a name in a file."""
+    """Change the project as a reader does who adds a family whose files have other names: `of`
+    turns a name in a file into the name of a parameter."""
     for module in (checkpoints, model_file):
         monkeypatch.setattr(module, "full_name", of)
 
 
 def test_what_is_written_has_the_names_of_the_checkpoints_files(ckpt, monkeypatch):
-    """Whoever reads the checkpoint, by whatever names, reads the merged one."""
+    """A program that reads the checkpoint by its names reads the merged checkpoint too."""
     expected = rosa.merge(rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"))
     tensors = load_file("ckpt/model.safetensors")
     theirs = {
@@ -216,7 +216,8 @@ def test_what_is_written_has_the_names_of_the_checkpoints_files(ckpt, monkeypatc
 def test_a_checkpoint_whose_tensors_are_parts_of_others_is_refused_before_anything_is_written(
     ckpt, monkeypatch, capsys
 ):
-    """Two layers' gates stored as one tensor, say, which a reader has the project take apart."""
+    """Here the gates of two layers are stored as one tensor, and a reader has taught the project to
+    take it apart."""
     tensors = load_file("ckpt/model.safetensors")
     gates = [name for name in tensors if "gate_proj" in name]
     whole = torch.cat([tensors.pop(name) for name in gates])
@@ -274,7 +275,7 @@ def test_where_merging_is_another_computation_than_the_adapters_own_it_is_refuse
 
 
 def test_what_an_adapter_holds_beside_updates_is_not_left_out_silently(ckpt, monkeypatch, capsys):
-    """A reader's own tensor, of which rosa.check_lora was taught."""
+    """The adapter holds a tensor that a reader has added, and rosa.check_lora lets it pass."""
     file = Path("adapter/adapter_model.safetensors")
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()

@@ -25,7 +25,8 @@ def evaluate(*options):
 
 
 def table(capsys, *runs):
-    """(run -> column -> cell, the lines before the table) as `extras.compare` prints them."""
+    """Run `extras.compare`. Returns its table as run -> column -> cell, and the lines that it
+    prints before the table."""
     capsys.readouterr()
     compare.run([str(run) for run in runs])
     lines = capsys.readouterr().out.splitlines()
@@ -55,14 +56,15 @@ def test_a_full_run_shows_the_score_of_the_checkpoint_that_is_there_now(ckpt, ca
     evaluate("--ckpt", "full", "--out", "full")
     assert "toy (n = 4)" in table(capsys, "full")[0]["full"]
     asked = len(lines_of("full"))
-    evaluate("--ckpt", "full", "--out", "full")  # results beside it are no part of the checkpoint
+    # The results in a checkpoint's directory are no part of the checkpoint
+    evaluate("--ckpt", "full", "--out", "full")
     assert (
         "4 of 4 are in full/predictions.jsonl already" in capsys.readouterr().out
         and len(lines_of("full")) == asked
     )
     kept = {name: Path("full", name).read_bytes() for name in ("results.json", "predictions.jsonl")}
     run(train, *full, "--overwrite", "--seed", 1)
-    # They were of the checkpoint that is gone
+    # The results of the checkpoint that was overwritten are removed
     assert not any(Path("full", name).exists() for name in kept)
     for name, content in kept.items():
         Path("full", name).write_bytes(content)
@@ -115,7 +117,7 @@ def test_a_score_of_the_adapter_on_another_checkpoint_is_not_the_runs(ckpt, caps
     assert "toy (n = 4)" in rows["a"] and said[0].startswith(
         "1 of the 2 results in a/results.json are not shown: "
     )
-    Path("ckpt").rename("moved")  # what cannot be compared any more is known by its name
+    Path("ckpt").rename("moved")  # a checkpoint that is gone is known by its name
     assert "toy (n = 4)" in table(capsys, "a")[0]["a"]
 
 
@@ -231,12 +233,12 @@ def test_evaluations_of_one_adapter_stand_side_by_side(ckpt, capsys):
     assert len(lines_of("a")) == 12
     evaluate("--ckpt", "ckpt", "--adapter", "a", "--task", "gsm8k", "--data-dir", ".")
     assert "4 of 4 are in a/predictions.jsonl already" in capsys.readouterr().out
-    # The same again replaces itself
+    # An evaluation that is repeated replaces its former result
     assert len(results_of("a")["others"]) == 2 and len(lines_of("a")) == 12
 
 
 def test_two_evaluations_at_a_time_keep_each_others_answers(ckpt, monkeypatch):
-    """The second begins and ends while the first is half way."""
+    """The second evaluation begins and ends while the first is half way."""
     write_test_sets(".", ["gsm8k", "SVAMP"])
     stream, inner = eval_script.inference.stream, []
 

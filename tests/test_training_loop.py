@@ -40,7 +40,7 @@ def adapted(out="out", dtype=torch.float32):
 
 
 def validated(model, args):
-    """The validation loss of a run's model, and what a computation of it may give."""
+    """The validation loss of a run's model, with the rounding that another computation may have."""
     _, held_out, *_ = train.load_data(args, load_tokenizer("ckpt"))
     kernels.accelerate(model)  # as in the run: in bfloat16 the plain way rounds otherwise
     return near(train.validate(model, held_out, args), **of_model(model.config))
@@ -123,7 +123,7 @@ def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step_and_sel
 def test_a_run_is_drawn_without_a_screen_where_matplotlib_is_there(
     ckpt, monkeypatch, capsys, log, probes
 ):
-    """Also one of which no step was applied, or no probe was finite."""
+    """Also a run of which no step was applied, or no probe was finite."""
     run(*QUICK)
     if (picture := Path("out/run.png")).exists():
         assert picture.read_bytes().startswith(b"\x89PNG")
@@ -197,7 +197,7 @@ def test_dropout_acts_in_training_alone(ckpt):
         Path("options.json").write_text(json.dumps({"lora_dropout": dropout}))
         run(*SHORT, *"--method peft:LORA --peft-config options.json --lr 1e-2 --overwrite".split())
         first.append([record.get("val_loss") or record["loss"] for record in read_log("out")])
-    # Step 0, step 1 (B is zero), step 2
+    # Dropout shows in the second step only: in the first B is still zero
     assert first[0][:2] == first[1][:2] and first[0][2] != first[1][2]
     model = adapters.load_adapter(Llama.from_pretrained("ckpt"), "out")
     assert read_log("out")[-1]["val_loss"] == validated(
@@ -206,7 +206,7 @@ def test_dropout_acts_in_training_alone(ckpt):
 
 
 def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
-    """Uphill from the fourth step on."""
+    """From the fourth step on the loss is climbed, not descended."""
     loss, before, steps = Llama.loss, rosa.LayerSelector.before_forward, []
 
     def before_forward(self, step):
@@ -230,7 +230,7 @@ def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
 
 @pytest.mark.slow
 def test_plain_formulas_and_the_default_are_the_same_run(monkeypatch, tmp_path):
-    """In bfloat16 each is as near to float32 as the other."""
+    """In bfloat16 the losses of either run are as near to those in float32 as the other's."""
     logs = {}
     for options in (
         "--dtype float32",
@@ -449,7 +449,7 @@ def test_recomputed_activations_do_not_grow_with_depth(recomputed):
     counts = []
     for layers in (2, 6):
         model = rosa.attach(random_model(num_hidden_layers=layers), rank=4)
-        # Else layer 0, whose input asks for no gradient, keeps its own
+        # Otherwise layer 0 would keep its activations, since its input requires no gradient
         model.model.embed_tokens.requires_grad_(True)
         kernels.accelerate(model)
         if recomputed:
@@ -465,8 +465,8 @@ def test_recomputed_activations_do_not_grow_with_depth(recomputed):
 
 @pytest.mark.slow
 def test_compiled_layers_compute_the_same(ckpt, monkeypatch):
-    """Traced and differentiated as torch.compile does, but without a C++ compiler's minute:
-    bench_train.py has that."""
+    """The layers are traced and differentiated as torch.compile does it, but not compiled to C++,
+    which takes a minute: bench_train.py does that."""
     random_model(vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256).save_pretrained(
         "ckpt"
     )
@@ -487,7 +487,7 @@ def test_compiled_layers_compute_the_same(ckpt, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_model_has_the_same_gradients(dtype):
-    """And is compiled once, whatever the sizes of the batches that follow."""
+    """And it is compiled once, whatever the sizes of later batches."""
     seed_torch(0)
     plain = rosa.attach(random_model(num_hidden_layers=1, dtype=dtype), rank=4)
     for adapter in rosa.adapters(plain).values():
@@ -520,7 +520,7 @@ def test_a_compiled_model_has_the_same_gradients(dtype):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_the_compiler_takes_the_fast_matrix_product(tmp_path, monkeypatch):
-    """The whole way to machine code, which the two tests above leave out."""
+    """Compiles to machine code, which the two tests above do not."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     kernels.Operators.look_up()
     inputs = [torch.randn(*shape, requires_grad=True) for shape in ((3, 5, 16), (8, 16), (8,))]
