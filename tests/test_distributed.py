@@ -45,10 +45,10 @@ def ckpt(ckpt, monkeypatch):
     # 31 to train on: the last batch of an epoch is one example
     monkeypatch.setitem(tasks.TOY_SIZES, "train", 40)
     monkeypatch.setitem(tasks.TOY_SIZES, "test", 13)
-    monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())  # here, and in `member`
+    monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())  # here, and in `run_rank`
 
 
-def member(rank, world, port, script, arguments, before):
+def run_rank(rank, world, port, script, arguments, before):
     """One of the processes that torchrun would start: runs the script, and writes what it prints to
     out<rank>.txt and err<rank>.txt."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -76,7 +76,7 @@ def start(world, script, command, before=None):
     a process that waits for another process to open a store sleeps for a second."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     what, processes = (world, store.port, script.__name__, command.split(), before), forkserver()
-    started = [processes.Process(target=member, args=(rank, *what)) for rank in range(world)]
+    started = [processes.Process(target=run_rank, args=(rank, *what)) for rank in range(world)]
     for process in started:
         process.start()
         process.store = store  # keeps the store open for as long as the process is held
@@ -332,7 +332,7 @@ def test_sharded_processes_compute_the_same_hold_a_half_each_and_resume_unsharde
 # --- stopping, dying, resuming ---
 
 
-def during(step, act, rank):
+def act_in_step(step, act, rank):
     """Make one process do something at the beginning of that step. `act`: the rank of the process,
     and the function that it calls."""
     if rank == act[0]:
@@ -346,12 +346,12 @@ def during(step, act, rank):
         rosa.LayerSelector.before_forward = before_forward
 
 
-def sent(number):
+def send_to_itself(number):
     os.kill(os.getpid(), number)
 
 
 killed, terminated, halted = (
-    partial(sent, number) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
+    partial(send_to_itself, number) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 )
 
 
@@ -378,14 +378,16 @@ def without_room():
 def test_a_signal_to_one_ends_all_after_their_step_and_other_numbers_of_processes_resume(ckpt):
     command = f"{RUN} --max-steps 12 --out"
     train.run(f"{command} one".split())
-    codes, _, errors = end(start(2, train, f"{command} many", partial(during, 4, (1, terminated))))
+    codes, _, errors = end(
+        start(2, train, f"{command} many", partial(act_in_step, 4, (1, terminated)))
+    )
     assert codes == [143, 143] and len(errors) == 1
     assert errors[0].startswith(
         "train.py: stopped after step 5; the adapter kept is the best so far, of step "
     )
     assert ". To go on: torchrun ... " in errors[0]
     codes, *_ = end(
-        start(3, train, f"{command} many --resume", partial(during, 7, (0, terminated)))
+        start(3, train, f"{command} many --resume", partial(act_in_step, 7, (0, terminated)))
     )
     assert codes == [143] * 3 and len(read_log("many")) == 1 + 8
     train.run(f"{command} many --resume".split())
@@ -404,7 +406,8 @@ DEATHS = [
 @pytest.mark.parametrize("rank, act, shard", DEATHS)
 def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, rank, act, shard):
     codes, _, errors = end(
-        start(3, train, f"{RUN} {shard} --out many", partial(during, 4, (rank, act))), seconds=30
+        start(3, train, f"{RUN} {shard} --out many", partial(act_in_step, 4, (rank, act))),
+        seconds=30,
     )
     assert codes.pop(rank) in (-signal.SIGKILL, 1) and codes == [1, 1]
     text = "\n".join(errors)
@@ -441,7 +444,7 @@ def impatient(rank):
     for name, seconds in {"init_process_group": 3600, "new_group": SILENCE}.items():
         setattr(torch.distributed, name, noting(getattr(torch.distributed, name), seconds))
     runs.adapters.save_adapter = slow
-    during(4, (1, halted), rank)
+    act_in_step(4, (1, halted), rank)
 
 
 @pytest.mark.slow
@@ -461,7 +464,7 @@ def test_one_that_is_silent_in_a_step_is_taken_for_dead_and_the_first_may_take_i
 
 def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
     codes, _, errors = end(
-        start(2, train, f"{RUN} --save-every 1 --out many", partial(during, 5, (1, spoilt)))
+        start(2, train, f"{RUN} --save-every 1 --out many", partial(act_in_step, 5, (1, spoilt)))
     )
     (line,) = errors
     assert (

@@ -127,7 +127,7 @@ def run_until(last, *arguments):
 # --- kill -9 ---
 
 
-def life(arguments, fatal, count):
+def train_and_die(arguments, fatal, count):
     """For a process that trains and kills itself. It touches the disk before and after it flushes,
     renames or deletes a file, and while it writes tensors; touch number `fatal` kills it. `count`
     is the number of touches so far."""
@@ -176,7 +176,7 @@ def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, option
     def live(*more, fatal=None, seconds=60):
         count.value = 0
         child = processes.Process(
-            target=life, args=([*RUN, "--max-steps", "20", *more], fatal, count)
+            target=train_and_die, args=([*RUN, "--max-steps", "20", *more], fatal, count)
         )
         child.start()
         child.join(seconds)
