@@ -152,12 +152,13 @@ def run(script, *arguments):
     return args
 
 
-SHORT = (
+# Options of train.py: six steps on a tiny checkpoint `ckpt`, by the method that a test adds, or by
+# RoSA of rank 4
+SHORT_RUN = (
     "--ckpt ckpt --max-steps 6 --batch-size 8 --micro-batch-size 8 --val-size 20 --eval-every 3 "
-    "--max-len "
-    "200 --select-every 2 --device cpu --dtype float32"
+    "--max-len 200 --select-every 2 --device cpu --dtype float32"
 ).split()
-QUICK = (*SHORT, "--rank", 4, "--alpha", 8, "--lr", 1e-2)
+SHORT_ROSA_RUN = (*SHORT_RUN, "--rank", 4, "--alpha", 8, "--lr", 1e-2)
 
 
 def read_log(out, name="log.jsonl"):

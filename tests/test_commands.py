@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import QUICK, ROOT, best_step, no_package, read_log, run, write_test_sets
+from helpers import ROOT, SHORT_ROSA_RUN, best_step, no_package, read_log, run, write_test_sets
 from rounding import assert_close, near, of_model
 
 import eval as eval_script
@@ -169,8 +169,8 @@ def test_activations_are_the_norms_of_q_and_k(ckpt, monkeypatch, capsys):
 
 
 def test_runs_side_by_side(ckpt, capsys):
-    run(train, *QUICK, "--out", "runs/a")
-    run(train, *QUICK, "--out", "runs/b", "--method", "lora")
+    run(train, *SHORT_ROSA_RUN, "--out", "runs/a")
+    run(train, *SHORT_ROSA_RUN, "--out", "runs/b", "--method", "lora")
     for out, adapter in (("runs/a", ["--adapter", "runs/a"]), ("runs/base", [])):
         run(
             eval_script,
@@ -215,9 +215,9 @@ def test_runs_side_by_side(ckpt, capsys):
 
 
 def test_a_run_that_was_stopped_or_has_learned_nothing_says_so_in_the_table(ckpt, capsys):
-    run(train, *QUICK, "--out", "stopped", "--max-steps", 2)
+    run(train, *SHORT_ROSA_RUN, "--out", "stopped", "--max-steps", 2)
     Path("stopped/summary.json").unlink()
-    run(train, *QUICK, "--out", "nothing", "--max-steps", 1, "--lr", 1e-30)
+    run(train, *SHORT_ROSA_RUN, "--out", "nothing", "--max-steps", 1, "--lr", 1e-30)
     capsys.readouterr()
     compare.run(["stopped", "nothing"])
     *_, stopped, nothing = capsys.readouterr().out.splitlines()
@@ -232,7 +232,7 @@ def test_an_adapter_of_a_run_that_was_stopped_or_has_learned_nothing_is_used_wit
     ckpt, capsys
 ):
     for out, more in (("whole", []), ("nothing", ["--max-steps", 1, "--lr", 1e-30])):
-        run(train, *QUICK, "--out", out, *more)
+        run(train, *SHORT_ROSA_RUN, "--out", out, *more)
     shutil.copytree("whole", "stopped")
     Path("stopped/summary.json").unlink()
     best = best_step("stopped")
@@ -257,7 +257,7 @@ def test_an_adapter_of_a_run_that_was_stopped_or_has_learned_nothing_is_used_wit
 
 @pytest.mark.parametrize("how", ["trained anew", "of an earlier version"])
 def test_a_result_of_another_adapter_is_not_shown(ckpt, capsys, how):
-    run(train, *QUICK, "--max-steps", 2, "--out", "a")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 2, "--out", "a")
     run(eval_script, *"--ckpt ckpt --limit 8 --max-new-tokens 5 --adapter a".split())
     Path("other.json").write_text(json.dumps(toy.examples("train", 5)))
     forgetting.run(["other.json", "--ckpt", "ckpt", "--adapter", "a"])
@@ -265,7 +265,7 @@ def test_a_result_of_another_adapter_is_not_shown(ckpt, capsys, how):
     compare.run(["a"])
     assert "toy (n = 8)" in (shown := capsys.readouterr().out) and "loss on other" in shown
     if how == "trained anew":
-        run(train, *QUICK, "--max-steps", 2, "--out", "a", "--overwrite", "--seed", 1)
+        run(train, *SHORT_ROSA_RUN, "--max-steps", 2, "--out", "a", "--overwrite", "--seed", 1)
     else:
         results = json.loads(Path("a/results.json").read_text())
         Path("a/results.json").write_text(
@@ -289,7 +289,7 @@ def test_a_result_of_another_adapter_is_not_shown(ckpt, capsys, how):
 
 
 def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkeypatch):
-    run(train, *QUICK, "--max-steps", 1, "--out", "a")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a")
     monkeypatch.setattr(
         inference, "generate", lambda *given, on_token: [on_token(0, [0xF0, 0x9F])] and [[]]
     )

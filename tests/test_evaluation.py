@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, ROOT, decisive_model, random_model, run, write_test_sets
+from helpers import ROOT, SHORT_ROSA_RUN, decisive_model, random_model, run, write_test_sets
 from rounding import bound, of_model
 from safetensors.torch import load_file, save_file
 
@@ -109,7 +109,7 @@ def test_several_sets_separated_by_commas(ckpt):
 
 
 def test_the_adapter_acts_and_results_lie_beside_it(ckpt):
-    run(train, *QUICK, "--out", "run")
+    run(train, *SHORT_ROSA_RUN, "--out", "run")
     for adapter in ((), ("--adapter", "run")):
         run(
             eval_script,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, SHORT, random_model, run, write_test_sets
+from helpers import SHORT_ROSA_RUN, SHORT_RUN, random_model, run, write_test_sets
 
 import eval as eval_script
 import rosa
@@ -51,7 +51,7 @@ def results_of(directory):
 
 
 def test_a_full_run_shows_the_score_of_the_checkpoint_that_is_there_now(ckpt, capsys):
-    full = ["--ckpt", "ckpt", *SHORT[2:], "--method", "full", "--out", "full", "--max-steps", 1]
+    full = ["--ckpt", "ckpt", *SHORT_RUN[2:], "--method", "full", "--out", "full", "--max-steps", 1]
     run(train, *full)
     evaluate("--ckpt", "full", "--out", "full")
     assert "toy (n = 4)" in table(capsys, "full")[0]["full"]
@@ -99,7 +99,7 @@ def test_the_hash_of_a_checkpoint_is_of_nothing_that_is_written_beside_it(ckpt):
 
 
 def test_a_score_of_the_adapter_on_another_checkpoint_is_not_the_runs(ckpt, capsys):
-    run(train, *QUICK, "--max-steps", 1, "--out", "a")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a")
     shutil.copytree("ckpt", "other")
     random_model(
         9, vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256
@@ -161,7 +161,7 @@ def test_what_cannot_be_compared_has_columns_of_its_own(ckpt, capsys):
 
 
 def test_a_directory_without_results_has_a_line_and_the_others_their_table(ckpt, capsys):
-    run(train, *QUICK, "--max-steps", 1, "--out", "a")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a")
     evaluate("--ckpt", "ckpt", "--out", "begun")
     Path("begun/results.json").unlink()
     Path("empty").mkdir()
@@ -194,7 +194,7 @@ def test_a_directory_without_results_has_a_line_and_the_others_their_table(ckpt,
 
 def test_evaluations_of_one_adapter_stand_side_by_side(ckpt, capsys):
     write_test_sets(".", ["gsm8k", "SVAMP"])
-    run(train, *QUICK, "--max-steps", 1, "--out", "a")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a")
     answers = {}
     for name in ("gsm8k", "SVAMP"):
         evaluate("--ckpt", "ckpt", "--adapter", "a", "--task", name, "--data-dir", ".")
@@ -286,12 +286,12 @@ def test_losses_on_other_files_and_of_other_adapters_stay(ckpt):
 
 def test_results_of_what_is_not_replaced_stay_where_a_run_begins(ckpt):
     evaluate("--ckpt", "ckpt", "--out", "a")  # of the model alone
-    run(train, *QUICK, "--max-steps", 1, "--out", "a")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a")
     assert results_of("a")["scores"] and len(lines_of("a")) == 4
     evaluate("--ckpt", "ckpt", "--adapter", "a")
-    run(train, *QUICK, "--max-steps", 1, "--out", "a", "--resume")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a", "--resume")
     assert len(results_of("a")["others"]) == 1
-    run(train, *QUICK, "--max-steps", 1, "--out", "a", "--overwrite")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a", "--overwrite")
     assert not Path("a/results.json").exists() and not Path("a/predictions.jsonl").exists()
 
 
