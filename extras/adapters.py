@@ -125,7 +125,7 @@ def read_adapter(directory):
     except (ValueError, RecursionError) as error:
         raise UserError(f"the metadata of {weights} is not JSON ({error}): copy it again") from None
     if not isinstance(metadata, dict):
-        raise UserError(f"the metadata of {weights} is no JSON object: copy it again")
+        raise UserError(f"the metadata of {weights} is not JSON (no object): copy it again")
     return Adapter(directory, config, metadata, tensors)
 
 

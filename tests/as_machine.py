@@ -1,4 +1,4 @@
-"""Run a command as a lesser x86 machine would, to see here what fails there.
+"""Run a command as a lesser x86 machine would run it, to see on this machine what fails there.
 
     python tests/as_machine.py avx2      -- python -m pytest -q    no AVX-512, no bfloat16
     python tests/as_machine.py avx512    -- python -m pytest -q    AVX-512, no bfloat16
@@ -6,11 +6,12 @@
     python tests/as_machine.py no-onednn -- python -m pytest -q    no oneDNN
     python tests/as_machine.py one-core  -- python -m pytest -q    one thread
 
-ATen, oneDNN and MKL are held back by variables of their own. What PyTorch says of the processor,
-and the operators that a processor may refuse, are replaced right after `import torch`, in the
-command and in every Python process that it starts, by a `sitecustomize` of which PYTHONPATH tells
-them (one that is started with -I, -E or -S does not look). A machine can only be held back: without
-AVX-512, avx512 is avx2. Speed is imitated as far as instructions make it."""
+ATen, oneDNN and MKL read environment variables that forbid them some instructions. What PyTorch
+says of the processor, and the operators that a processor may refuse, are replaced right after
+`import torch`: in the command, and in every Python process that the command starts. A module
+`sitecustomize`, to which PYTHONPATH leads, does this; a Python that is started with -I, -E or -S
+does not import it. A machine can only be made lesser: where there is no AVX-512, avx512 is avx2.
+The speed is that of the lesser machine as far as it depends on instructions."""
 
 import importlib.abc
 import importlib.util
@@ -35,7 +36,7 @@ VARIABLES = {
     "no-onednn": {},
     "one-core": {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
 }
-ABSENT = {  # what `torch.cpu` is asked for, and shall not be there
+ABSENT = {  # functions of `torch.cpu` that shall return False
     "avx2": ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported"),
     "avx512": ("_is_avx512_bf16_supported", "_is_amx_tile_supported"),
     "bf16": ("_is_amx_tile_supported",),
@@ -44,7 +45,7 @@ LINEAR = ("_linear_pointwise", "_reorder_linear_weight")  # of torch.ops.mkldnn
 
 
 def hold_back(torch, kind):
-    """Have a PyTorch that was just imported answer as it does on a machine of that kind."""
+    """Change a PyTorch that was just imported: it answers as it does on a machine of that kind."""
     for name in ABSENT.get(kind, ()):
         setattr(torch.cpu, name, lambda: False)
     if kind == "avx2":
@@ -66,14 +67,14 @@ def hold_back(torch, kind):
         torch._C._has_mkldnn = torch.backends.mkldnn.enabled = False
         torch.backends.mkldnn.is_available = lambda: False
         space = torch._ops._OpNamespace
-        # The second finds what was asked for before
+        # __getattribute__ finds the operators that were asked for before, __getattr__ all others
         for method in ("__getattr__", "__getattribute__"):
             setattr(space, method, hiding(getattr(space, method)))
 
 
 def hiding(look_up):
-    """A namespace of operators in which PyTorch itself finds all, and others no linear layer of
-    oneDNN's."""
+    """A look-up of operators in which PyTorch itself finds all of them, and any other module finds
+    no linear layer of oneDNN."""
 
     def find(self, name):
         asking = sys._getframe(1).f_globals.get("__name__", "")
@@ -89,7 +90,7 @@ def hiding(look_up):
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds torch as it would be found, and holds it back once it is loaded."""
+    """Finds torch where Python finds it, and calls `hold_back` once torch is loaded."""
 
     def __init__(self, kind):
         self.kind = kind

@@ -10,7 +10,7 @@ from helpers import ROOT, forkserver, random_model
 from data import tasks
 from extras import source
 
-# The same few methods, hundreds of times.
+# The tests ask for the fingerprints of the same few methods hundreds of times.
 source.fingerprint = functools.cache(source.fingerprint)
 
 
@@ -18,9 +18,10 @@ def pytest_collection_finish(session):
     for item in session.items:
         for mark in item.iter_markers("ahead"):
             mark.kwargs["start"]()
-    gc.freeze()  # what was imported is not garbage, and there is much of it to look through
+    # The imported modules are no garbage, and it would take long to look through them each time
+    gc.freeze()
     if any(hasattr(item.module, "forkserver") for item in session.items):
-        forkserver()  # what it imports it imports while other tests run
+        forkserver()  # the server imports torch while other tests run
 
 
 @pytest.fixture
@@ -29,9 +30,9 @@ def model():
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Few toy problems: drawing hundreds takes longer than a test's own run, and changes nothing
-    in it."""
+def few_toy_problems(monkeypatch):
+    """The toy task has few problems: drawing hundreds would take longer than a test's own run, and
+    would test nothing more."""
     monkeypatch.setitem(tasks.TOY_SIZES, "train", 100)
     monkeypatch.setitem(tasks.TOY_SIZES, "test", 30)
 
@@ -41,8 +42,8 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def ckpt(tmp_path, monkeypatch):
-    """A checkpoint directory `ckpt` in an empty working directory: 1,024 tokens, 4 layers, a
-    context of 256."""
+    """A working directory that holds a checkpoint `ckpt` alone: 1,024 tokens, 4 layers, a context
+    of 256."""
     monkeypatch.chdir(tmp_path)
     random_model(vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256).save_pretrained(
         "ckpt"

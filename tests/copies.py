@@ -1,7 +1,7 @@
-"""A copy of the project that a reader has edited, and its scripts, run there as a user runs them.
+"""Copies of the project that a reader has edited, and its scripts, run there as a user runs them.
 
-Each copy runs in a process of its own, forked from one that has imported PyTorch, so that no time
-is spent on that."""
+The scripts of a copy run in a process of its own. It is forked from a process that has imported
+PyTorch already, because the import takes seconds."""
 
 import contextlib
 import importlib
@@ -13,85 +13,99 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 from helpers import ROOT, forkserver
 from tqdm import tqdm
 
-OURS = ("model", "rosa", "train", "eval", "data", "extras")
-LEFT_OUT = shutil.ignore_patterns("tiny", "lesson", "__pycache__", "*.png", "*.md")
+PROJECT_MODULES = ("model", "rosa", "train", "eval", "data", "extras")
+NOT_COPIED = shutil.ignore_patterns("tiny", "lesson", "__pycache__", "*.png", "*.md")
+
+
+class Result(NamedTuple):
+    """How a command has ended: its exit status, and what it printed on stdout and on stderr."""
+
+    status: int
+    out: str
+    err: str
 
 
 def copy_project(directory):
-    """The files that run, in a new directory."""
+    """Copy the files that the scripts need to a new directory."""
     directory.mkdir(parents=True)
     for name in ("model.py", "rosa.py", "train.py", "eval.py"):
         shutil.copy(ROOT / name, directory)
     for name in ("data", "extras"):
-        shutil.copytree(ROOT / name, directory / name, ignore=LEFT_OUT)
+        shutil.copytree(ROOT / name, directory / name, ignore=NOT_COPIED)
     return directory
 
 
 def edit(directory, file, old, new):
-    """Replace what must stand once in a file of a copy."""
+    """Replace a text in a file of a copy. The text must be there exactly once."""
     text = (directory / file).read_text()
     assert text.count(old) == 1, f"{file} has not, or not once: {old}"
     (directory / file).write_text(text.replace(old, new))
 
 
 def run_copy(directory, *commands):
-    """Run commands, "train.py --ckpt ckpt", say, one after the other in a copy of the project.
-    Returns of each the exit status, what it has printed, and what it has printed on stderr."""
-    process = forkserver().Process(target=run_here, args=(directory, commands))
+    """Run commands, such as "train.py --ckpt ckpt", one after the other in a copy of the project.
+    Returns a Result for each command."""
+    process = forkserver().Process(target=run_commands, args=(directory, commands))
     process.start()
     process.join()
-    return [end_of(directory, i) for i in range(len(commands))]
+    return [read_result(directory, i) for i in range(len(commands))]
 
 
 def run_jobs(jobs):
-    """Run (directory, the copy to start from, edits, commands) one after the other, each in a fork
-    of this process, and say in a file `done` when one has ended. For a process that runs beside the
-    tests."""
-    for directory, start, edits, commands in jobs:
-        if start:
+    """For a process that runs beside the tests: make copies, edit them and run commands in them. A
+    job is (the copy's directory, the directory that it is copied from, edits, commands); where the
+    second is None the copy is there already. A job that has ended leaves a file `done` in the
+    copy."""
+    for directory, original, edits, commands in jobs:
+        if original:
             shutil.copytree(
-                start, directory, ignore=shutil.ignore_patterns("merged", "done", "__pycache__")
+                original, directory, ignore=shutil.ignore_patterns("merged", "done", "__pycache__")
             )
         try:
-            for one in edits:
-                edit(directory, *one)
+            for file, old, new in edits:
+                edit(directory, file, old, new)
             child = os.fork()
             if child == 0:
-                run_here(directory, commands)
+                run_commands(directory, commands)
                 os._exit(0)
             os.waitpid(child, 0)
-        except AssertionError as error:  # an edit that fits no more
+        except AssertionError as error:  # the text that an edit replaces is no longer in the file
             (directory / "failed").write_text(str(error))
         (directory / "done").touch()
 
 
-def ends_of(directory, count, seconds=120):
-    """What `run_copy` returns, once the process of `run_jobs` has done with a directory."""
+def wait_for_results(directory, count, seconds=120):
+    """The Results of the `count` commands of a job, as soon as `run_jobs` has done the job."""
     deadline = time.monotonic() + seconds
     while not (directory / "done").exists():
         assert time.monotonic() < deadline, f"{directory} is not done"
         time.sleep(0.02)
     assert not (directory / "failed").exists(), (directory / "failed").read_text()
-    return [end_of(directory, i) for i in range(count)]
+    return [read_result(directory, i) for i in range(count)]
 
 
-def end_of(directory, i):
-    out, err, status = (directory / f"{i}.{kind}" for kind in ("out", "err", "status"))
-    return int(status.read_text()), out.read_text(), err.read_text()
+def read_result(directory, i):
+    """The Result of command number i, from the files in which `run_commands` has left it."""
+    status, out, err = (
+        (directory / f"{i}.{kind}").read_text() for kind in ("status", "out", "err")
+    )
+    return Result(int(status), out, err)
 
 
-def run_here(directory, commands):
-    """What `run_copy` has done by a process of its own."""
+def run_commands(directory, commands):
+    """Run the commands in this process, as if Python had been started in the copy's directory, and
+    leave exit status, stdout and stderr of each in files."""
     import torch
 
     torch.set_num_threads(1)
-    # Its usual one is a semaphore of the system, which `os._exit` leaves behind
+    # tqdm's usual lock is a semaphore of the system, which `os._exit` would leave behind
     tqdm.set_lock(threading.RLock())
-    for name in [name for name in sys.modules if name.split(".")[0] in OURS]:
+    for name in [name for name in sys.modules if name.split(".")[0] in PROJECT_MODULES]:
         del sys.modules[name]
     sys.path[:] = [str(directory), *(path for path in sys.path if Path(path).resolve() != ROOT)]
     os.chdir(directory)
@@ -100,12 +114,13 @@ def run_here(directory, commands):
         script, *arguments = command.split()
         with open(f"{i}.out", "w") as out, open(f"{i}.err", "w") as err:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                status = run_one(script, arguments)
+                status = run_script(script, arguments)
         Path(f"{i}.status").write_text(str(status))
 
 
-def run_one(script, arguments):
-    """The exit status; a traceback is printed as Python prints it."""
+def run_script(script, arguments):
+    """Run a script, print the traceback of an exception as Python does, and return the exit
+    status."""
     try:
         importlib.import_module(script.removesuffix(".py")).run(arguments)
     except SystemExit as end:

@@ -1,4 +1,5 @@
-"""What several test files use: random tiny models, scripts run as a user runs them, their logs."""
+"""What several test files use: random tiny models, the scripts run as a user runs them, and the
+logs of these runs."""
 
 import functools
 import json
@@ -17,9 +18,10 @@ from extras.operators import Operators
 from model import Llama, LlamaConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-# The statements shall hold for any random numbers: this many seeds further on are others.
+# Is added to each seed. The tests must pass for other random numbers too: ROSA_TEST_SEED=7 draws
+# them.
 OFFSET = 1000 * int(os.environ.get("ROSA_TEST_SEED", 0))
-BASE = {
+BASE = {  # the config.json of the tiny models
     "model_type": "llama",
     "vocab_size": 97,
     "hidden_size": 32,
@@ -44,8 +46,8 @@ def generator_of(seed):
 
 
 def random_model(seed=0, dtype=torch.float32, **changes):
-    """A Llama with random weights large enough that every part matters, norms and biases
-    included."""
+    """A Llama with random weights. They are so large that every part of the model matters, norms
+    and biases included. `changes`: fields of the config other than those of BASE."""
     fields = {
         name: value
         for name, value in (BASE | changes).items()
@@ -61,8 +63,8 @@ def random_model(seed=0, dtype=torch.float32, **changes):
 
 
 def decisive_model(prompts, count, **changes):
-    """A random model whose greedy answers hang on no rounding: nowhere is the second token as
-    likely as the first but for rounding."""
+    """A random model whose greedy answers to these prompts do not depend on rounding: at every
+    token the most likely one is ahead of the second by more than rounding can make up for."""
     for seed in range(50):
         model = random_model(seed, **changes)
         for prompt, ids in zip(prompts, inference.generate(model, prompts, count, None)):
@@ -74,11 +76,11 @@ def decisive_model(prompts, count, **changes):
                 break
         else:
             return model
-    raise AssertionError("fifty models in a row that hang on rounding")
+    raise AssertionError("the answers of fifty models in a row depend on rounding")
 
 
 def write_checkpoint(directory, config, model):
-    """`model` as a checkpoint whose config.json is exactly `config`."""
+    """Save a model as a checkpoint whose config.json is exactly `config`."""
     model.save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(config))
     return directory
@@ -89,9 +91,10 @@ def random_tokens(*shape, seed=0, vocab_size=97):
 
 
 def assert_same_tensors(model, expected):
-    """Two models have the same parameters, to the bit: reading and writing round nothing. What the
-    two compute is the same to rounding only: where a tensor lies in memory, as one mapped from a
-    file does, may decide in which order a product is added up."""
+    """Two models have the same parameters, to the bit: reading and writing a file round nothing.
+    The outputs of the two models are the same to rounding only: the order in which a product is
+    added up may depend on where a tensor lies in memory, and a tensor that is mapped from a file
+    lies elsewhere."""
     tensors, others = model.state_dict(), expected.state_dict()
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
@@ -99,7 +102,7 @@ def assert_same_tensors(model, expected):
 
 
 def randomise_adapters(model, seed=1):
-    """As if trained: B is no longer zero."""
+    """Give the adapters random matrices B, as if they had been trained. A new adapter has B = 0."""
     from rosa import adapters
 
     generator = generator_of(seed)
@@ -110,15 +113,15 @@ def randomise_adapters(model, seed=1):
 
 
 def smooth_adamw():
-    """AdamW divides a gradient by its own size: of one that is nearly zero, all rounding, it makes
-    a whole step. With an eps far above rounding its steps differ as little as the gradients do; for
-    runs that are compared to rounding."""
+    """AdamW for runs that are compared to rounding. AdamW divides a gradient by the gradient's own
+    size, so that a gradient which is nearly zero, and all rounding, makes a whole step. With an eps
+    far above rounding the steps of two runs differ as little as their gradients do."""
     return functools.partial(torch.optim.AdamW, eps=1e-3)
 
 
 def without_operators(monkeypatch):
-    """As on a machine, or in a PyTorch, that has none of the operators that PyTorch does not
-    document."""
+    """Take away the operators of PyTorch that are not documented, as if this machine, or this
+    PyTorch, had none of them."""
     Operators.look_up()
     monkeypatch.setattr(Operators, "onednn", frozenset())
     for name, formula in Operators.formulas.items():
@@ -126,13 +129,14 @@ def without_operators(monkeypatch):
 
 
 def forkserver():
-    """Starts processes that need not import torch anew: each is a fork of one that has."""
+    """A server that starts processes which need not import torch: each is a fork of the server, and
+    the server has imported it."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(
         ["train", "eval", "torch._dynamo", "torch.distributed.fsdp", "matplotlib.figure"]
     )
     with pytest.MonkeyPatch.context() as patch:
-        # Before Python 3.13 it does not look where we do
+        # Before Python 3.13 the server does not take over sys.path: PYTHONPATH tells it
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         multiprocessing.forkserver.ensure_running()
     return processes
@@ -142,18 +146,19 @@ def forkserver():
 
 
 def run(script, *arguments):
-    """The script's main with these arguments, in this process. Returns its parsed arguments."""
+    """Run a script with these arguments, in this process. Returns the parsed arguments."""
     args = script.parse_args([str(argument) for argument in arguments])
     script.main(args)
     return args
 
 
-SHORT = (
+# Options of train.py: six steps on a tiny checkpoint `ckpt`, by the method that a test adds, or by
+# RoSA of rank 4
+SHORT_RUN = (
     "--ckpt ckpt --max-steps 6 --batch-size 8 --micro-batch-size 8 --val-size 20 --eval-every 3 "
-    "--max-len "
-    "200 --select-every 2 --device cpu --dtype float32"
+    "--max-len 200 --select-every 2 --device cpu --dtype float32"
 ).split()
-QUICK = (*SHORT, "--rank", 4, "--alpha", 8, "--lr", 1e-2)
+SHORT_ROSA_RUN = (*SHORT_RUN, "--rank", 4, "--alpha", 8, "--lr", 1e-2)
 
 
 def read_log(out, name="log.jsonl"):
@@ -161,13 +166,13 @@ def read_log(out, name="log.jsonl"):
 
 
 def best_step(directory):
-    """The step of the lowest validation loss of a run."""
+    """The step at which a run had its lowest validation loss."""
     validated = [record for record in read_log(directory) if "val_loss" in record]
     return min(validated, key=lambda record: record["val_loss"])["step"]
 
 
 def no_package(monkeypatch, name):
-    """As on a machine where an optional package is absent."""
+    """Make the import of an optional package fail, as if it were not installed."""
     for module in [module for module in sys.modules if module.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, name, None)

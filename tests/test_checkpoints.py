@@ -58,14 +58,14 @@ def test_a_name_is_looked_for_here_then_in_the_cache_of_hugging_face(
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0123abc")
     assert find_checkpoint(name) == cached / "snapshots" / "0123abc"
-    # Which an adapter's config will name
+    # An adapter's config will name the checkpoint by its name on the Hub
     assert load_model(find_checkpoint(name)).name_or_path == repository
     (cached / "snapshots" / "0123abc" / "model.safetensors").rename(tmp_path / "weights")
     is_absent()  # config.json alone is no checkpoint
     for nearer in (f"checkpoints/{name}", name):
         model.save_pretrained(nearer)
         assert find_checkpoint(name).samefile(nearer)
-    # Where PEFT finds it
+    # An adapter's config will name the directory, where PEFT finds it
     assert load_model(find_checkpoint(name)).name_or_path == str(tmp_path / name)
 
 

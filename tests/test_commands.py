@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import QUICK, ROOT, best_step, no_package, read_log, run, write_test_sets
+from helpers import ROOT, SHORT_ROSA_RUN, best_step, no_package, read_log, run, write_test_sets
 from rounding import assert_close, near, of_model
 
 import eval as eval_script
@@ -123,7 +123,8 @@ def test_empty_records_are_left_out_where_a_user_says_so(ckpt, capsys):
 
 
 def test_the_bundled_checkpoint_is_what_make_tiny_makes(tmp_path, capsys):
-    """Its vocabulary; the weights would take half an hour."""
+    """The vocabulary and the config are the same. To make the same weights would take half an
+    hour."""
     make_tiny.run([str(tmp_path / "new" / "tiny"), "--minutes", "0.005"])
     assert "2,337,216 parameters" in capsys.readouterr().out
     made, bundled = (
@@ -168,8 +169,8 @@ def test_activations_are_the_norms_of_q_and_k(ckpt, monkeypatch, capsys):
 
 
 def test_runs_side_by_side(ckpt, capsys):
-    run(train, *QUICK, "--out", "runs/a")
-    run(train, *QUICK, "--out", "runs/b", "--method", "lora")
+    run(train, *SHORT_ROSA_RUN, "--out", "runs/a")
+    run(train, *SHORT_ROSA_RUN, "--out", "runs/b", "--method", "lora")
     for out, adapter in (("runs/a", ["--adapter", "runs/a"]), ("runs/base", [])):
         run(
             eval_script,
@@ -214,9 +215,9 @@ def test_runs_side_by_side(ckpt, capsys):
 
 
 def test_a_run_that_was_stopped_or_has_learned_nothing_says_so_in_the_table(ckpt, capsys):
-    run(train, *QUICK, "--out", "stopped", "--max-steps", 2)
+    run(train, *SHORT_ROSA_RUN, "--out", "stopped", "--max-steps", 2)
     Path("stopped/summary.json").unlink()
-    run(train, *QUICK, "--out", "nothing", "--max-steps", 1, "--lr", 1e-30)
+    run(train, *SHORT_ROSA_RUN, "--out", "nothing", "--max-steps", 1, "--lr", 1e-30)
     capsys.readouterr()
     compare.run(["stopped", "nothing"])
     *_, stopped, nothing = capsys.readouterr().out.splitlines()
@@ -231,7 +232,7 @@ def test_an_adapter_of_a_run_that_was_stopped_or_has_learned_nothing_is_used_wit
     ckpt, capsys
 ):
     for out, more in (("whole", []), ("nothing", ["--max-steps", 1, "--lr", 1e-30])):
-        run(train, *QUICK, "--out", out, *more)
+        run(train, *SHORT_ROSA_RUN, "--out", out, *more)
     shutil.copytree("whole", "stopped")
     Path("stopped/summary.json").unlink()
     best = best_step("stopped")
@@ -256,7 +257,7 @@ def test_an_adapter_of_a_run_that_was_stopped_or_has_learned_nothing_is_used_wit
 
 @pytest.mark.parametrize("how", ["trained anew", "of an earlier version"])
 def test_a_result_of_another_adapter_is_not_shown(ckpt, capsys, how):
-    run(train, *QUICK, "--max-steps", 2, "--out", "a")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 2, "--out", "a")
     run(eval_script, *"--ckpt ckpt --limit 8 --max-new-tokens 5 --adapter a".split())
     Path("other.json").write_text(json.dumps(toy.examples("train", 5)))
     forgetting.run(["other.json", "--ckpt", "ckpt", "--adapter", "a"])
@@ -264,7 +265,7 @@ def test_a_result_of_another_adapter_is_not_shown(ckpt, capsys, how):
     compare.run(["a"])
     assert "toy (n = 8)" in (shown := capsys.readouterr().out) and "loss on other" in shown
     if how == "trained anew":
-        run(train, *QUICK, "--max-steps", 2, "--out", "a", "--overwrite", "--seed", 1)
+        run(train, *SHORT_ROSA_RUN, "--max-steps", 2, "--out", "a", "--overwrite", "--seed", 1)
     else:
         results = json.loads(Path("a/results.json").read_text())
         Path("a/results.json").write_text(
@@ -288,12 +289,12 @@ def test_a_result_of_another_adapter_is_not_shown(ckpt, capsys, how):
 
 
 def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkeypatch):
-    run(train, *QUICK, "--max-steps", 1, "--out", "a")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a")
     monkeypatch.setattr(
         inference, "generate", lambda *given, on_token: [on_token(0, [0xF0, 0x9F])] and [[]]
     )
     monkeypatch.setattr(SentencePieceTokenizer, "decode", lambda self, ids: "\N{HOT SPRINGS} hot")
-    # The first the arrow between two losses
+    # compare prints an arrow between two losses, eval.py the answer to a prompt
     for call, shown in ((compare.run, b" ? "), (eval_script.run, b"? hot")):
         screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
         monkeypatch.setattr(sys, "stdout", screen)
@@ -328,7 +329,7 @@ def test_the_directory_that_one_is_in_has_a_name(ckpt, monkeypatch):
 
 
 def help_text(script, option, capsys):
-    """What a script prints, and its parser."""
+    """What a script prints with --help or the like, and its parser."""
     parsers, parse = [], argparse.ArgumentParser.parse_args
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(
@@ -387,7 +388,7 @@ LEFT = [
     {"RANK": ""},
     {"RANK": "x", "WORLD_SIZE": "1"},
 ]
-# Of two processes the fourth
+# A rank that cannot be: the fourth of two processes
 LEFT += [dict(zip(distributed.LAUNCHER, ("3", "0", "2", "localhost", "1")))]
 CALLS = {
     train: "--ckpt ckpt",
@@ -406,7 +407,8 @@ def test_what_a_launcher_left_in_the_environment_is_one_line(ckpt, monkeypatch, 
                 patch.setenv(name, value)
             with pytest.raises(SystemExit) as stopped:
                 script.run(arguments.split())
-            assert not set(left) & set(os.environ)  # a process that goes on is alone
+            # A process that goes on is one without a launcher
+            assert not set(left) & set(os.environ)
         error = capsys.readouterr().err
         assert stopped.value.code == 2 and error.count("\n") == 1, error
         assert "the environment has " in error and f"unset {' '.join(left)}" in error
@@ -430,7 +432,7 @@ def start_scripts():
 
 @pytest.mark.ahead(start=start_scripts)
 def test_the_scripts_run_as_scripts():
-    """train.py is one in test_torchrun."""
+    """test_distributed.py runs train.py as a script, under torchrun."""
     for message, process in zip(COMMANDS, start_scripts()):
         out, error = process.communicate()
         assert process.returncode == 2 and out == "" and error.count("\n") == 1 and message in error

@@ -45,11 +45,12 @@ def ckpt(ckpt, monkeypatch):
     # 31 to train on: the last batch of an epoch is one example
     monkeypatch.setitem(tasks.TOY_SIZES, "train", 40)
     monkeypatch.setitem(tasks.TOY_SIZES, "test", 13)
-    monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())  # here, and in `member`
+    monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())  # here, and in `run_rank`
 
 
-def member(rank, world, port, script, arguments, before):
-    """What torchrun starts."""
+def run_rank(rank, world, port, script, arguments, before):
+    """One of the processes that torchrun would start: runs the script, and writes what it prints to
+    out<rank>.txt and err<rank>.txt."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {
         "MASTER_ADDR": "localhost",
@@ -57,7 +58,7 @@ def member(rank, world, port, script, arguments, before):
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     torch.set_num_threads(1)
-    # Its own is a semaphore of the system, which a killed process would leave behind
+    # tqdm's own lock is a semaphore of the system, which a killed process would leave behind
     tqdm.set_lock(threading.RLock())
     torch.optim.AdamW = smooth_adamw()
     tasks.TOY_SIZES.update(train=40, test=13)
@@ -70,20 +71,21 @@ def member(rank, world, port, script, arguments, before):
 
 
 def start(world, script, command, before=None):
-    """So many processes that run the script with this command line. before(rank) is called in each.
-    As under torchrun they meet at a store that is there before them: a process that waits for
-    another to open one sleeps a second."""
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  #
+    """Start `world` processes that run the script with this command line. before(rank) is called in
+    each process first. As under torchrun, the processes meet at a store that is there before them:
+    a process that waits for another process to open a store sleeps for a second."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     what, processes = (world, store.port, script.__name__, command.split(), before), forkserver()
-    started = [processes.Process(target=member, args=(rank, *what)) for rank in range(world)]
+    started = [processes.Process(target=run_rank, args=(rank, *what)) for rank in range(world)]
     for process in started:
         process.start()
-        process.store = store  # which is there for as long as they are
+        process.store = store  # keeps the store open for as long as the process is held
     return started
 
 
 def end(started, seconds=60):
-    """Their exit statuses, what they printed, and their lines of errors, bars left out."""
+    """Wait for processes. Returns their exit statuses, what each has printed on stdout, and the
+    lines on stderr that are errors and no progress bars."""
     deadline = time.monotonic() + seconds
     for process in started:
         process.join(max(0.1, deadline - time.monotonic()))
@@ -116,7 +118,7 @@ RUNS = {}  # options -> what a run of one process with them has left
 
 
 def run_alone(options=""):
-    """The directory `one`, as a single process leaves it."""
+    """Make the directory `one`, as a run of a single process leaves it."""
     if options not in RUNS:
         train.run(f"{RUN} {options} --out one".split())
         RUNS[options] = {file.name: file.read_bytes() for file in Path("one").iterdir()}
@@ -131,8 +133,8 @@ def add_line(file, value):
 
 
 def assert_same_run(out, other, dtype=torch.float32):
-    """The same losses, layers, scores and adapter, to the rounding of so many steps, each a pass
-    forward and back."""
+    """Two runs have the same losses, layers, scores and adapter, to the rounding of their steps,
+    each of which is a pass forward and back."""
     steps = len(read_log(out)) - 1
     rounding = of_model(Llama.from_pretrained("ckpt").config, 2 * steps)
     for name in ("log.jsonl", "layers.jsonl"):
@@ -161,13 +163,14 @@ def test_several_processes_compute_what_one_computes(ckpt, world, options):
     run_alone(options)
     printed = together(world, train, f"{RUN} {options} --out many")
     assert_same_run("many", "one")
-    # The first alone prints
+    # Only the first process prints
     assert "best validation loss" in printed[0] and printed[1:] == [""] * (world - 1)
 
 
 def record(rank):
-    """Write down, a step: the type, length and content of the one message that this process adds up
-    with the others; then which layers it selects, and what a dropout in it would draw from."""
+    """Make a process write two lines for each step: the dtype, the length and the content of the
+    one message that it adds up with the other processes; and the layers that it selects, with the
+    state of the random numbers from which dropout would draw."""
     collate, all_reduce, after = (
         train.collate,
         torch.distributed.all_reduce,
@@ -259,12 +262,12 @@ def test_a_step_is_one_message_of_the_gradients_of_what_trains_and_of_the_norms_
     assert_same_run("many", "one")
     sent = [read_log(".", f"steps{rank}.jsonl")[::2] for rank in range(2)]
     assert sent[0] == sent[1] and len(sent[0]) == 8  # one a step, and all get the same bits
-    # Rank (D + H n) of q, rank (D + K n) of k: half of 32 and of 16 rows
+    # A layer's adapters have rank x (32 inputs + rows): 16 of the 32 rows of q, 8 of the 16 of k
     adapter = 64 * (32 + 16) + 64 * (32 + 8)
     for step, (dtype, count, _) in enumerate(sent[0]):
-        # At a probe of all layers, norms too
+        # A probe sends the gradients of all layers, and of their norms
         gradients = 4 * (adapter + 2 * 32) if step % 3 == 0 else 2 * adapter
-        # The loss, and how many signals came
+        # The two more numbers are the loss, and how many signals came
         assert dtype == "torch.float32" and count == gradients + 2
 
 
@@ -272,8 +275,8 @@ def test_a_step_is_one_message_of_the_gradients_of_what_trains_and_of_the_norms_
 
 
 def report_rows(rank):
-    """Write down how many bytes of the base this process holds at rest, and which loss FSDP
-    wraps."""
+    """Make a process write down how many bytes of each base weight it holds between two passes, and
+    which loss FSDP wraps."""
     from torch.distributed import fsdp
     from torch.distributed.tensor import DTensor
 
@@ -329,8 +332,9 @@ def test_sharded_processes_compute_the_same_hold_a_half_each_and_resume_unsharde
 # --- stopping, dying, resuming ---
 
 
-def during(step, act, rank):
-    """Let a process act while it computes that step: `act` is its rank and what it does."""
+def act_in_step(step, act, rank):
+    """Make one process do something at the beginning of that step. `act`: the rank of the process,
+    and the function that it calls."""
     if rank == act[0]:
         before = rosa.LayerSelector.before_forward
 
@@ -342,12 +346,12 @@ def during(step, act, rank):
         rosa.LayerSelector.before_forward = before_forward
 
 
-def sent(number):
+def send_to_itself(number):
     os.kill(os.getpid(), number)
 
 
 killed, terminated, halted = (
-    partial(sent, number) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
+    partial(send_to_itself, number) for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 )
 
 
@@ -356,7 +360,7 @@ def broken():
 
 
 def spoilt():
-    """From here on this process meets what is not a number."""
+    """From here on the hidden states in this process are nan, in training."""
     real = Llama.hidden_states
     Llama.hidden_states = lambda self, *inputs: (
         real(self, *inputs) * (torch.nan if torch.is_grad_enabled() else 1)
@@ -374,14 +378,16 @@ def without_room():
 def test_a_signal_to_one_ends_all_after_their_step_and_other_numbers_of_processes_resume(ckpt):
     command = f"{RUN} --max-steps 12 --out"
     train.run(f"{command} one".split())
-    codes, _, errors = end(start(2, train, f"{command} many", partial(during, 4, (1, terminated))))
+    codes, _, errors = end(
+        start(2, train, f"{command} many", partial(act_in_step, 4, (1, terminated)))
+    )
     assert codes == [143, 143] and len(errors) == 1
     assert errors[0].startswith(
         "train.py: stopped after step 5; the adapter kept is the best so far, of step "
     )
     assert ". To go on: torchrun ... " in errors[0]
     codes, *_ = end(
-        start(3, train, f"{command} many --resume", partial(during, 7, (0, terminated)))
+        start(3, train, f"{command} many --resume", partial(act_in_step, 7, (0, terminated)))
     )
     assert codes == [143] * 3 and len(read_log("many")) == 1 + 8
     train.run(f"{command} many --resume".split())
@@ -400,7 +406,8 @@ DEATHS = [
 @pytest.mark.parametrize("rank, act, shard", DEATHS)
 def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, rank, act, shard):
     codes, _, errors = end(
-        start(3, train, f"{RUN} {shard} --out many", partial(during, 4, (rank, act))), seconds=30
+        start(3, train, f"{RUN} {shard} --out many", partial(act_in_step, 4, (rank, act))),
+        seconds=30,
     )
     assert codes.pop(rank) in (-signal.SIGKILL, 1) and codes == [1, 1]
     text = "\n".join(errors)
@@ -413,12 +420,13 @@ def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, rank, act, shard):
     assert_same_run("many", "one")
 
 
-SILENCE = 2  # seconds, in the place of 50
+SILENCE = 2  # seconds until a silent process is taken for dead, in the place of 50
 
 
 def impatient(rank):
     """The group that adds up gradients waits no longer than SILENCE. The first process takes longer
-    than that to save its first adapter; in step 4 the second is stopped, and says nothing more."""
+    than SILENCE to save its first adapter. In step 4 the second process is halted, and sends
+    nothing more."""
     save = runs.adapters.save_adapter
 
     def noting(function, seconds):
@@ -436,7 +444,7 @@ def impatient(rank):
     for name, seconds in {"init_process_group": 3600, "new_group": SILENCE}.items():
         setattr(torch.distributed, name, noting(getattr(torch.distributed, name), seconds))
     runs.adapters.save_adapter = slow
-    during(4, (1, halted), rank)
+    act_in_step(4, (1, halted), rank)
 
 
 @pytest.mark.slow
@@ -456,7 +464,7 @@ def test_one_that_is_silent_in_a_step_is_taken_for_dead_and_the_first_may_take_i
 
 def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
     codes, _, errors = end(
-        start(2, train, f"{RUN} --save-every 1 --out many", partial(during, 5, (1, spoilt)))
+        start(2, train, f"{RUN} --save-every 1 --out many", partial(act_in_step, 5, (1, spoilt)))
     )
     (line,) = errors
     assert (
@@ -525,7 +533,7 @@ def test_a_mistake_in_the_code_is_a_traceback_and_the_others_end_with_it(ckpt, s
     assert "in forward\n    B, T = x.shape\n" in Path("err1.txt").read_text()
 
 
-MISTAKES = [  # (script, arguments, what one process lacks, words of the line)
+MISTAKES = [  # (script, arguments, what is changed in each process before, the message)
     (train, f"{RUN} --rnak 3", None, "unrecognized"),
     (train, f"{RUN} {ABSENT}", None, "no checkpoint 'absent'"),
     (train, f"{RUN} --rank 0", None, "rank must be"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, ROOT, decisive_model, random_model, run, write_test_sets
+from helpers import ROOT, SHORT_ROSA_RUN, decisive_model, random_model, run, write_test_sets
 from rounding import bound, of_model
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +24,8 @@ SMALL = {"vocab_size": 1024, "num_hidden_layers": 2, "max_position_embeddings": 
 
 
 def evaluate(options, *more, out="out"):
-    """Run eval.py on the checkpoint; the lines of its predictions and its results."""
+    """Run eval.py on the checkpoint. Returns the lines of its predictions that it has made with
+    these settings and this code, and its results."""
     run(eval_script, *"--ckpt ckpt --dtype float32 --out".split(), out, *options.split(), *more)
     lines = [json.loads(line) for line in Path(out, "predictions.jsonl").read_text().splitlines()]
     results = json.loads(Path(out, "results.json").read_text())
@@ -37,7 +38,7 @@ def evaluate(options, *more, out="out"):
 
 @pytest.fixture(scope="module")
 def decisive_weights():
-    """A model whose answers to 25 questions do not hang on rounding."""
+    """A model whose answers to 25 questions do not depend on rounding."""
     tokenizer = load_tokenizer(ROOT / "data" / "tiny")
     prompts = [tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 25)]
     return decisive_model(prompts, 30, **SMALL)
@@ -60,7 +61,7 @@ def test_scores_predictions_and_absent_sets(ckpt, capsys, monkeypatch):
     }
     tokenizer = load_tokenizer("ckpt")
 
-    # Right on every problem about Anna to Hugo, say
+    # The answers are right where the problem begins with a letter before I: Anna to Hugo
     def stream(model, prompts, max_new_tokens, eos_ids, batch_size):
         for i, prompt in reversed(list(enumerate(prompts))):
             text = tokenizer.decode(prompt).split("Instruction:\n")[1].split("\n")[0]
@@ -108,7 +109,7 @@ def test_several_sets_separated_by_commas(ckpt):
 
 
 def test_the_adapter_acts_and_results_lie_beside_it(ckpt):
-    run(train, *QUICK, "--out", "run")
+    run(train, *SHORT_ROSA_RUN, "--out", "run")
     for adapter in ((), ("--adapter", "run")):
         run(
             eval_script,
@@ -122,7 +123,7 @@ def test_the_adapter_acts_and_results_lie_beside_it(ckpt):
 def test_predictions_depend_neither_on_the_batch_nor_on_what_computes_them(decisive, monkeypatch):
     files = []
     for out, options in zip("abcd", ("--batch-size 1", "--batch-size 7", "", "--plain")):
-        if options == "--plain":  # nothing of these is called
+        if options == "--plain":  # which calls neither of these functions
             monkeypatch.setattr(inference, "stream", None)
             monkeypatch.setattr(kernels, "accelerate", None)
         lines, _ = evaluate(f"--limit 20 --max-new-tokens 30 {options}", out=out)
@@ -139,7 +140,7 @@ def test_predictions_depend_neither_on_the_batch_nor_on_what_computes_them(decis
 
 
 def spoil(file, end):
-    """One NaN in the tensor whose name ends so."""
+    """Put one NaN into the tensor whose name ends in `end`."""
     tensors = load_file(file)
     tensors[next(name for name in tensors if name.endswith(end))].view(-1)[3] = torch.nan
     save_file(tensors, file)
@@ -289,7 +290,7 @@ def test_the_likeliest_option_is_the_answer_whatever_computes_it(ckpt, monkeypat
     model, tokenizer = Llama.from_pretrained("ckpt", dtype=torch.float64), load_tokenizer("ckpt")
     for i, answers in enumerate(zip(*lines, strict=True)):
         scores = {}
-        for n in range(3 + i % 3):  # each question with each option as one text
+        for n in range(3 + i % 3):  # score the question with each of its options as one text
             option = f"the correct answer is answer{n + 1}"
             prompt, response = tasks.encode_example(choice(i) | {"output": option}, tokenizer)
             log_probs = model(torch.tensor([prompt + response]))[0].log_softmax(-1)
@@ -297,7 +298,7 @@ def test_the_likeliest_option_is_the_answer_whatever_computes_it(ckpt, monkeypat
                 log_probs[len(prompt) + t - 1, token].item()
                 for t, token in enumerate(response[:-1])
             )
-        # One of two that are equally likely but for rounding is as right as the other
+        # Where two options are equally likely but for rounding, either is right
         for line in answers:
             assert scores[line["response"]] >= max(scores.values()) * (
                 1 + bound(**of_model(model.config))
@@ -321,7 +322,7 @@ def test_an_edited_log_likelihood_is_what_scores_and_a_line_says_so(ckpt, monkey
         in shown
     )
     assert "6 in out/predictions.jsonl were answered by other code: asking again" in shown
-    assert "extras/inference.py stands for Llama.loss" in shown  # of the first
+    assert "extras/inference.py stands for Llama.loss" in shown  # said by the first evaluation
     assert all(one["response"] != two["response"] for one, two in zip(lines, edited, strict=True))
 
 
@@ -330,7 +331,7 @@ def test_what_is_right_is_judged_anew_from_the_stored_responses(decisive, monkey
     monkeypatch.setattr(
         tasks, "extract_answer", lambda name, response: toy.examples("test", 1)[0]["answer"]
     )
-    monkeypatch.setattr(inference, "stream", None)  # nothing is asked
+    monkeypatch.setattr(inference, "stream", None)  # the model is not asked again
     judged, after = evaluate("--limit 5 --max-new-tokens 10")
     assert "5 of 5 are in out/predictions.jsonl already" in capsys.readouterr().out
     assert [line["response"] for line in judged] == [line["response"] for line in lines]
@@ -397,11 +398,11 @@ def test_one_question_is_answered_as_it_is_asked(decisive, capsys, monkeypatch):
             if plain:
                 patch.setattr(inference, "generate", None)
             run(eval_script, *asking, 30, *plain)
-        # What is left of kernels where there is no oneDNN
+        # Where there is no oneDNN a line says first which kernels are not used
         *_, printed = capsys.readouterr().out.split("as written\n")
         assert printed == tokenizer.decode(ids) + "\n" and ids and not Path("runs").exists()
 
-    # The bytes of a character come one by one; the answer may fill the context, and no more.
+    # The bytes of a character come one by one. The answer may fill the context, and is no longer.
     characters, pieces, counts = tokenizer.encode("a🙂é"), [], []
 
     def generate(model, prompts, count, eos, on_token):

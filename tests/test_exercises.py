@@ -1,5 +1,6 @@
-"""Statements about extras/lesson/exercises: red until done, green with our own code in the reader's
-place, and a mistake is called by its name."""
+"""Statements about extras/lesson/exercises: the tests of an exercise are red until it is solved,
+and green with our own code in the place of the reader's; and the hint for a mistake names the
+mistake."""
 
 import ast
 import re
@@ -17,7 +18,7 @@ IMPORTS = """import torch, model, rosa, train
 from torch import nn
 from types import SimpleNamespace as Object
 """
-# exercise -> the project's own code behind its interface.
+# exercise -> a solution that calls the project's own code
 SOLUTIONS = {
     "ex1_rotation": """
 def rope_inverse_frequencies(head_dim, theta=10000.0):
@@ -61,7 +62,7 @@ def select_layers(scores, k_ratio):
     norms = [[nn.Parameter(score.reshape(1)) for _ in range(2)] for score in scores]
     selector = selector_of(norms, k_ratio)
     loss = sum((first.square() / 2).sum() + 0 * second.sum() for first, second in norms)
-    loss.backward()  # gradients: the scores
+    loss.backward()  # the gradients are the scores
     selector.after_backward()
     return selector.active
 def activate(parameters, active):
@@ -79,8 +80,9 @@ def accumulate_gradients(network, micro_batches):
         total += loss.item()
     return total""",
 }
-# What is to be broken where the project's code above gives no hold.
-PLAIN = SOLUTIONS | {
+# The solutions in which mistakes are made below. Where a mistake is in code that the solution above
+# only calls, the solution is written out.
+WRITTEN_OUT = SOLUTIONS | {
     "ex2_rows": """
 def adapted_rows(out_features, num_heads, low_freq_ratio):
     half = out_features // num_heads // 2
@@ -107,35 +109,45 @@ def activate(parameters, active):
             p.requires_grad_(i in active)
             p.grad = p.grad if i in active else None""",
 }
-NEIGHBOURS = (
+# Texts that stand in these solutions, or in the mistakes, more than once or at length
+RETURN_ROTATED_HALVES = (
+    "return model.rotate(x, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))"
+)
+RETURN_ROTATED_NEIGHBOURS = (
     "a, b = x[..., ::2], x[..., 1::2]; return torch.stack((a * cos - b * sin, a * sin + "
     "b * cos), -1).flatten(-2)"
 )
-ROTATED = "return model.rotate(x, torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))"
-READ = NEIGHBOURS.replace("stack", "cat").replace(".flatten(-2)", "")
+READ_NEIGHBOURS_RETURN_HALVES = RETURN_ROTATED_NEIGHBOURS.replace("stack", "cat").replace(
+    ".flatten(-2)", ""
+)
 FREQUENCIES = (
     "model.rope_inverse_frequencies(model.LlamaConfig(head_dim=head_dim, rope_theta=theta))"
 )
-FORGETS = (
-    "in losses:\n        for first, second in norms:\n            first.grad = second.grad = None\n"
-)
-LOWEST = "return scores.argsort()[:count].tolist()"
-PIECE = """d = 2 * half
+RETURN_END_OF_EACH_HEAD = """d = 2 * half
     return torch.tensor([r for r in range(out_features) if r % d >= d - int(low_freq_ratio * d)])
     """
-LOSES = (
+CLEAR_GRADIENTS_OF_EACH_LOSS = (
+    "in losses:\n        for first, second in norms:\n            first.grad = second.grad = None\n"
+)
+RETURN_LOWEST_SCORES = "return scores.argsort()[:count].tolist()"
+MEAN_RESPONSE_TOKENS = "labels != -100).sum() / len(micro_batches"
+IGNORE_FIRST_RESPONSE_TOKEN = (
     "for i, (prompt, _) in enumerate(examples):\n        labels[i, len(prompt) - 1] = -100\n  "
     "  return"
 )
-MEAN = "labels != -100).sum() / len(micro_batches"
-# (exercise, what stands in PLAIN, the mistake in its place, words of the hint)
-WRONG = [
-    ("ex1_rotation", ROTATED, NEIGHBOURS, "these pairs are neighbours"),
+# (exercise, a text in the written-out solution, the mistake in its place, words of the hint)
+MISTAKES = [
+    (
+        "ex1_rotation",
+        RETURN_ROTATED_HALVES,
+        RETURN_ROTATED_NEIGHBOURS,
+        "these pairs are neighbours",
+    ),
     ("ex1_rotation", "(-sin, sin)", "(sin, -sin)", "this turns clockwise"),
     (
         "ex1_rotation",
-        ROTATED,
-        NEIGHBOURS.replace("sin", "-sin"),
+        RETURN_ROTATED_HALVES,
+        RETURN_ROTATED_NEIGHBOURS.replace("sin", "-sin"),
         "neighbours for pairs, and clockwise",
     ),
     (
@@ -151,7 +163,12 @@ WRONG = [
         "rope_theta=theta)).sqrt()",
         "the exponent is -2i / d, not -i / d",
     ),
-    ("ex1_rotation", ROTATED, READ, "read as neighbours (0::2, 1::2) and written as halves"),
+    (
+        "ex1_rotation",
+        RETURN_ROTATED_HALVES,
+        READ_NEIGHBOURS_RETURN_HALVES,
+        "read as neighbours (0::2, 1::2) and written as halves",
+    ),
     (
         "ex1_rotation",
         FREQUENCIES,
@@ -179,7 +196,7 @@ WRONG = [
     (
         "ex2_rows",
         "return",
-        f"{PIECE}return",
+        f"{RETURN_END_OF_EACH_HEAD}return",
         "the end of each head in one piece: RoAE adapts pairs",
     ),
     ("ex2_rows", ".flatten()", ".flatten().flip(0).tolist()", "one list in ascending order"),
@@ -224,13 +241,13 @@ WRONG = [
     ),
     ("ex5_layers", "pair]).norm()", "pair]).abs().sum()", "the sum of absolute values"),
     ("ex5_layers", "in losses:", "in losses[:-1] or losses:", "read before the last micro-batch"),
-    ("ex5_layers", "in losses:\n", FORGETS, "only the last micro-batch"),
+    ("ex5_layers", "in losses:\n", CLEAR_GRADIENTS_OF_EACH_LOSS, "only the last micro-batch"),
     ("ex5_layers", "first.grad = second.grad = None", "pass", "the gradients of the probe before"),
     ("ex5_layers", "descending=True", "descending=False", "these are the lowest scores"),
     (
         "ex5_layers",
         "return sorted(scores",
-        f"{LOWEST}  # (scores",
+        f"{RETURN_LOWEST_SCORES}  # (scores",
         "lowest scores, and not in the order",
     ),
     ("ex5_layers", "sorted(", "(", "sort the indices"),
@@ -248,7 +265,7 @@ WRONG = [
         "requires_grad_(i in active and p.requires_grad)",
         "stays frozen",
     ),
-    ("ex6_micro_batches", "/ response_tokens", f"/ ({MEAN})", "a mean of means"),
+    ("ex6_micro_batches", "/ response_tokens", f"/ ({MEAN_RESPONSE_TOKENS})", "a mean of means"),
     (
         "ex6_micro_batches",
         "/ response_tokens",
@@ -268,7 +285,12 @@ WRONG = [
         "network.zero_grad(); loss.backward()",
         "no zero_grad between the passes",
     ),
-    ("ex6_micro_batches", "return tokens", f"{LOSES} tokens", "the first response token is lost"),
+    (
+        "ex6_micro_batches",
+        "return tokens",
+        f"{IGNORE_FIRST_RESPONSE_TOKEN} tokens",
+        "the first response token is lost",
+    ),
     ("ex6_micro_batches", "tokens, labels\n", "tokens, labels.clamp(min=0)\n", "its label is -100"),
     (
         "ex6_micro_batches",
@@ -281,7 +303,8 @@ WRONG = [
 
 @pytest.fixture(autouse=True)
 def modules(monkeypatch):
-    """What a test imports from the exercises, or from a copy of them, is forgotten afterwards."""
+    """Modules that a test imports from the exercises, or from a copy of the exercises, are
+    forgotten after the test."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
     for path in FOLDER.glob("*.py"):
         monkeypatch.setitem(sys.modules, path.stem, None)
@@ -290,8 +313,9 @@ def modules(monkeypatch):
 
 @pytest.fixture
 def failures(monkeypatch, tmp_path):
-    """Calls an exercise's tests with this code in the reader's place. Returns how they failed, in
-    order: (whether the hint is no guess, what was said)."""
+    """A function that runs the tests of an exercise with this code in the place of the reader's. It
+    returns a pair for each test that failed: whether the hint is sure, that is, no guess, and the
+    message."""
     monkeypatch.syspath_prepend(FOLDER)
 
     def call(exercise, code):
@@ -312,22 +336,24 @@ def failures(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("exercise", SOLUTIONS)
 def test_our_own_code_solves_it_and_so_does_what_is_broken_below(exercise, failures):
-    assert failures(exercise, SOLUTIONS[exercise]) == failures(exercise, PLAIN[exercise]) == []
+    assert (
+        failures(exercise, SOLUTIONS[exercise]) == failures(exercise, WRITTEN_OUT[exercise]) == []
+    )
 
 
 @pytest.mark.parametrize(
-    "exercise, right, wrong, hint", WRONG, ids=[f"{row[0]}: {row[3]}" for row in WRONG]
+    "exercise, right, wrong, hint", MISTAKES, ids=[f"{row[0]}: {row[3]}" for row in MISTAKES]
 )
 def test_a_mistake_is_called_by_its_name(exercise, right, wrong, hint, failures):
-    assert right in PLAIN[exercise]
-    found = failures(exercise, PLAIN[exercise].replace(right, wrong))
+    assert right in WRITTEN_OUT[exercise]
+    found = failures(exercise, WRITTEN_OUT[exercise].replace(right, wrong))
     assert any(sure and hint in message.partition("hint: ")[2] for sure, message in found), found
 
 
 @pytest.fixture
 def run_pytest(tmp_path, monkeypatch, capsys):
-    """What a reader sees of `python -m pytest -q` in 80 columns, with this code in the place of
-    some exercises."""
+    """A function that runs `python -m pytest -q` on a copy of the exercises, in which some files
+    hold this code. It returns the exit status and the lines that a reader sees in 80 columns."""
     for name, value in {
         "COLUMNS": "80",
         "PYTEST_ADDOPTS": "",
@@ -337,7 +363,8 @@ def run_pytest(tmp_path, monkeypatch, capsys):
     shutil.copytree(
         FOLDER, tmp_path, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
     )
-    (tmp_path / "pytest.ini").write_text("[pytest]")  # the project's own settings stay out
+    # pytest shall not read the settings of the project
+    (tmp_path / "pytest.ini").write_text("[pytest]")
 
     def run(**files):
         for exercise, code in files.items():
@@ -351,7 +378,7 @@ def run_pytest(tmp_path, monkeypatch, capsys):
 
 
 def stub_messages(source):
-    """What the stubs of an exercise say, in their order."""
+    """The messages of the stubs of an exercise, in the order of the file."""
     raises = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Raise)]
     raises.sort(key=lambda node: node.lineno)
     return [node.exc.args[0].value for node in raises if "NotImplementedError" in ast.unparse(node)]
@@ -365,14 +392,14 @@ def test_every_stub_is_red_and_says_what_is_missing(run_pytest):
     if len(missing) < 12:
         pytest.skip("somebody is at work on the exercises")
     status, lines = run_pytest()
-    del missing[5]  # RoAE.forward, which is not reached while there is no RoAE.__init__
+    del missing[5]  # RoAE.forward is not called as long as RoAE.__init__ is missing
     assert status == 1 and lines[2:-1] == missing and all(": exercise " in line for line in missing)
     assert re.fullmatch(r"\d+ to do in .*", lines[-1]) and max(map(len, lines)) <= 80
 
 
 def test_what_is_wrong_is_said_in_a_few_lines(run_pytest):
     wrong = {
-        "ex2_rows": PLAIN["ex2_rows"].replace("-n:]", ":n]"),
+        "ex2_rows": WRITTEN_OUT["ex2_rows"].replace("-n:]", ":n]"),
         "ex4_merge": "def merge(*layer):\n    layer[9]",
     }
     status, lines = run_pytest(ex1_rotation=SOLUTIONS["ex1_rotation"], **wrong)
@@ -386,7 +413,9 @@ def test_what_is_wrong_is_said_in_a_few_lines(run_pytest):
 
 
 def test_where_a_mistake_is_known_no_guess_is_shown(run_pytest):
-    code = PLAIN["ex5_layers"].replace("return sorted(scores", f"{LOWEST}  # (scores")
+    code = WRITTEN_OUT["ex5_layers"].replace(
+        "return sorted(scores", f"{RETURN_LOWEST_SCORES}  # (scores"
+    )
     _, lines = run_pytest(ex5_layers=code.replace("torch.stack(", "3 * torch.stack("))
     hints = [line.strip() for line in lines if "hint" in line]
     assert hints == ["hint: these are the lowest scores, and not in the order of the layers"]

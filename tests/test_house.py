@@ -1,4 +1,5 @@
-"""Statements about the house: what is read in an evening knows nothing of what serves it."""
+"""Statements about the order of the files: model.py, rosa.py and the two loops, which are read in
+an evening, know nothing of the files that serve them."""
 
 import ast
 from pathlib import Path
@@ -10,8 +11,8 @@ EXTRAS = {path.stem: path for path in (ROOT / "extras").glob("*.py")}
 
 
 def imported(path):
-    """The modules of ours that a file imports, wherever in it: "model", "data.tasks",
-    "extras.runs", ..."""
+    """The names of the project's modules that a file imports anywhere in its code: "model",
+    "data.tasks", "extras.runs", ..."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -38,7 +39,7 @@ def test_a_loop_can_be_read_aloud(name):
         if isinstance(node, ast.While | ast.For)
     }
     loop = max(lengths, key=lengths.get)
-    # Each process's own dropout
+    # This one use of the rank gives each process a dropout of its own
     loop_without_dropout = ast.unparse(loop).replace("rank * total_steps", "")
     assert "rank" not in loop_without_dropout, (
         f"{name}: several processes are the business of extras/distributed.py"

@@ -31,8 +31,9 @@ def ragged(*lengths, after=()):
 @pytest.mark.parametrize("changes", CHANGES)
 @pytest.mark.parametrize("parts", [(20,), (7, 1, 12), (1,) * 20])
 def test_through_either_cache_or_none_logits_and_answers_are_the_same(kernels, changes, parts):
-    """Several tokens after others too: KVCache's mask is of bools, BatchedCache's of floats. What
-    memory held before is in neither: in this mode PyTorch hands out memory filled with nan."""
+    """Also where several tokens follow others: then KVCache has a mask of bools, BatchedCache one
+    of floats. Neither result depends on what the memory held before: in this mode PyTorch fills new
+    memory with nan."""
     model, tokens = randomise_adapters(attach(random_model(**changes), 4, 8)), random_tokens(3, 20)
     expected = model(tokens)
     kernels(model)
@@ -94,7 +95,8 @@ def test_what_all_prompts_begin_with_is_computed_once(model, lengths, common):
 
 def test_every_new_token_is_announced(model):
     prompts, seen = ragged(5, 9, 7), {0: [[]], 1: [[]], 2: [[]]}
-    eos_id = generate(model, prompts[:1], 12, None)[0][6]  # ends one answer, if no other
+    # With this token as end of sequence at least the first answer ends early
+    eos_id = generate(model, prompts[:1], 12, None)[0][6]
     answers = generate(
         model, prompts, 12, eos_id, on_token=lambda row, ids: seen[row].append(list(ids))
     )
@@ -106,9 +108,9 @@ def test_every_new_token_is_announced(model):
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 8, 30, None])
 @pytest.mark.parametrize("shared", [0, 11])
 def test_the_next_prompts_take_the_places_of_those_answered(batch_size, shared):
-    """With and without a common beginning: the same answers, never more at a time, each once and as
-    it ends, at its own end-of-sequence; a finished row costs nothing, and all take fewer steps than
-    batch after batch does."""
+    """With and without a common beginning of the prompts. The answers are the same, each is yielded
+    once, as soon as it has ended, and no more than batch_size prompts are answered at a time. A
+    finished row costs nothing, and all prompts together take fewer steps than batch after batch."""
     model, shared = random_model(), random_tokens(shared, seed=3).tolist()
     prompts = ragged(
         9, 3, 14, 6, 21, 1, 8, 2, 2, 17, 5, 30, 4, 11, 7, 7, 1, 19, 3, 12, after=shared
@@ -198,7 +200,7 @@ def test_an_attend_that_a_reader_has_written_gets_the_masks_that_the_plain_cache
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         T, S = q.shape[2], k.shape[2]
         mask = torch.ones(T, S, dtype=torch.bool).tril() if mask is None else mask
-        # And the root of d forgotten
+        # Also an edit: the scores are not divided by the root of d
         scores = (q @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf)
         return scores.softmax(-1) @ v
 

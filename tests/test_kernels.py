@@ -39,7 +39,7 @@ PROMPTS = [row[: 5 + 7 * i].tolist() for i, row in enumerate(TOKENS)]
 
 
 def adapted(ratio=0.5, pairs="low", **changes):
-    """A model with adapters, of which no weight, bias or B is 0 or 1."""
+    """A model with adapters. No weight, bias or B in it is 0 or 1, so that each of them matters."""
     return randomise_adapters(attach(random_model(**changes), 4, 8, ratio, "q,k,v,up", pairs))
 
 
@@ -51,7 +51,8 @@ def results(model):
 
 
 def assert_same_results(model, expected, before=None):
-    """And that they are others than before."""
+    """A model computes what is expected; and that is not what it computed `before`, if this is
+    given."""
     for result, wanted in zip(results(model), expected, strict=True):
         assert_close(result, wanted, **of_model(model.config, 2))
     assert not before or any(
@@ -86,7 +87,7 @@ def test_what_is_no_plain_function_counts_as_edited(tmp_path, monkeypatch, kind)
     others = {"wrapped": wrapped, "builtin": torch.rsqrt, "partial": partial(RMSNorm.forward)}
     (tmp_path / "file.py").write_text("def method(self, x):\n    return x\n")
     unreadable = runpy.run_path(str(tmp_path / "file.py"))["method"]
-    # Somebody is typing in it
+    # Somebody is typing in the file: it is no valid Python now
     (tmp_path / "file.py").write_text("\n\ndef method(self, x):\n    return (x\n")
     monkeypatch.setattr(RMSNorm, "forward", others.get(kind) or unreadable)
     exchanged, left = accelerate(random_model())
@@ -120,8 +121,8 @@ def test_an_edited_method_runs_as_written_and_a_line_names_it(monkeypatch, capsy
 
 
 def test_rows_that_were_chosen_otherwise_are_the_rows_that_adapt():
-    """In a file, or in a model by hand: the kernel adds to a slice of every head, and stands for no
-    other rows."""
+    """Somebody has chosen other rows, in a file or by hand in a model. The kernel adds to a slice
+    of every head, and must not be used for any other rows."""
     model = adapted()
     for adapter in rosa.adapters(model).values():
         if adapter.low_freq_ratio != 1:
@@ -156,7 +157,7 @@ def test_methods_are_exchanged_in_modules_of_this_very_class_alone_and_nothing_e
     first, second, third = model.model.layers
     # A subclass may compute anything
     first.input_layernorm = type("Norm", (RMSNorm,), {})(32, 1e-5)
-    # As in the package peft: its affair
+    # A linear layer inside another module, as the package peft has it, may be called in any way
     second.self_attn.o_proj = nn.Sequential(second.self_attn.o_proj)
     third.mlp.register_forward_hook(lambda *args: None)
     third.self_attn.q_proj.linear.register_forward_hook(lambda module, args, y: outputs.append(y))
@@ -179,10 +180,11 @@ def test_methods_are_exchanged_in_modules_of_this_very_class_alone_and_nothing_e
         set(vars(module)) & {"forward", "attend"} for module in (*left, *random_model().modules())
     )
     assert_same_results(model, expected)
-    # Nothing was added to what the hook has seen
+    # The hook has seen what the linear layer returned, to which nothing was added in place
     assert_close(outputs[-1], outputs[0], **of_model(model.config))
     forward = model.model.norm.forward
-    assert accelerate(model)[0] == [] and model.model.norm.forward is forward  # twice is once
+    # A second call changes nothing
+    assert accelerate(model)[0] == [] and model.model.norm.forward is forward
 
 
 CHANGES = {
@@ -213,7 +215,8 @@ def test_whatever_decides_the_logits_of_this_very_model_decides_its_loss(change)
 def test_packed_weights_compute_the_same_and_are_neither_trained_nor_merged_nor_saved(
     tmp_path, make, tied, dtype
 ):
-    """Packed where oneDNN takes that dtype on this processor; elsewhere they stay as they are."""
+    """The weights are packed where oneDNN takes their dtype on this processor; elsewhere they stay
+    as they are."""
     model = make(tie_word_embeddings=tied, dtype=dtype)
     logits, exact, embedding = (
         model(TOKENS),
@@ -221,7 +224,7 @@ def test_packed_weights_compute_the_same_and_are_neither_trained_nor_merged_nor_
         model.model.embed_tokens.weight,
     )
     before = embedding.clone()
-    for _ in range(2):  # twice is once
+    for _ in range(2):  # a second call changes nothing
         accelerate(model, inference=True)
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     assert len(weights) == 7 * 3 + 1 and {weight.is_mkldnn for weight in weights} == {
@@ -250,7 +253,7 @@ def loss(rows, model, x):
 def attend(kind, model, q, k, v):
     T, S = q.shape[2], k.shape[2]
     hidden = torch.ones(2, 1, T, S, dtype=torch.bool).triu(S - T + 1)
-    hidden[1, ..., : S - T] = kind == "float"  # rows see other positions
+    hidden[1, ..., : S - T] = kind == "float"  # in this mask the two rows see different positions
     masks = {
         "bool": ~hidden[:1],
         "float": torch.zeros(hidden.shape, dtype=q.dtype).masked_fill(hidden, -torch.inf),
@@ -259,7 +262,7 @@ def attend(kind, model, q, k, v):
 
 
 ATTENTION, MLPS, X = "model.layers.0.self_attn", partial(of, "model.layers.0.mlp"), (2, 20, 32)
-CASES = {  # what the model is like, what is called, the shapes of its inputs
+CASES = {  # name -> (changes of the model, what is called, the shapes of its inputs)
     "Linear": ({}, partial(of, "lm_head"), X),
     "Linear, bias": ({"attention_bias": True}, partial(of, f"{ATTENTION}.o_proj"), (5, 32)),
     "RMSNorm": ({}, partial(of, "model.norm"), X),
@@ -272,7 +275,8 @@ for pairs in ("low", "high", "random"):
     CASES[f"RoAE, {pairs}"] = ({"pairs": pairs}, partial(of, f"{ATTENTION}.k_proj"), X)
 for case in ("Linear", "RMSNorm", "MLP", "RoAE, all", "RoAE, low", "RoAE, random"):
     CASES[f"{case}, a vector"] = (*CASES[case][:2], (32,))
-for kind, T in itertools.product(("no", "bool", "float"), (20, 50)):  # below and above SHORT
+# 20 tokens are below kernels.SHORT, and 50 above
+for kind, T in itertools.product(("no", "bool", "float"), (20, 50)):
     keys = (2, 2, T if kind == "no" else T + 9, 8)
     CASES[f"attend, {kind} mask, {T}"] = ({}, partial(attend, kind), (2, 4, T, 8), keys, keys)
 for heads, T in ((1, 20), (4, 1), (2, 20)):
@@ -285,7 +289,7 @@ for heads, T in ((1, 20), (4, 1), (2, 20)):
 
 
 def outcome(model, call, inputs, inputs_ask, weights_ask):
-    """The value of a call, and the gradients of what asks for one."""
+    """The value of a call, and the gradients of all tensors that require one."""
     model.requires_grad_(weights_ask)
     inputs = [x.to(model.dtype, copy=True).requires_grad_(inputs_ask) for x in inputs]
     with torch.inference_mode(not inputs_ask and not weights_ask):
@@ -304,7 +308,8 @@ def outcome(model, call, inputs, inputs_ask, weights_ask):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_a_kernel_is_its_plain_method(monkeypatch, case, dtype, operators):
-    """As near to the float64 result as it, and as its own gradients are, whatever asks for one."""
+    """The kernel's result and gradients are as near to those in float64 as the plain method's are,
+    whether inputs, weights, both or neither require a gradient."""
     if operators == "absent":
         without_operators(monkeypatch)
     monkeypatch.setattr(kernels, "SHORT", 40)
@@ -312,7 +317,7 @@ def test_a_kernel_is_its_plain_method(monkeypatch, case, dtype, operators):
     changes, call, *shapes = CASES[case]
     plain = adapted(dtype=dtype, num_hidden_layers=1, **changes)
     fast, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()
-    # Of nothing else may a machine lack what it needs
+    # Only the kernel of Linear.forward needs something that a machine may lack
     assert set(accelerate(fast)[1]) <= {"Linear.forward"}
     for scale, *asking in itertools.product((0.02, 1, 10), (False, True), (False, True)):
         inputs = [
@@ -327,7 +332,7 @@ def test_a_kernel_is_its_plain_method(monkeypatch, case, dtype, operators):
             off, usual = (
                 (tensor.double() - expected.double()).norm() for tensor in (result, usual)
             )
-            # Of one number, the loss, the usual error may be none, by luck.
+            # The loss is one number: by luck the plain method's error may be zero
             share = bound(dtype if result.numel() == 1 else torch.float32, 97, 3)
             assert off <= 4 * usual + share * expected.double().norm(), (scale, asking, off, usual)
 
@@ -358,8 +363,9 @@ def test_the_statistic_of_a_norm_is_float32():
     expected = (
         x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-5)
     ).bfloat16() * norm.weight
-    # One product in 10,000 or so, the ratio of the two eps, lies so near the middle of two bfloat16
-    # numbers that float32 falls to the other side; of a statistic in bfloat16 every second would.
+    # About one product in 10,000 lies so near the middle between two bfloat16 numbers that float32
+    # rounds it to the other one: that is the ratio of the two eps. If the mean of the squares were
+    # computed in bfloat16, every second product would be rounded to another number.
     for forward in (RMSNorm.forward, kernels.rms_norm_forward):
         assert (forward(norm, x) != expected).float().mean() < 0.01
 

@@ -15,8 +15,8 @@ L = 6
 
 @pytest.fixture(params=["plain", "accelerated"])
 def setup(request):
-    """Makes a model with adapters, its optimiser and its selector, on the plain way and on the fast
-    one."""
+    """A function that makes a model with adapters, an optimiser and a selector. Each test runs with
+    the plain model and with an accelerated one."""
 
     def make(
         k_ratio=0.5, select_every=3, score_ema=0.0, targets="q,k", low_freq_ratio=0.5, select="grad"
@@ -67,7 +67,8 @@ def moved(model, before):
 
 
 def amplify(model, layers):
-    """Make the norms' gradients of these layers by far the largest, and of no others."""
+    """Make the gradients of the norms in these layers by far the largest, and undo this in all
+    other layers."""
     for i, layer in enumerate(model.model.layers):
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             norm.weight._backward_hooks and norm.weight._backward_hooks.clear()
@@ -132,7 +133,7 @@ def test_a_probe_that_is_not_finite_is_repeated_and_until_one_succeeds_all_layer
         hook.remove()
         active.append((list(selector.active), selector.selected))
     assert active[:2] == [(list(range(L)), False)] * 2 and len(active[2][0]) == 3 and active[2][1]
-    if select == "static":  # chosen once
+    if select == "static":  # the layers are chosen once and for all
         assert active[3:] == [(active[2][0], False)] * 5
         return
     assert active[3][1] and not active[4][1] and not active[5][1]  # where a probe is due anyway
@@ -194,7 +195,7 @@ def test_frozen_adapters_still_act(setup):
     tokens = random_tokens(1, 10)
     with_all = model(tokens)
     selector.activate([0])
-    # What needs a gradient may run by another kernel
+    # To rounding: another kernel may run where a gradient is needed
     assert_close(model(tokens), with_all, **of_model(model.config))
 
 
@@ -202,7 +203,7 @@ def test_scores_are_smoothed_over_probes(setup):
     plain, smooth = setup(select_every=1), setup(select_every=1, score_ema=0.75)
     step(*plain, 0), step(*smooth, 0)
     first = plain[2].scores
-    # The same step of two equal models; nothing is smoothed yet
+    # Two equal models have made the same step, and the first scores are not smoothed yet
     assert torch.equal(smooth[2].scores, first)
     smooth[2].activate(plain[2].active)
     step(*plain, 1), step(*smooth, 1)

@@ -1,5 +1,5 @@
-"""Statements about machines: operators may be absent or wrong, bfloat16 may be software, and there
-may be a GPU."""
+"""Statements about machines: an operator of PyTorch may be absent or wrong, bfloat16 may be
+computed in software, and there may be a GPU."""
 
 import copy
 import functools
@@ -25,37 +25,45 @@ from model import KVCache, Llama
 from rosa import attach
 
 pytestmark = pytest.mark.numeric
-NAMES = {"reshaped", "silu_backward", "softmax_backward"}
+OPERATORS = {"reshaped", "silu_backward", "softmax_backward"}
 
 
-def refuse(*arguments):
+def refuses(*arguments):
     raise RuntimeError("this processor has no such instruction")
 
 
-REPLACED = {
-    "refuses": refuse,
-    "absent": lambda *arguments: torch.ops.mkldnn.no_such_operator(*arguments),
-    "called otherwise": lambda: torch.ones(()),
-    "wrong": lambda x, *arguments: 2 * torch.ones_like(x),
-}
+def absent(*arguments):
+    return torch.ops.mkldnn.no_such_operator(*arguments)
 
 
-@pytest.mark.parametrize("how", REPLACED)
+def takes_no_arguments():
+    return torch.ones(())
+
+
+def wrong(x, *arguments):
+    return 2 * torch.ones_like(x)
+
+
+UNUSABLE = [refuses, absent, takes_no_arguments, wrong]  # functions in the place of an operator
+
+
+@pytest.mark.parametrize("unusable", UNUSABLE)
 @pytest.mark.parametrize("name", ["call_onednn", "reordered"])
 def test_without_a_product_of_onednn_linear_layers_stay_as_they_are_and_a_line_says_so(
-    monkeypatch, capsys, how, name
+    monkeypatch, capsys, unusable, name
 ):
     without_operators(monkeypatch)
-    monkeypatch.setattr(Operators, "formulas", {})  # not asked yet
-    monkeypatch.setattr(operators, name, REPLACED[how])
+    # No operator has been looked up yet: accelerate does it
+    monkeypatch.setattr(Operators, "formulas", {})
+    monkeypatch.setattr(operators, name, unusable)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     model = random_model()
     weights = [p.clone() for p in model.parameters()]
-    exchanged, left = accelerate(model, inference=True)  # asks
+    exchanged, left = accelerate(model, inference=True)
     reason = "this PyTorch or processor has no oneDNN product"
     assert (
         Operators.onednn == frozenset()
-        and set(Operators.formulas) == NAMES
+        and set(Operators.formulas) == OPERATORS
         and left == {"Linear.forward": reason}
     )
     assert capsys.readouterr().out == f"kernels    {reason}: running Linear.forward as written\n"
@@ -66,19 +74,20 @@ def test_without_a_product_of_onednn_linear_layers_stay_as_they_are_and_a_line_s
     )
 
 
-@pytest.mark.parametrize("how", REPLACED)
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("unusable", UNUSABLE)
+@pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_an_operator_that_cannot_be_used_leaves_its_formula_and_is_asked_for_once(
-    monkeypatch, how, name
+    monkeypatch, unusable, name
 ):
-    places = {
+    owner, operator = {
         "reshaped": (torch.ops.aten, "_unsafe_view"),
         "silu_backward": (torch.ops.aten, "silu_backward"),
-    }
+        "softmax_backward": (torch, "_softmax_backward_data"),
+    }[name]
     without_operators(monkeypatch)
     formulas = dict(Operators.formulas)
     monkeypatch.setattr(Operators, "formulas", {})
-    monkeypatch.setattr(*places.get(name, (torch, "_softmax_backward_data")), REPLACED[how])
+    monkeypatch.setattr(owner, operator, unusable)
     Operators.look_up()
     assert getattr(Operators, name) is formulas[name]
     monkeypatch.setattr(operators, "does_the_same", lambda *arguments: pytest.fail("asked again"))
@@ -86,14 +95,11 @@ def test_an_operator_that_cannot_be_used_leaves_its_formula_and_is_asked_for_onc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("missing", ["all", *sorted(NAMES)])
+@pytest.mark.parametrize("missing", ["all", *sorted(OPERATORS)])
 def test_a_model_without_those_operators_is_the_same_model(monkeypatch, missing, dtype):
-    base, tokens, results = (
-        randomise_adapters(attach(random_model(dtype=dtype), 4, 8)),
-        random_tokens(2, 30),
-        [],
-    )
-    for _ in range(2):
+    base = randomise_adapters(attach(random_model(dtype=dtype), 4, 8))
+    tokens, results = random_tokens(2, 30), []
+    for _ in range(2):  # with all operators, then without those that are missing
         accelerate(model := copy.deepcopy(base))
         trained = [p for p in model.parameters() if p.requires_grad]
         parts = model(tokens), *torch.autograd.grad(model.loss(tokens, tokens), trained)
@@ -103,10 +109,6 @@ def test_a_model_without_those_operators_is_the_same_model(monkeypatch, missing,
         else:
             monkeypatch.setattr(Operators, missing, staticmethod(Operators.formulas[missing]))
     assert_close(*results, **of_model(model.config, 2), dtype=dtype)
-
-
-TRAIN = train_script.run, ["--max-steps", "1", "--max-len", "200", "--val-size", "90"]
-EVAL = eval_script.run, ["--limit", "1", "--max-new-tokens", "3"]
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -122,8 +124,11 @@ def test_bfloat16_in_software_is_a_line_that_says_what_to_type(
     Path("ckpt/tokenizer.model").write_bytes((DATA / "tiny" / "tokenizer.model").read_bytes())
     line = "this processor computes bfloat16 in software, slowly: --dtype float32 is faster here\n"
     expected = {"auto": "bfloat16" if native else "float32"}.get(dtype, dtype)
-    for run, arguments in (TRAIN, EVAL):
-        run(["--ckpt", "ckpt", "--device", "cpu", "--dtype", dtype, *arguments])
+    for script, options in (
+        (train_script, "--max-steps 1 --max-len 200 --val-size 90"),
+        (eval_script, "--limit 1 --max-new-tokens 3"),
+    ):
+        script.run(f"--ckpt ckpt --device cpu --dtype {dtype} {options}".split())
         printed = capsys.readouterr()
         assert (
             printed.err.count(line) == (dtype == "bfloat16" and not native)
@@ -136,8 +141,8 @@ def test_bfloat16_in_software_is_a_line_that_says_what_to_type(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kernels", ["plain", "accelerated"])
 def test_with_cuda_every_tensor_is_made_on_the_device(monkeypatch, kernels, dtype, adapted):
-    """Without a GPU: fake tensors have a shape, a dtype and a device, and no operation takes them
-    from two devices."""
+    """This test needs no GPU: a fake tensor has a shape, a dtype and a device, but no numbers, and
+    an operation on fake tensors of two devices fails."""
     Operators.look_up()
     config = random_model().config
     with FakeTensorMode(), torch.no_grad():
@@ -152,7 +157,7 @@ def test_with_cuda_every_tensor_is_made_on_the_device(monkeypatch, kernels, dtyp
         batched = BatchedCache(model, 4, 20).use(slice(1, 4))
         logits = [model(tokens)]
         for cache in (KVCache(config), batched):
-            # Where the last token is: a cache asks a tensor for it, and a fake one has no number.
+            # A cache asks a tensor for the position of the last token; a fake tensor has no numbers
             for last in (4, 9):
                 monkeypatch.setattr(torch.Tensor, "__int__", lambda tensor, last=last: last)
                 logits.append(model.logits(model.hidden_states(tokens, cache)))
@@ -161,7 +166,7 @@ def test_with_cuda_every_tensor_is_made_on_the_device(monkeypatch, kernels, dtyp
     assert {tuple(each.shape) for each in logits} == {(3, 5, 97)}
 
 
-ASK = """if True:
+PRINT_WHAT_ONEDNN_TAKES = """if True:
     import subprocess, sys, torch
     def takes(dtype):
         try:
@@ -176,8 +181,11 @@ ASK = """if True:
 
 @functools.cache
 def start_imitations():
-    command, started = [sys.executable, "-c", ASK], []
-    for kind, more in {"avx2": [ASK], "no-onednn": []}.items():
+    """Start the program on an imitated avx2 machine, where it starts itself once more, and on one
+    without oneDNN."""
+    command = [sys.executable, "-c", PRINT_WHAT_ONEDNN_TAKES]
+    started = []
+    for kind, more in {"avx2": [PRINT_WHAT_ONEDNN_TAKES], "no-onednn": []}.items():
         imitated = [sys.executable, as_machine.__file__, kind, "--", *command, *more]
         started.append(subprocess.Popen(imitated, stdout=subprocess.PIPE, text=True))
     return started

@@ -49,12 +49,12 @@ def test_the_directory_is_complete_and_holds_what_merging_in_memory_gives(
     ckpt, capsys, shard, monkeypatch
 ):
     monkeypatch.setattr(merge_file, "SHARD", shard)
-    merge("--out", "a/b/out")  # with those above it
+    merge("--out", "a/b/out")  # a and a/b are made too
     assert capsys.readouterr().out.startswith("a/b/out holds the merged checkpoint.")
     out, merged = Path("a/b/out"), Llama.from_pretrained("a/b/out")
     expected = rosa.merge(rosa.load_adapter(Llama.from_pretrained("ckpt"), "adapter"))
     assert merged.config == expected.config and merged.config.eos_token_id == [2, 7]
-    assert_same_tensors(merged, expected)  # both by rosa.merge
+    assert_same_tensors(merged, expected)  # to the bit: rosa.merge makes both
     assert (out / "config.json").read_bytes() == Path("ckpt/config.json").read_bytes()
     weights = sorted(file.name for file in out.glob("*.safetensors"))
     others = {file.name for file in out.iterdir()} - set(weights)
@@ -107,7 +107,7 @@ def test_it_says_what_rounding_has_cost_which_is_nothing_in_float32(ckpt, capsys
         dtype == torch.float32
     )
     assert int(words[words.index("next") - 1]) == len(before)
-    # Where they are alike either may be the next token
+    # Where the two largest logits are equal but for rounding, either may be the next token
     first, second = before.topk(2).values.unbind(-1)
     same, ties = (before.argmax(-1) == after.argmax(-1)).sum(), (first - second < rounding).sum()
     assert abs(int(words[words.index("tokens") + 1]) - same) <= ties
@@ -177,7 +177,7 @@ def test_what_fails_half_way_leaves_nothing(ckpt, capsys, monkeypatch):
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"model_type": "qwen2"}])
 def test_logits_layer_by_layer_are_the_logits_and_leave_nothing_in_memory(changes):
     model, tokens = random_model(**changes), random_tokens(2, 20)
-    weights = dict(model.named_parameters())  # a tied one once, as in a file
+    weights = dict(model.named_parameters())  # tied weights are here once, as in a file
     with torch.device("meta"):
         empty = Llama(model.config)
     logits = merge_file.logits_layer_by_layer(empty, tokens, weights.get)

@@ -105,7 +105,7 @@ def test_padding_on_the_right_changes_nothing_before_it(model):
 
 
 def test_a_model_begins_with_weights_of_the_usual_size():
-    """Normal with a deviation of 0.02, as in GPT-2; biases 0, norms 1."""
+    """Weights are normal with a standard deviation of 0.02, as in GPT-2; biases are 0, norms 1."""
     config = LlamaConfig(
         **{name: BASE[name] for name in ("vocab_size", "hidden_size", "num_attention_heads")}
     )
@@ -113,7 +113,7 @@ def test_a_model_begins_with_weights_of_the_usual_size():
     for name, parameter in Llama(config).named_parameters():
         if parameter.dim() == 2:
             deviations = (parameter.std() / 0.02 - 1, parameter.mean() / 0.02)
-            # Six standard errors
+            # Either deviation is below six standard errors
             assert max(map(abs, deviations)) < 6 / parameter.numel() ** 0.5, name
         else:
             assert parameter.eq(0 if name.endswith("bias") else 1).all(), name
@@ -153,12 +153,12 @@ def test_save_and_load_return_the_same_tensors_in_the_dtype_asked_for(tmp_path, 
 
 
 def measure_loading():
-    """In a process of its own: peaks.json, the peak memory of loading ./large in two dtypes, in
-    sizes of the model. A small one is loaded first, for what the first use of a library costs is
-    not the model's."""
+    """For a new process: load ./large in two dtypes and write to peaks.json by how much the memory
+    grew at its peak, as a multiple of the model's size. A small model is loaded first, because the
+    first use of a library takes memory too."""
     peaks, status = [], Path("/proc/self/status")
     for directory, dtype in (("small", None), ("large", torch.bfloat16), ("large", torch.float32)):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
         model = load_model(directory, dtype=dtype)
         grown = 1024 * (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before)
@@ -248,8 +248,8 @@ def test_what_a_config_asks_for_and_is_not_implemented_is_refused_by_name(
 
 
 def test_what_a_config_leaves_out_its_family_or_the_generation_config_says(tmp_path):
-    """A mistral that says nothing of a window has one; the end of a sequence is what
-    generation_config.json says."""
+    """A config of family mistral that says nothing of a window has one of 4096. The end-of-sequence
+    tokens are those in generation_config.json."""
     config = BASE | {
         "model_type": "mistral",
         "num_attention_heads": 8,
@@ -263,7 +263,7 @@ def test_what_a_config_leaves_out_its_family_or_the_generation_config_says(tmp_p
     assert config.eos_token_id == [2, 7]
 
 
-WINDOW = {"sliding_window": 20}  # mistral's alone
+WINDOW = {"sliding_window": 20}  # only the family mistral uses it
 
 
 LINEAR = {"rope_scaling": {"rope_type": "linear", "factor": 1.5}}
@@ -366,8 +366,8 @@ ALONE = """if True:
 
 @functools.cache
 def start_alone():
-    """(a directory with model.py, rosa.py and a checkpoint alone, the process that runs ALONE in
-    it)."""
+    """Start the program ALONE in a directory that holds model.py, rosa.py and a checkpoint, and
+    nothing else. Returns the directory and the process."""
     directory = tempfile.TemporaryDirectory()
     for file in (model_file.__file__, rosa.__file__):
         shutil.copy(file, directory.name)

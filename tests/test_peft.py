@@ -34,7 +34,7 @@ METHODS |= {"LORA with DoRA": {"use_dora": True}}
 
 
 def train(model, parameters, k_ratio=1.0, steps=5, adamw=torch.optim.AdamW):
-    """Losses, and the layers that have trained last."""
+    """Train for some steps. Returns the loss of each step, and the layers that were active last."""
     optimizer, selector = (
         adamw(parameters, lr=1e-2, weight_decay=0.0),
         rosa.LayerSelector(model, k_ratio, 2),
@@ -107,7 +107,7 @@ def test_a_method_of_peft_trains_layer_by_layer_and_comes_back_from_its_files(
         adapters.load_adapter(random_model(dtype=dtype), tmp_path),
         random_model(dtype=dtype),
     )
-    # The same operations on the same values: the files hold all that trains, in float32.
+    # To the bit, because the files hold all trained values in float32
     assert torch.equal(again(tokens), model(tokens)) and not torch.equal(
         again(tokens), base(tokens)
     )
@@ -121,8 +121,8 @@ def test_a_method_of_peft_trains_layer_by_layer_and_comes_back_from_its_files(
     "name, options", [*METHODS.items(), ("LORA on lm_head", {"target_modules": ["lm_head"]})]
 )
 def test_kernels_leave_its_layers_as_they_are_and_compute_the_same(name, options):
-    """A linear layer inside one of PEFT's it may read or call; where it adapts lm_head, the loss
-    sees it."""
+    """PEFT may read or call a linear layer that it has wrapped. Where PEFT adapts lm_head, the loss
+    includes the adapter."""
     model, tokens, results = random_model(), random_tokens(2, 20), []
     adapters.attach_peft(model, name.split()[0], options)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -144,7 +144,7 @@ def test_kernels_leave_its_layers_as_they_are_and_compute_the_same(name, options
 
 
 def test_a_mistake_in_the_model_is_a_traceback_and_what_peft_refuses_a_line(monkeypatch):
-    """The trial pass meets both."""
+    """The trial pass in attach_peft runs into both."""
     forward = MLP.forward
     monkeypatch.setattr(MLP, "forward", lambda self, x: forward(self, x.view(3, -1)))
     with pytest.raises(RuntimeError, match="shape"):
@@ -152,7 +152,7 @@ def test_a_mistake_in_the_model_is_a_traceback_and_what_peft_refuses_a_line(monk
     monkeypatch.setattr(MLP, "forward", forward)
     with pytest.raises(UserError, match="peft:LORA with .*no_such.* in float32: .*no_such"):
         adapters.attach_peft(random_model(), "LORA", {"no_such": 1})
-    # Fails where peft calls it
+    # An error inside the package peft
     monkeypatch.setattr(peft.tuners.lora.Linear, "_cast_input_dtype", torch.linalg.inv)
     with pytest.raises(UserError, match="peft:LORA with .*inv"):
         adapters.attach_peft(random_model(), "LORA", {"target_modules": ["q_proj"]})
@@ -164,13 +164,13 @@ DROPOUT += [("BOFT", {"boft_block_size": 4, "boft_dropout": 0.5})]
 
 @pytest.mark.parametrize("name, options", DROPOUT, ids=str)
 def test_dropout_acts_in_training_alone(tmp_path, name, options):
-    """PEFT puts its modules in in training mode, whatever the mode of the model."""
+    """PEFT adds its modules in training mode, even to a model in evaluation mode."""
     model, tokens = random_model(), random_tokens(2, 20)
     adapters.attach_peft(model, name, options)
     for p in model.parameters():
         if p.requires_grad:
             p.data += 0.05 * torch.randn(p.shape, generator=generator_of(p.numel()))
-    assert torch.equal(model(tokens), model(tokens))  # in evaluation nothing is drawn
+    assert torch.equal(model(tokens), model(tokens))  # no dropout in evaluation mode
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
     adapters.save_adapter(model, tmp_path)
@@ -182,7 +182,7 @@ def test_dropout_acts_in_training_alone(tmp_path, name, options):
 
 
 def test_layers_are_selected_among_those_in_which_something_trains(ckpt):
-    """As with PEFT's layers_to_transform."""
+    """With PEFT's option layers_to_transform only some layers have adapters."""
     model = random_model(num_hidden_layers=6)
     adapters.attach_peft(
         model, "LORA", {"target_modules": ["q_proj"], "layers_to_transform": [4, 5]}
@@ -201,8 +201,8 @@ INITIAL = [True, False, "gaussian", "Gaussian", "pissa", "olora", "OLoRA", "orth
 
 @pytest.mark.parametrize("initial", [*INITIAL, "pissa_niter_4", "pissa_niter_16"])
 def test_an_adapter_reads_back_as_the_model_that_was_trained_however_it_began(tmp_path, initial):
-    """Some of PEFT's ways to begin change the base: it must be the same one when the adapter is
-    read."""
+    """Some of PEFT's initialisations change the base weights. When the adapter is read, the base
+    must be changed in the same way."""
     options = {"init_lora_weights": initial, "r": 4, "target_modules": ["q_proj", "up_proj"]}
     model, tokens = random_model(), random_tokens(2, 20)
     if initial not in INITIAL:
@@ -274,7 +274,7 @@ REFUSED = [
     ("LORA", {"target_modules": ["query"]}, "Target modules"),
     ("PREFIX_TUNING", {}, "does not support prompt learning"),
     ("ADALORA", {}, "total_step"),
-    ("POLY", {}, "task_ids"),  # which only a forward pass shows
+    ("POLY", {}, "task_ids"),  # the package fails in the forward pass only
 ]
 
 

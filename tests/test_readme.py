@@ -1,5 +1,5 @@
-"""Statements about the README files: what they quote, name, link to and claim is so; their commands
-run."""
+"""Statements about the README files: what they quote, name, link to and claim is so, and their
+commands run."""
 
 import ast
 import glob
@@ -33,7 +33,8 @@ SCRIPTS = {"train.py": train, "eval.py": eval_script, "data/download.py": downlo
 
 
 def commands():
-    """(README, command) of every command that starts Python, in the order of the files."""
+    """Every command in the README files that starts Python, as (README, command), in the order of
+    the files."""
     for name, text in TEXT.items():
         lines = [line for block in FENCED.finditer(text) for line in block["text"].split("\n")]
         lines += re.findall(r"^    (.*)", FENCED.sub("", text), re.M)  # indented code
@@ -48,10 +49,10 @@ def commands():
 COMMANDS = list(dict.fromkeys(commands()))
 
 
-def taken_apart(command):
-    """(script or module, its arguments) of a command."""
+def split_command(command):
+    """Split a command into the script or module and a list of arguments."""
     words = [word for word in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\S+", word)]
-    if "as_machine.py" in command:
+    if "as_machine.py" in command:  # the command that it runs follows "--"
         words = words[words.index("--") + 1 :]
     if words[0] == "torchrun":
         words = words[next(i for i, word in enumerate(words) if word.endswith(".py")) :]
@@ -59,8 +60,8 @@ def taken_apart(command):
     return (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
 
 
-def parses(name, arguments):
-    """Let a script or a command of extras/ read its arguments, and do nothing."""
+def parse_arguments(name, arguments):
+    """Let a script or a command of extras/ parse its arguments, and do nothing else."""
     if name in SCRIPTS:
         SCRIPTS[name].parse_args(arguments)
         return
@@ -69,24 +70,25 @@ def parses(name, arguments):
 
 @pytest.mark.parametrize("command", [command for _, command in COMMANDS])
 def test_a_command_is_one_that_exists_with_options_that_exist(command, monkeypatch):
-    name, arguments = taken_apart(command)
+    name, arguments = split_command(command)
     if name in ("pytest", "venv"):
         assert all((ROOT / word).exists() for word in arguments if "/" in word)
         return
-    if not arguments:  # it is only named
+    if not arguments:  # the text names the script or the module, and shows no command
         assert name in SCRIPTS or importlib.import_module(name).run
         return
     if "torchrun" in command:
         monkeypatch.setenv("WORLD_SIZE", "2")
-    before = ["", *arguments]  # "..." stands for a value, or for more options
-    parses(
+    # "..." stands for the value of an option, or for more options: these are left out
+    before = ["", *arguments]
+    parse_arguments(
         name,
         [word for word, last in zip(arguments, before) if word != "..." or last.startswith("--")],
     )
 
 
 def test_every_option_that_is_named_exists():
-    """Ours, or that of a program that a README calls."""
+    """It is an option of ours, or of another program that a README calls."""
     ours = "".join(
         (ROOT / file).read_text()
         for file in ("train.py", "eval.py", "data/download.py", "extras/commands.py")
@@ -140,7 +142,7 @@ def test_each_file_of_extras_says_in_its_own_words_what_it_is():
 
 
 def number(pattern, text=TEXT["README.md"]):
-    """The numbers that a sentence states."""
+    """The numbers that a sentence of a README states, in the groups of a pattern."""
     match = re.search(pattern, " ".join(text.split()))
     assert match, f"README.md no longer says {pattern}"
     return [float(group.replace(",", "")) for group in match.groups()]
@@ -179,7 +181,7 @@ def test_numbers_are_those_of_the_code():
 
 @pytest.mark.slow
 def test_the_first_command_teaches_what_it_says(tmp_path):
-    """The run that it has left in runs/, or one made anew."""
+    """Looks at the run that the first command has left in runs/, or makes the run anew."""
     out = ROOT / "runs" / "tiny-toy-rosa"
     if not (out / "results.json").is_file():
         out = tmp_path / "out"
@@ -199,8 +201,8 @@ def test_the_first_command_teaches_what_it_says(tmp_path):
 
 @pytest.mark.slow
 def test_every_command_runs_on_the_bundled_model(tmp_path, monkeypatch):
-    """Those that are whole, in their order: other checkpoints by tiny, and few steps and questions
-    of each."""
+    """Commands without a placeholder run in the order of the README files, with the checkpoint
+    `tiny` in the place of others, and with few steps and few questions."""
     monkeypatch.chdir(tmp_path)
     write_test_sets("LLM-Adapters", ["gsm8k", "SVAMP"])
     Path("LLM-Adapters/ft-training_set").mkdir()
@@ -217,7 +219,7 @@ def test_every_command_runs_on_the_bundled_model(tmp_path, monkeypatch):
     kinds |= {"train.py": [], "eval.py": [], "extras.merge": [], "extras.compare": []}
     ran = 0
     for name, words in (
-        taken_apart(command)
+        split_command(command)
         for _, command in COMMANDS
         if not re.search("FILE|torchrun|help", command)
     ):
@@ -253,8 +255,8 @@ DIFFS = {
 
 
 def apply(diff, root):
-    """Change the files of a copy as a diff says; each place must be there, once, unless the diff
-    was applied before."""
+    """Change the files of a copy as a diff says. Each text that the diff replaces must be in its
+    file exactly once, unless the diff was applied before."""
     for part in re.split(r"^--- a/.*\n\+\+\+ b/", diff, flags=re.M)[1:]:
         file, *hunks = re.split(r"^@@.*\n|\n(?=@@)", part, flags=re.M)
         path = root / file.strip()
@@ -275,7 +277,7 @@ def apply(diff, root):
             path.write_text(text.replace(old + "\n", new + "\n"))
 
 
-TRIED = {
+TRIED = {  # kind of change -> a program that tries what the diff of that kind adds
     "method": """import train, eval
 train.run("--method norms --max-steps 3 --val-size 9 --out n".split())
 eval.run("--ckpt n --limit 2 --max-new-tokens 2".split())
@@ -292,7 +294,7 @@ config = LlamaConfig(model_type="qwen3", vocab_size=97, hidden_size=32, intermed
     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 model, tokens = Llama(config), torch.randint(97, (2, 9))
 before = model(tokens); model.model.layers[1].self_attn.q_proj.weight.data.mul_(7)
-# normalised: its size says nothing
+# q is normalised: the size of the weights no longer matters
 torch.testing.assert_close(model(tokens), before, rtol=1e-3, atol=1e-3)
 model.save_pretrained("q"); again = Llama.from_pretrained("q"); kernels.accelerate(again)
 torch.testing.assert_close(again(tokens), model(tokens)); rosa.attach(again)""",
@@ -329,7 +331,8 @@ def test_a_change_of_each_kind_is_a_short_diff_that_runs(tmp_path, kind):
 
 @pytest.mark.slow
 def test_with_every_diff_applied_the_suite_is_green(tmp_path):
-    """Statements about the house and the method bear a change that was meant."""
+    """Tests that guard the order of the files and the method must not forbid a change that was
+    meant."""
     copy = tmp_path / "changed"
     left_out = shutil.ignore_patterns(".*", "runs", "LLM-Adapters", "checkpoints", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=left_out)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import QUICK, SHORT, random_model, run, write_test_sets
+from helpers import SHORT_ROSA_RUN, SHORT_RUN, random_model, run, write_test_sets
 
 import eval as eval_script
 import rosa
@@ -25,7 +25,8 @@ def evaluate(*options):
 
 
 def table(capsys, *runs):
-    """(run -> column -> cell, the lines before the table) as `extras.compare` prints them."""
+    """Run `extras.compare`. Returns its table as run -> column -> cell, and the lines that it
+    prints before the table."""
     capsys.readouterr()
     compare.run([str(run) for run in runs])
     lines = capsys.readouterr().out.splitlines()
@@ -50,19 +51,20 @@ def results_of(directory):
 
 
 def test_a_full_run_shows_the_score_of_the_checkpoint_that_is_there_now(ckpt, capsys):
-    full = ["--ckpt", "ckpt", *SHORT[2:], "--method", "full", "--out", "full", "--max-steps", 1]
+    full = ["--ckpt", "ckpt", *SHORT_RUN[2:], "--method", "full", "--out", "full", "--max-steps", 1]
     run(train, *full)
     evaluate("--ckpt", "full", "--out", "full")
     assert "toy (n = 4)" in table(capsys, "full")[0]["full"]
     asked = len(lines_of("full"))
-    evaluate("--ckpt", "full", "--out", "full")  # results beside it are no part of the checkpoint
+    # The results in a checkpoint's directory are no part of the checkpoint
+    evaluate("--ckpt", "full", "--out", "full")
     assert (
         "4 of 4 are in full/predictions.jsonl already" in capsys.readouterr().out
         and len(lines_of("full")) == asked
     )
     kept = {name: Path("full", name).read_bytes() for name in ("results.json", "predictions.jsonl")}
     run(train, *full, "--overwrite", "--seed", 1)
-    # They were of the checkpoint that is gone
+    # The results of the checkpoint that was overwritten are removed
     assert not any(Path("full", name).exists() for name in kept)
     for name, content in kept.items():
         Path("full", name).write_bytes(content)
@@ -97,7 +99,7 @@ def test_the_hash_of_a_checkpoint_is_of_nothing_that_is_written_beside_it(ckpt):
 
 
 def test_a_score_of_the_adapter_on_another_checkpoint_is_not_the_runs(ckpt, capsys):
-    run(train, *QUICK, "--max-steps", 1, "--out", "a")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a")
     shutil.copytree("ckpt", "other")
     random_model(
         9, vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256
@@ -115,7 +117,7 @@ def test_a_score_of_the_adapter_on_another_checkpoint_is_not_the_runs(ckpt, caps
     assert "toy (n = 4)" in rows["a"] and said[0].startswith(
         "1 of the 2 results in a/results.json are not shown: "
     )
-    Path("ckpt").rename("moved")  # what cannot be compared any more is known by its name
+    Path("ckpt").rename("moved")  # a checkpoint that is gone is known by its name
     assert "toy (n = 4)" in table(capsys, "a")[0]["a"]
 
 
@@ -159,7 +161,7 @@ def test_what_cannot_be_compared_has_columns_of_its_own(ckpt, capsys):
 
 
 def test_a_directory_without_results_has_a_line_and_the_others_their_table(ckpt, capsys):
-    run(train, *QUICK, "--max-steps", 1, "--out", "a")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a")
     evaluate("--ckpt", "ckpt", "--out", "begun")
     Path("begun/results.json").unlink()
     Path("empty").mkdir()
@@ -192,7 +194,7 @@ def test_a_directory_without_results_has_a_line_and_the_others_their_table(ckpt,
 
 def test_evaluations_of_one_adapter_stand_side_by_side(ckpt, capsys):
     write_test_sets(".", ["gsm8k", "SVAMP"])
-    run(train, *QUICK, "--max-steps", 1, "--out", "a")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a")
     answers = {}
     for name in ("gsm8k", "SVAMP"):
         evaluate("--ckpt", "ckpt", "--adapter", "a", "--task", name, "--data-dir", ".")
@@ -231,12 +233,12 @@ def test_evaluations_of_one_adapter_stand_side_by_side(ckpt, capsys):
     assert len(lines_of("a")) == 12
     evaluate("--ckpt", "ckpt", "--adapter", "a", "--task", "gsm8k", "--data-dir", ".")
     assert "4 of 4 are in a/predictions.jsonl already" in capsys.readouterr().out
-    # The same again replaces itself
+    # An evaluation that is repeated replaces its former result
     assert len(results_of("a")["others"]) == 2 and len(lines_of("a")) == 12
 
 
 def test_two_evaluations_at_a_time_keep_each_others_answers(ckpt, monkeypatch):
-    """The second begins and ends while the first is half way."""
+    """The second evaluation begins and ends while the first is half way."""
     write_test_sets(".", ["gsm8k", "SVAMP"])
     stream, inner = eval_script.inference.stream, []
 
@@ -284,12 +286,12 @@ def test_losses_on_other_files_and_of_other_adapters_stay(ckpt):
 
 def test_results_of_what_is_not_replaced_stay_where_a_run_begins(ckpt):
     evaluate("--ckpt", "ckpt", "--out", "a")  # of the model alone
-    run(train, *QUICK, "--max-steps", 1, "--out", "a")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a")
     assert results_of("a")["scores"] and len(lines_of("a")) == 4
     evaluate("--ckpt", "ckpt", "--adapter", "a")
-    run(train, *QUICK, "--max-steps", 1, "--out", "a", "--resume")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a", "--resume")
     assert len(results_of("a")["others"]) == 1
-    run(train, *QUICK, "--max-steps", 1, "--out", "a", "--overwrite")
+    run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a", "--overwrite")
     assert not Path("a/results.json").exists() and not Path("a/predictions.jsonl").exists()
 
 

@@ -65,7 +65,8 @@ def whole(*options):
 
 
 def ends(capsys, *arguments):
-    """The exit status of a run that does not end well, and its one line."""
+    """Make a run that ends early. Returns its exit status, and the line that it prints at its
+    end."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         run(*arguments)
@@ -79,7 +80,8 @@ def files(out="out"):
 
 
 def contents(out="out"):
-    """What a run left, times, memory and where its checkpoint lies aside."""
+    """The files that a run has left. Times, memory and the place of the checkpoint, in which two
+    runs may differ, are replaced by 0."""
     left = files(out)
     if "adapter_config.json" in left:
         left["adapter_config.json"] = json.loads(left["adapter_config.json"]) | {
@@ -116,7 +118,7 @@ def interrupt(*_):
 
 
 def run_until(last, *arguments):
-    """A run that is interrupted when it has saved step `last`."""
+    """Make a run that is interrupted when it has saved step `last`."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         at_save(patch, lambda step: step == last and interrupt())
         run(*arguments)
@@ -125,12 +127,12 @@ def run_until(last, *arguments):
 # --- kill -9 ---
 
 
-def life(arguments, fatal, count):
-    """A process that trains, and kills itself at its touch of the disk number `fatal`: before or
-    after a file is flushed, renamed or deleted, or amid the tensors. `count` is the number of
-    touches so far."""
+def train_and_die(arguments, fatal, count):
+    """For a process that trains and kills itself. It touches the disk before and after it flushes,
+    renames or deletes a file, and while it writes tensors; touch number `fatal` kills it. `count`
+    is the number of touches so far."""
     torch.set_num_threads(1)
-    # Its usual one is a semaphore of the system, which a killed process leaves behind
+    # tqdm's usual lock is a semaphore of the system, which a killed process leaves behind
     tqdm.set_lock(threading.RLock())
     tasks.TOY_SIZES["train"] = 40
 
@@ -174,7 +176,7 @@ def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, option
     def live(*more, fatal=None, seconds=60):
         count.value = 0
         child = processes.Process(
-            target=life, args=([*RUN, "--max-steps", "20", *more], fatal, count)
+            target=train_and_die, args=([*RUN, "--max-steps", "20", *more], fatal, count)
         )
         child.start()
         child.join(seconds)
@@ -183,7 +185,7 @@ def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, option
         assert child.exitcode in (0, -signal.SIGKILL), Path("printed.txt").read_text()
         return child.exitcode
 
-    # The time that the server takes to start is not the run's
+    # A first short run: the time that the server takes to start shall not be measured
     live("--max-steps", "1", "--out", "first")
     begin = time.monotonic()
     assert live("--out", "whole") == 0 and count.value > 80
@@ -206,7 +208,8 @@ def test_a_run_killed_many_times_ends_as_one_that_was_never_stopped(ckpt, option
             live(*resume, fatal=fatal, seconds=60 if fatal else rng.uniform(0, seconds / 2)) != 0
         )
         if begun() and Path("out/state.safetensors").exists():
-            steps.append(state()[0]["step"])  # whole at every moment, and so is the best adapter
+            # The state can be read at any time, and so can the best adapter
+            steps.append(state()[0]["step"])
             rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
     assert steps == sorted(steps) and len(set(steps)) > 1  # a kill loses nothing that was saved
     assert live("--resume") == 0 and contents() == contents("whole")
@@ -236,7 +239,7 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(ckpt, options):
 
 
 def test_moments_go_by_the_names_of_their_parameters_whatever_the_order_of_these(ckpt, monkeypatch):
-    # A sum, which rounds by the order
+    # Clipping adds up the gradients, and the rounding of a sum depends on its order
     monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))
     run("--max-steps", 4, "--out", "plain order")
     run_until(2, "--max-steps", 4)
@@ -257,7 +260,7 @@ def test_what_the_end_of_a_run_adds_is_made_up_for(ckpt):
     shutil.copytree(whole(), "out")
     for name in ("summary.json", "run.png"):
         Path("out", name).unlink(missing_ok=True)
-    # The second as safetensors names what it writes
+    # safetensors writes to a file with a name like the second
     for leftover in ("adapter_config.json.partial", ".tmpa1B2c3"):
         Path("out", leftover).write_text("{")
     run("--resume")
@@ -271,8 +274,8 @@ MOMENTS = [(signal.SIGINT, 130, "before_forward", 5), (signal.SIGTERM, 143, "aft
 def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(
     ckpt, number, code, moment, last, monkeypatch, capsys
 ):
-    """One that comes when the gradients of all processes are added up already is for the next
-    step."""
+    """A signal that comes after the gradients of all processes were added up ends the run after the
+    next step."""
     plain, calls, handlers = (
         getattr(rosa.LayerSelector, moment),
         [],
@@ -289,7 +292,7 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(
         patch.setattr(rosa.LayerSelector, moment, signalled)
         stopped, line = ends(capsys, "--out", "a run")
     assert stopped == code and len(read_log("a run")) == 1 + last
-    assert [signal.getsignal(n) for n in SIGNALS] == handlers  # as they were
+    assert [signal.getsignal(n) for n in SIGNALS] == handlers  # the former handlers are back
     stop, _, command = line.partition(". To go on: ")
     assert stop == (
         f"train.py: stopped after step {last}; the adapter kept is the best so far, of step "
@@ -460,7 +463,8 @@ def test_resuming_something_else_is_refused_and_the_difference_named(ckpt, capsy
 
 @pytest.fixture
 def small_disk(ckpt):
-    """`out`, a file system of its own, too small for the moments of AdamW beside the adapters."""
+    """The directory `out` is a small file system: it has room for the adapters, but not for the
+    moments of AdamW too."""
     Path("out").mkdir()
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", "out"], capture_output=True
@@ -471,12 +475,12 @@ def small_disk(ckpt):
 
 
 def assert_stops_in_a_line(capsys, error):
-    """And what was saved before is whole."""
+    """A run ends with a line, and what it has saved before is whole."""
     code, line = ends(capsys)
     assert code == 1 and "cannot write out/" in line and error in line and line.endswith("--resume")
     assert state()[0]["step"] < 10
     rosa.load_adapter(Llama.from_pretrained("ckpt"), "out")
-    # What could not be saved takes no room
+    # The part of a file that was written before the error is deleted
     assert not list(Path("out").glob("*.safetensors.partial"))
 
 
@@ -537,10 +541,10 @@ def test_a_directory_that_vanished_ends_the_run_in_a_line_and_is_not_made_again(
 
 
 def spoil(patch, steps, what):
-    """Make the gradient of these steps, and with "loss" their loss too, not a number."""
+    """Make the gradients of these steps nan; if `what` is "loss", make the loss nan too."""
 
     def spoiled(_, model, loss, signals):
-        # Steps are counted from 0, and the first line is no step's
+        # Steps are counted from 0, and the first line of the log is the validation before step 0
         if len(read_log("out")) - 1 not in steps:
             return loss, signals
         for parameter in model.parameters():
@@ -563,7 +567,7 @@ def test_a_step_that_is_not_finite_is_not_applied(ckpt, monkeypatch, capsys, wha
         (record["loss"] is None) == (record.get("skipped", False) and what == "loss")
         for record in log[1:]
     )
-    # Every state is a good one
+    # No state was saved after a step that was not applied
     assert [progress["step"] for progress, _ in states] == [0, 2, 3, 4, 7, 9, 10]
     updates = []
     for _, tensors in states:
@@ -572,7 +576,7 @@ def test_a_step_that_is_not_finite_is_not_applied(ckpt, monkeypatch, capsys, wha
             max((t.item() for name, t in tensors.items() if name.endswith(".step")), default=0)
         )
     assert updates == [0, 1, 2, 3, 4, 5, 6]
-    # All, until a probe succeeds
+    # Both layers are active until a probe succeeds
     assert [len(record["active_layers"]) for record in log[1:]] == [2] + [1] * 9
     assert [record["step"] for record in read_log("out", "layers.jsonl")] == [2, 4, 7, 10]
     assert capsys.readouterr().out.count("not applied: loss ") == 4

@@ -36,7 +36,8 @@ from rosa import (
 )
 
 pytestmark = pytest.mark.numeric
-# Rows of a projection with 2 heads of d = 8: pairs (i, i + 4), the slow ones last.
+# low_freq_ratio -> the adapted rows of a projection with 2 heads of d = 8. A pair is the rows
+# (i, i + 4) of a head, and the slow pairs are the last.
 LOW = {
     0.25: [3, 7, 11, 15],
     0.5: [2, 3, 6, 7, 10, 11, 14, 15],
@@ -69,7 +70,7 @@ def test_only_the_slow_pairs_of_every_head_are_adapted(ratio, forward):
 @pytest.mark.parametrize("ratio", LOW)
 @pytest.mark.parametrize("pairs", ["low", "high", "random"])
 def test_the_ablations_adapt_as_many_other_pairs(ratio, pairs):
-    # 2 heads of d = 32
+    # A projection with 2 heads of d = 32
     adapter = RoAE(nn.Linear(5, 64), 2, rank=3, alpha=6, low_freq_ratio=ratio, pairs=pairs)
     rows = adapter.rows.view(2, 2, -1)  # [heads, halves of a pair, pairs]
     n = max(1, round(ratio * 16))
@@ -80,7 +81,7 @@ def test_the_ablations_adapt_as_many_other_pairs(ratio, pairs):
     low, high = set(range(16 - n, 16)), set(range(n))
     if pairs != "random":
         assert chosen == [{"low": low, "high": high}[pairs]] * 2
-    elif 1 < n < 16:  # of all 16 there is but one choice: LoRA's
+    elif 1 < n < 16:  # if all 16 pairs are adapted, there is no choice
         assert chosen[0] != chosen[1] and low not in chosen and high not in chosen
 
 
@@ -218,7 +219,7 @@ def test_merging_into_bfloat16_rounds_each_weight_once():
                 or (a - b.float()).abs().max() <= a.abs().max() / 2**8
             )
     q = rounded.model.layers[0].self_attn.q_proj.weight
-    # Both sums in float32
+    # To the bit: both sums are made in float32
     assert torch.equal(q, exact.model.layers[0].self_attn.q_proj.weight.to(torch.bfloat16))
 
 
@@ -296,7 +297,7 @@ def test_the_seed_decides_the_adapters_drawn_on_the_cpu_by_layers_and_targets_wh
             A = layer.get_submodule(TARGETS[target]).A
             drawn = nn.init.kaiming_uniform_(torch.empty(A.shape), a=math.sqrt(5))
             assert A.is_meta or torch.equal(A, drawn)
-    # No more, and no fewer, on whatever device the model is
+    # No other random numbers were drawn, whatever device the model is on
     assert torch.equal(torch.get_rng_state(), state)
 
 

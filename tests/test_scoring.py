@@ -1,8 +1,8 @@
-"""Statements about scoring: what each response answers, which options a question has, how sure an
-accuracy is.
+"""Statements about scoring: which answer is read out of a response, which options a question has,
+how sure an accuracy is.
 
-LLM-Adapters' rule is kept, odd outcomes included, so that published numbers compare; where a row
-departs from it, it says so."""
+The rules are those of LLM-Adapters, odd outcomes included, so that our numbers can be compared with
+published ones. A comment says where the outcome of a row is not that of LLM-Adapters."""
 
 import random
 
@@ -10,7 +10,8 @@ import pytest
 
 from data.tasks import TASKS, extract_answer, is_correct, options, wilson_interval
 
-# Arithmetic: the last number, commas removed; (response, reference answer, extracted, right?).
+# Arithmetic: the answer is the last number of the response, commas removed.
+# (response, reference answer, extracted, whether it is right)
 NUMBERS = [
     ("The answer is 12.", "12.0", "12", True),  # every reference of these sets ends in .0
     ("12.", "12", "12", True),
@@ -45,7 +46,7 @@ NUMBERS = [
     ("0.3333", "0.33333", "0.3333", True),
     ("12.0009", "12", "12.0009", True),
     ("12.0011", "12", "12.0011", False),
-    # more digits than a float has: infinite, right against nothing
+    # more digits than a float can hold: as a float infinite, and never right
     ("9" * 400, "9", "9" * 400, False),
     ("0." + "3" * 400, "0.3333", "0." + "3" * 400, True),
     ("inf", "12", "", False),
@@ -58,7 +59,8 @@ NUMBERS = [
     ("\u00b2", "2", "", False),
 ]
 
-# AQuA: the last letter said to be the answer, or else the last that stands alone.
+# AQuA: the answer is the last letter that is said to be the answer, or, where none is, the last
+# letter that stands alone.
 LETTERS = [
     ("The answer is (C).", "C", "C", True),
     ("the answer is (C).", "C", "C", True),
@@ -103,8 +105,8 @@ LETTERS = [
     ("(b)", "B", "", False),
 ]
 
-# AQuA: a letter said to be the answer is the choice whatever comes after it, (response, letter); an
-# article is none.
+# AQuA: a letter that is said to be the answer is the choice, whatever comes after it. The article A
+# is no such letter. (response, letter)
 SAID = [
     ("Answer: A because the sum is 12", "A"),
     ("The answer is: A since B is too small", "A"),
@@ -151,7 +153,7 @@ BOOLEANS = [
 
 
 def numbered(word, last):
-    """Rows for the options word1 ... word`last`."""
+    """Rows for a set whose options are word1, word2, ... up to the number `last`."""
     one, two, end, title = f"{word}1", f"{word}2", f"{word}{last}", word.title()
     rows = [(f"the correct answer is {option}", option, option, True) for option in (two, end)]
     rows += [
@@ -164,7 +166,7 @@ def numbered(word, last):
         (f"{one} or {two}", two, one, False),
         (f"{two}/{one}", two, two, True),
     ]
-    # No question has so many options
+    # No question has twelve options: these are read as the first option named
     rows += [(f"{word}12", one, one, True), (f"{two}{two}", two, two, True)]
     none = [f"{word}{last + 1}", f"{word}0", f"{word} 1", f"the {word} is 1", "I do not know", ""]
     none += [f"{title}2", f"{title} 1"]  # case counts
@@ -203,10 +205,8 @@ def test_a_letter_said_to_be_the_answer_is_the_choice_whatever_comes_after_it(re
 
 @pytest.mark.parametrize("name", TABLE)
 def test_no_response_whatever_is_an_error(name):
-    rng, characters = (
-        random.Random(0),
-        "A B(C).,-0123456789e\n\u0661\uff12\u00b2\u2167\u00a0\x00truefalseanswer is",
-    )
+    rng = random.Random(0)
+    characters = "A B(C).,-0123456789e\n\u0661\uff12\u00b2\u2167\u00a0\x00truefalseanswer is"
     for _ in range(2000):
         response = "".join(rng.choices(characters, k=rng.randrange(40)))
         assert is_correct(name, response, "1") in (True, False)
@@ -303,7 +303,7 @@ def test_an_instruction_with_fewer_than_two_options_is_named(name):
 # --- the interval of an accuracy ---
 
 
-# 1998, table I
+# R. G. Newcombe, Statistics in Medicine 17 (1998), table I
 NEWCOMBE = [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718)]
 OF_FEW = [
     (0, 10, 0, 0.2775),
@@ -320,7 +320,8 @@ def test_the_interval_is_that_of_published_tables(right, count, low, high):
 
 
 def solve(f, low, high):
-    """Where f, negative at `low` and positive at `high`, is zero."""
+    """The place between `low`, where f is negative, and `high`, where it is positive, at which f is
+    zero."""
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if f(middle) < 0 else (low, middle)

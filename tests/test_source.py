@@ -1,5 +1,5 @@
-"""Statements about `extras/source.py`: what a fingerprint is of, and which code a call may come
-to."""
+"""Statements about `extras/source.py`: what counts in the fingerprint of a function, and which code
+a call can reach."""
 
 import functools
 import runpy
@@ -25,46 +25,43 @@ def method(self, x):
         raise ValueError(f"{x.ndim} dimensions: too many") from None
     return F.silu(y)
 '''
-SAME = [
+SAME = [  # (old, new): edits of METHOD that leave its fingerprint as it is
     ("  # why", ""),
     ("    if", "\n    # because\n\n    if"),
     ("silu(y)", "silu(\n        y\n    )"),
     (" > ", ">"),
-]
-SAME += [
     ('    """What it says."""\n', ""),
     ("What it says.", "Other words.\n\n    And more."),
     (": too many", ""),
+    ('f"{x.ndim} dimensions', 'f"{x.shape}'),
 ]
-SAME += [('f"{x.ndim} dimensions', 'f"{x.shape}')]
-OTHER = [
+OTHER = [  # edits that change the fingerprint
     ("*", "+"),
     ("2", "2.0"),
     (">", ">="),
     ("silu", "gelu"),
     ("self.scale", "self.shift"),
     ("F.", ""),
-]
-OTHER += [
     ("    return", "        return"),
     ("(self, x)", "(self, x, z=None)"),
     ("ValueError", "KeyError"),
+    ("raise ValueError(", "y = ("),
 ]
-OTHER += [("raise ValueError(", "y = (")]
 
 
-def method(directory, text):
+def load_method(directory, text):
+    """The function `method` in a file with this text."""
     (directory / "file.py").write_text(text)
     return runpy.run_path(str(directory / "file.py"))["method"]
 
 
 @pytest.mark.parametrize("old, new", SAME + OTHER)
 def test_a_fingerprint_is_of_what_a_function_says(tmp_path, old, new):
-    before = fingerprint(method(tmp_path, METHOD))
+    before = fingerprint(load_method(tmp_path, METHOD))
     text = METHOD.replace(old, new)
     assert text != METHOD
     text = text.replace(" from None", "") if new == "y = (" else text
-    assert (fingerprint(method(tmp_path, text)) == before) == ((old, new) in SAME)
+    assert (fingerprint(load_method(tmp_path, text)) == before) == ((old, new) in SAME)
 
 
 def test_a_string_in_an_expression_counts_and_an_f_string_is_one_word_on_every_python():
@@ -87,7 +84,7 @@ def test_an_installed_package_is_a_library_wherever_python_keeps_it(folder):
     assert not source.is_library(model.__file__) and not source.is_library("<ipython-input-1>")
 
 
-# --- what a call may come to ---
+# --- which code a call can reach ---
 
 HELPERS = types.ModuleType("helpers")
 HELPERS.__file__ = __file__
@@ -105,7 +102,8 @@ def doubled(self, x):
     return self.down_proj(2 * HELPERS.helper(x))
 
 
-def pieces(*starts):
+def reached_names(*starts):
+    """The names of the functions and classes that a call of these can reach."""
     search = source.Search()
     for start in starts:
         search.add(start)
@@ -115,13 +113,16 @@ def pieces(*starts):
 
 
 def test_what_an_answer_comes_from_is_found_and_nothing_else():
-    """Everything that the plain path calls: by a trace of a real call."""
-    found = pieces(Llama, Llama.generate)
-    called, small = (
-        set(),
-        {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1},
+    """A trace of a real call shows what the plain path calls: all of it must be found."""
+    found = reached_names(Llama, Llama.generate)
+    config = model.LlamaConfig(
+        vocab_size=9,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
-    net = Llama(model.LlamaConfig(**small, num_attention_heads=2))
+    net, called = Llama(config), set()
 
     def trace(frame, event, _):
         if frame.f_code.co_filename == model.__file__:
@@ -130,12 +131,14 @@ def test_what_an_answer_comes_from_is_found_and_nothing_else():
     sys.setprofile(trace)
     net.generate([[1, 2, 3]], 2, None)
     sys.setprofile(None)
-    called = {name for name in called if "<" not in name}  # comprehensions are inside what has them
+    # A comprehension is part of the function that holds it
+    called = {name for name in called if "<" not in name}
     assert len(called) > 10 and called <= found
     for name in ("Llama.loss", "Llama.save_pretrained", "adapters"):
         assert name not in found
-    assert "Llama.loss" in pieces(Llama, Llama.loss) and "RoAE.forward" in pieces(rosa.load_adapter)
-    assert not pieces(rosa.load_adapter) & {
+    assert "Llama.loss" in reached_names(Llama, Llama.loss)
+    assert "RoAE.forward" in reached_names(rosa.load_adapter)
+    assert not reached_names(rosa.load_adapter) & {
         "merge",
         "save_adapter",
         "LayerSelector",
@@ -171,7 +174,7 @@ def test_an_answer_is_of_the_code_that_classes_and_modules_hold_now(monkeypatch,
 def test_what_is_called_in_other_modules_and_constants_count(monkeypatch, value, same):
     monkeypatch.setattr(MLP, "forward", doubled)
     before = reached_code(Llama, Llama.generate)
-    assert "helper" in pieces(Llama, Llama.generate)
+    assert "helper" in reached_names(Llama, Llama.generate)
     monkeypatch.setitem(globals(), "FACTOR", value)
     assert (reached_code(Llama, Llama.generate) == before) == same
 
@@ -192,9 +195,10 @@ def test_where_there_is_no_source_the_byte_code_counts():
     def plus_one(x):
         return x + 1
 
-    code, typed = plus_one.__code__, []
+    code, typed_in_a_shell = plus_one.__code__, []
     for number in (1, 2):
         constants = tuple(number if constant == 1 else constant for constant in code.co_consts)
         in_a_shell = code.replace(co_filename="<stdin>", co_consts=constants)
-        typed.append(reached_code(types.FunctionType(in_a_shell, {})))
-    assert typed[0].keys() == typed[1].keys() == {"<stdin>"} and typed[0] != typed[1]
+        typed_in_a_shell.append(reached_code(types.FunctionType(in_a_shell, {})))
+    one, two = typed_in_a_shell
+    assert one.keys() == two.keys() == {"<stdin>"} and one != two

@@ -52,7 +52,7 @@ def edited_rope_table(positions, inv_freq):
 
 
 def edited_hidden_states(self, tokens, cache=None):
-    """With a scaled embedding."""
+    """An edit: the embedding is scaled by 5."""
     hook = self.model.embed_tokens.register_forward_hook(lambda module, inputs, x: 5 * x)
     x = hidden_states(self, tokens, cache)
     hook.remove()
@@ -68,7 +68,9 @@ def edited_generate(self, prompts, max_new_tokens, eos_id):
 
 
 ALL = {"loss", "answers", "logits"}
-EDITS = {  # what is edited: where, into what, what it changes, whether a kernel stood for it
+# What is edited -> (where it is, the edited method or function, what the edit changes, whether a
+# kernel stood in for the original)
+EDITS = {
     "RMSNorm.forward": (model.RMSNorm, edited_norm, ALL, True),
     "MLP.forward": (model.MLP, edited_mlp, ALL, True),
     "Attention.attend": (model.Attention, edited_attend, ALL, True),
@@ -81,7 +83,8 @@ EDITS = {  # what is edited: where, into what, what it changes, whether a kernel
 
 
 def results(*plain):
-    """The loss of a step, and the answers and the logits of a model with an adapter."""
+    """Run the scripts. Returns the loss of a step, and the answers and the logits of a model with
+    an adapter."""
     steps = (
         "--ckpt ckpt --max-steps 1 --max-len 200 --batch-size 2 --val-size 1 --device cpu "
         "--dtype float32 --overwrite"
@@ -111,8 +114,8 @@ def results(*plain):
 def test_an_edit_of_the_model_is_an_edit_of_training_evaluation_and_merging(
     ckpt, monkeypatch, capsys, name
 ):
-    """The default run is the plain run of the edited file; where a kernel stepped aside a line says
-    so."""
+    """The default run computes what the plain run of the edited file does. Where a kernel is no
+    longer used, a line says so."""
     monkeypatch.setitem(tasks.TOY_SIZES, "train", 5)
     unedited = Llama.from_pretrained(ckpt)
     rounding = of_model(unedited.config, 2)

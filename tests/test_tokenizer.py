@@ -1,5 +1,5 @@
-"""Statements about tokens: what a tokenizer of a checkpoint makes of a text, of a prompt and its
-response."""
+"""Statements about tokens: what the tokenizer of a checkpoint makes of a text, and of a prompt with
+its response."""
 
 import io
 import itertools
@@ -29,8 +29,6 @@ TEXTS = [
     "🙂👍🏽",
     "▁",
     "ﬁ",
-]
-TEXTS += [
     "<s>",
     "</s>",
     "<unk>",
@@ -48,7 +46,8 @@ def tiny():
 
 
 def write_sentencepiece(directory, **options):
-    """A tokenizer.model of twelve tokens; returns its bytes."""
+    """Write a tokenizer.model, of twelve tokens if the options do not say otherwise. Returns its
+    bytes."""
     model = io.BytesIO()
     options = {"vocab_size": 12, "sentence_iterator": iter(["a b c d e f"] * 9)} | options
     sentencepiece.SentencePieceTrainer.train(
@@ -59,6 +58,8 @@ def write_sentencepiece(directory, **options):
 
 
 def write_json_tokenizer(directory, template=None):
+    """Write a byte-level tokenizer.json and its tokenizer_config.json. Returns the tokenizer that
+    is read from them. `template`: what the post-processor makes of a text, such as "<bos> $A"."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer, level = (
         tokenizers.Tokenizer(tokenizers.models.BPE()),
@@ -116,9 +117,9 @@ def test_a_token_across_the_boundary_never_changes_the_prompt():
 def test_sentencepiece_encodes_and_decodes_every_text(tiny):
     for text in TEXTS:
         ids = tiny.encode(text)
-        assert not {0, 1, 2} & set(ids), text  # never a control token, whatever a user writes
+        assert not {0, 1, 2} & set(ids), text  # no user can write a control token
         if "▁" not in text:
-            # A first space is the one that would be put there
+            # encode puts a space before a text that has none; decode takes the first one away
             assert tiny.decode(ids) == text.removeprefix(" ")
     assert tiny.decode([1, *tiny.encode("seven"), 2]) == "seven"
     assert tiny.decode([*tiny.encode("seven"), 1024, 31999]) == "seven"
@@ -179,7 +180,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
 
 
 def describe(directory, **files):
-    """Writes JSON files beside a tokenizer."""
+    """Write JSON files beside a tokenizer: config={...} becomes config.json."""
     for name, value in files.items():
         (directory / f"{name}.json").write_text(json.dumps(value))
 
@@ -314,7 +315,9 @@ def test_only_tokens_that_a_text_can_produce_need_a_row_in_the_model(tmp_path, f
 
 def test_a_tokenizer_json_counts_beside_a_tokenizer_model(tmp_path):
     ids = write_json_tokenizer(tmp_path).encode("the answer")
-    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # LLaMA 3's: tiktoken's
+    (tmp_path / "tokenizer.model").write_bytes(
+        b"IQ== 0\nIg== 1\n"
+    )  # as LLaMA 3's, tiktoken's format
     assert load_tokenizer(tmp_path).encode("the answer") == ids
 
 
@@ -386,8 +389,8 @@ ADDED = ["<|im_end|>", "<think>", "<|im_start|>", "<pad>"]
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A model with a begin and an end of its own and one without, each as a tokenizer.model and a
-    tokenizer.json."""
+    """Two directories, each with the same tokenizer as a tokenizer.model and a tokenizer.json. The
+    tokenizer in models[True] has a begin-of-sequence token, the one in models[False] has none."""
     tokenizers, directories = pytest.importorskip("tokenizers"), {}
     for bos in (True, False):
         directory = directories[bos] = tmp_path_factory.mktemp("model")
@@ -431,7 +434,10 @@ def models(tmp_path_factory):
 
 
 def write_directory(directory, models, files, style, bos, end, special):
-    """A checkpoint's directory as it may lie on the Hub."""
+    """Write a checkpoint's directory as it may lie on the Hub. `style`: a key of STYLES. `bos`:
+    whether a sequence begins with <s> ("yes", "no"), or there is no such token ("none"). `end`:
+    where the end-of-sequence token is named. `special`: whether the added tokens are called
+    special."""
     import tokenizers
 
     source = models[bos != "none"]
@@ -465,7 +471,7 @@ def write_directory(directory, models, files, style, bos, end, special):
         settings["added_tokens_decoder"] = {
             i: {"content": token} | flags for token, i in added.items()
         }
-        # Then it does not count
+        # Beside added_tokens_decoder this file does not count
         (directory / "special_tokens_map.json").write_text('{"eos_token": "<unk>"}')
     else:
         (directory / "added_tokens.json").write_text(json.dumps(added))

@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import QUICK, SHORT, random_model, random_tokens, read_log, seed_torch, smooth_adamw
+from helpers import (
+    SHORT_ROSA_RUN,
+    SHORT_RUN,
+    random_model,
+    random_tokens,
+    read_log,
+    seed_torch,
+    smooth_adamw,
+)
 from rounding import assert_close, assert_no_worse, near, of_model
 
 import eval as eval_script
@@ -40,7 +48,7 @@ def adapted(out="out", dtype=torch.float32):
 
 
 def validated(model, args):
-    """The validation loss of a run's model, and what a computation of it may give."""
+    """The validation loss of a run's model, with the rounding that another computation may have."""
     _, held_out, *_ = train.load_data(args, load_tokenizer("ckpt"))
     kernels.accelerate(model)  # as in the run: in bfloat16 the plain way rounds otherwise
     return near(train.validate(model, held_out, args), **of_model(model.config))
@@ -72,7 +80,7 @@ def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step_and_sel
     ckpt, options, active, capsys
 ):
     for _ in range(1 if options else 2):  # a new run in the same place begins new logs
-        args = run(*QUICK, "--overwrite", *options.split())
+        args = run(*SHORT_ROSA_RUN, "--overwrite", *options.split())
     first, *log = read_log("out")
     assert set(first) == {"step", "val_loss"} and first["step"] == 0
     assert [record["step"] for record in log] == [1, 2, 3, 4, 5, 6]
@@ -123,8 +131,8 @@ def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step_and_sel
 def test_a_run_is_drawn_without_a_screen_where_matplotlib_is_there(
     ckpt, monkeypatch, capsys, log, probes
 ):
-    """Also one of which no step was applied, or no probe was finite."""
-    run(*QUICK)
+    """Also a run of which no step was applied, or no probe was finite."""
+    run(*SHORT_ROSA_RUN)
     if (picture := Path("out/run.png")).exists():
         assert picture.read_bytes().startswith(b"\x89PNG")
         size = len(picture.read_bytes())
@@ -157,7 +165,7 @@ def test_a_run_is_named_by_what_it_trains_on():
 
 
 def test_full_training_leaves_a_checkpoint_with_its_tokenizer(ckpt, capsys):
-    args = run(*SHORT, *"--method full --k-ratio 0.5 --lr 1e-3".split())
+    args = run(*SHORT_RUN, *"--method full --k-ratio 0.5 --lr 1e-3".split())
     first, *log = read_log("out")
     count = sum(p.numel() for p in Llama.from_pretrained("ckpt").parameters())
     assert f"trainable params: {count:,} || all params: {count:,}" in capsys.readouterr().out
@@ -175,7 +183,7 @@ def test_a_method_of_peft_runs_in_the_same_loop_and_is_read_back(ckpt):
         '{"target_modules": ["q_proj", "up_proj"], "feedforward_modules": ["up_proj"]}'
     )
     arguments = [
-        *SHORT,
+        *SHORT_RUN,
         *"--method peft:IA3 --peft-config options.json --k-ratio 0.5 --lr 1e-1".split(),
     ]
     assert train.parse_args(arguments).out == Path("runs/ckpt-toy-peft-IA3")
@@ -195,18 +203,21 @@ def test_dropout_acts_in_training_alone(ckpt):
     first = []
     for dropout in (0.0, 0.9):
         Path("options.json").write_text(json.dumps({"lora_dropout": dropout}))
-        run(*SHORT, *"--method peft:LORA --peft-config options.json --lr 1e-2 --overwrite".split())
+        run(
+            *SHORT_RUN,
+            *"--method peft:LORA --peft-config options.json --lr 1e-2 --overwrite".split(),
+        )
         first.append([record.get("val_loss") or record["loss"] for record in read_log("out")])
-    # Step 0, step 1 (B is zero), step 2
+    # Dropout shows in the second step only: in the first B is still zero
     assert first[0][:2] == first[1][:2] and first[0][2] != first[1][2]
     model = adapters.load_adapter(Llama.from_pretrained("ckpt"), "out")
     assert read_log("out")[-1]["val_loss"] == validated(
-        model, train.parse_args([*SHORT, "--method", "lora"])
+        model, train.parse_args([*SHORT_RUN, "--method", "lora"])
     )
 
 
 def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
-    """Uphill from the fourth step on."""
+    """From the fourth step on the loss is climbed, not descended."""
     loss, before, steps = Llama.loss, rosa.LayerSelector.before_forward, []
 
     def before_forward(self, step):
@@ -218,7 +229,7 @@ def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
 
     monkeypatch.setattr(rosa.LayerSelector, "before_forward", before_forward)
     monkeypatch.setattr(Llama, "loss", climbing)
-    args = run(*QUICK, "--max-steps", 7, "--eval-every", 1)
+    args = run(*SHORT_ROSA_RUN, "--max-steps", 7, "--eval-every", 1)
     losses = [record["val_loss"] for record in read_log("out")]
     assert min(losses) == min(losses[1:5]) < losses[-1] and min(losses) == validated(
         adapted(), args
@@ -230,7 +241,7 @@ def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
 
 @pytest.mark.slow
 def test_plain_formulas_and_the_default_are_the_same_run(monkeypatch, tmp_path):
-    """In bfloat16 each is as near to float32 as the other."""
+    """In bfloat16 the losses of either run are as near to those in float32 as the other's."""
     logs = {}
     for options in (
         "--dtype float32",
@@ -273,7 +284,7 @@ def test_a_step_is_seeded_by_its_number_for_the_selection_and_by_the_rank_too_fo
     recorded(rosa.LayerSelector, "before_forward", "selection")
     recorded(Llama, "loss", "forward")
     monkeypatch.setattr(train, "processes", lambda: (rank, 1))
-    run(*QUICK, "--max-steps", 3, "--seed", 50)
+    run(*SHORT_ROSA_RUN, "--max-steps", 3, "--seed", 50)
     steps = [[50 + step, "selection", 50 + step + 3 * rank, "forward"] for step in range(3)]
     assert calls == [50, *sum(steps, [])]
 
@@ -298,7 +309,7 @@ def test_alpha_follows_the_rank_and_the_learning_rate_the_method():
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(ckpt):
     run(
-        *QUICK,
+        *SHORT_ROSA_RUN,
         "--max-steps",
         40,
         "--batch-size",
@@ -322,13 +333,13 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(ckpt):
 def test_micro_batches_change_nothing_but_memory(ckpt, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())
     for size in (2, 8):
-        run(*QUICK, "--micro-batch-size", size, out=f"out{size}")
+        run(*SHORT_ROSA_RUN, "--micro-batch-size", size, out=f"out{size}")
     same_to_rounding(read_log("out2"), read_log("out8"), 6)
 
 
 def test_the_seed_decides_everything(ckpt):
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(*QUICK, "--max-steps", 3, "--seed", seed, out=out)
+        run(*SHORT_ROSA_RUN, "--max-steps", 3, "--seed", seed, out=out)
     assert saved("a") == saved("b") != saved("c")
 
 
@@ -343,7 +354,7 @@ def test_gradients_are_clipped_to_norm_1(ckpt, monkeypatch):
         return norm
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
-    run(*QUICK, "--alpha", 10000)
+    run(*SHORT_ROSA_RUN, "--alpha", 10000)
     assert len(norms) == 6 and max(norms) == near(1, length=10**4)  # numbers
 
 
@@ -369,7 +380,7 @@ def test_only_the_response_and_its_end_are_labelled():
 
 def test_held_out_examples_are_not_trained_on(ckpt):
     examples, held_out, *_ = train.load_data(
-        train.parse_args([*map(str, QUICK)]), load_tokenizer("ckpt")
+        train.parse_args([*map(str, SHORT_ROSA_RUN)]), load_tokenizer("ckpt")
     )
     assert (len(examples), len(held_out)) == (80, 20)
     assert not {tuple(prompt) for prompt, _ in examples} & {tuple(prompt) for prompt, _ in held_out}
@@ -392,16 +403,16 @@ def test_examples_with_an_empty_field_are_left_out_when_asked_to(ckpt, capsys):
     with pytest.raises(
         ValueError, match="'output' is empty in 2 records, the first is record 3: .* --skip-empty"
     ):
-        run(*QUICK, "--train-file", "data.json")
-    run(*QUICK, "--train-file", "data.json", "--skip-empty", "--max-steps", 1)
+        run(*SHORT_ROSA_RUN, "--train-file", "data.json")
+    run(*SHORT_ROSA_RUN, "--train-file", "data.json", "--skip-empty", "--max-steps", 1)
     assert "18 examples" in capsys.readouterr().out
 
 
 def test_a_run_in_which_nothing_improved_says_so(ckpt, monkeypatch, capsys):
-    run(*QUICK, "--max-steps", 3, out="better")
+    run(*SHORT_ROSA_RUN, "--max-steps", 3, out="better")
     assert "nothing improved" not in capsys.readouterr().out
     monkeypatch.setattr(train, "validate", lambda *_: 5.0)
-    run(*QUICK, "--max-steps", 3)
+    run(*SHORT_ROSA_RUN, "--max-steps", 3)
     assert (
         "nothing improved on the loss before training: the adapter kept is the untrained"
         in capsys.readouterr().out
@@ -413,7 +424,7 @@ def test_examples_that_are_too_long_are_counted_not_cut(ckpt, capsys):
     for example in examples[:7]:
         example["output"] = "seven " * 300
     Path("data.json").write_text(json.dumps(examples))
-    run(*QUICK, "--train-file", "data.json", "--max-steps", 1)
+    run(*SHORT_ROSA_RUN, "--train-file", "data.json", "--max-steps", 1)
     assert "7 longer than 200 tokens left out" in capsys.readouterr().out
 
 
@@ -431,7 +442,7 @@ RECOMPUTED = (
 @pytest.mark.parametrize("options", RECOMPUTED)
 def test_recomputed_activations_change_not_a_bit(ckpt, options):
     options = [
-        *SHORT,
+        *SHORT_RUN,
         *([] if "full" in options else ["--rank", 4, "--lr", 1e-2]),
         *options.split(),
     ]
@@ -449,7 +460,7 @@ def test_recomputed_activations_do_not_grow_with_depth(recomputed):
     counts = []
     for layers in (2, 6):
         model = rosa.attach(random_model(num_hidden_layers=layers), rank=4)
-        # Else layer 0, whose input asks for no gradient, keeps its own
+        # Otherwise layer 0 would keep its activations, since its input requires no gradient
         model.model.embed_tokens.requires_grad_(True)
         kernels.accelerate(model)
         if recomputed:
@@ -465,8 +476,8 @@ def test_recomputed_activations_do_not_grow_with_depth(recomputed):
 
 @pytest.mark.slow
 def test_compiled_layers_compute_the_same(ckpt, monkeypatch):
-    """Traced and differentiated as torch.compile does, but without a C++ compiler's minute:
-    bench_train.py has that."""
+    """The layers are traced and differentiated as torch.compile does it, but not compiled to C++,
+    which takes a minute: bench_train.py does that."""
     random_model(vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256).save_pretrained(
         "ckpt"
     )
@@ -479,7 +490,7 @@ def test_compiled_layers_compute_the_same(ckpt, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())
     monkeypatch.setattr(torch, "compile", compile)
     for out, more in (("plain", []), ("compiled", ["--compile"])):
-        run(*QUICK, "--checkpoint-activations", "--max-steps", 3, *more, out=out)
+        run(*SHORT_ROSA_RUN, "--checkpoint-activations", "--max-steps", 3, *more, out=out)
     assert len(compiled) == 1 + 2  # whether anything can be compiled here, and the layers
     same_to_rounding(read_log("compiled"), read_log("plain"), 3)
 
@@ -487,7 +498,7 @@ def test_compiled_layers_compute_the_same(ckpt, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_model_has_the_same_gradients(dtype):
-    """And is compiled once, whatever the sizes of the batches that follow."""
+    """And it is compiled once, whatever the sizes of later batches."""
     seed_torch(0)
     plain = rosa.attach(random_model(num_hidden_layers=1, dtype=dtype), rank=4)
     for adapter in rosa.adapters(plain).values():
@@ -520,7 +531,7 @@ def test_a_compiled_model_has_the_same_gradients(dtype):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_the_compiler_takes_the_fast_matrix_product(tmp_path, monkeypatch):
-    """The whole way to machine code, which the two tests above leave out."""
+    """Compiles to machine code, which the two tests above do not."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     kernels.Operators.look_up()
     inputs = [torch.randn(*shape, requires_grad=True) for shape in ((3, 5, 16), (8, 16), (8,))]
@@ -533,7 +544,7 @@ def test_the_compiler_takes_the_fast_matrix_product(tmp_path, monkeypatch):
 
 def test_where_nothing_can_be_compiled_a_line_says_so(ckpt, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function: lambda x: 1 / 0)
-    run(*QUICK, "--compile")
+    run(*SHORT_ROSA_RUN, "--compile")
     assert (
         "compile    nothing can be compiled here (division by zero): going on without\n"
         in capsys.readouterr().out

@@ -39,7 +39,7 @@ def rope(theta):
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
 
 
-FAMILIES = {  # what tells their configs apart, the sizes aside
+FAMILIES = {  # name -> (model_type, the fields of the config that make the family, sizes aside)
     "LLaMA 2": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "LLaMA 3": (
         "llama",
@@ -64,8 +64,8 @@ FAMILIES = {  # what tells their configs apart, the sizes aside
 
 @pytest.fixture(params=FAMILIES)
 def theirs(request):
-    """A random model of transformers' own of each family, every part of it large enough to
-    matter."""
+    """A random model that transformers has made, one of each family. Its weights are so large that
+    every part of the model matters."""
     family, changes = FAMILIES[request.param]
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(family, **SMALL | changes)
@@ -108,8 +108,8 @@ def test_every_family_comes_in_and_goes_out(tmp_path, theirs):
         assert again.config.sliding_window == theirs.config.sliding_window
 
 
-AS_STORED = [  # changes of config.json that another program has made
-    {"tie_word_embeddings": True},  # beside another lm_head
+AS_STORED = [  # changes of config.json, as other programs write it
+    {"tie_word_embeddings": True},  # though the file holds an lm_head of its own
     {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         "rope_scaling": {"type": "linear", "factor": 4.0},
@@ -186,7 +186,7 @@ RANGES = [(1, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000,
 
 
 def strings(count=2000):
-    """Texts made to hurt."""
+    """Texts that are hard to tokenize."""
     rng, parts = random.Random(0), [part.replace("¦", "|") for part in PARTS.split("|")]
     texts = [
         "",
@@ -200,8 +200,8 @@ def strings(count=2000):
 
 
 def write_tokenizer(directory, model, **config):
-    """A directory as it lies on the Hub: tokenizer.model, the tokenizer.json made of it (merges in
-    the order of the pieces' scores), tokenizer_config.json."""
+    """Write a directory as it lies on the Hub: tokenizer.model, tokenizer_config.json, and a
+    tokenizer.json made of tokenizer.model, with merges in the order of the pieces' scores."""
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
     from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
@@ -262,8 +262,8 @@ def test_sentencepiece_ids_are_those_of_transformers(tmp_path):
         *sorted((DATA / directory / "data").glob("*.model*")),
     ):
         assert_same_ids(write_tokenizer(tmp_path / model.name, model))
-        # Of a tokenizer.model alone theirs merges in the order of ids, which is not that of scores
-        # in every model.
+        # From a tokenizer.model alone transformers makes merges in the order of ids. In some models
+        # this is not the order of scores.
         (tmp_path / "alone").mkdir(exist_ok=True)
         (tmp_path / "alone" / "tokenizer.model").write_bytes(model.read_bytes())
         assert_same_ids(tmp_path / model.name, load_tokenizer(tmp_path / "alone"))
@@ -307,11 +307,13 @@ def test_our_adapters_go_out(tmp_path, theirs, ratio, targets):
         named = peft.AutoPeftModelForCausalLM.from_pretrained(
             tmp_path / "adapter", dtype=torch.float32
         )
-        assert_close(named.eval()(tokens).logits, model(tokens))  # it has found its base by name
+        # peft has found the base model by its name
+        assert_close(named.eval()(tokens).logits, model(tokens))
 
 
 def their_adapter(theirs, directory, dtype=torch.float32, **options):
-    """An adapter of PEFT's, as if trained, saved in this dtype. Returns the adapted model."""
+    """Save an adapter that PEFT has made, with random weights as if it had been trained, in this
+    dtype. Returns the adapted model."""
     peft = pytest.importorskip("peft")
     modules = [module.split(".")[1] for module in rosa.TARGETS.values()]
     options = {"r": 3, "lora_alpha": 7, "target_modules": modules, "lora_dropout": 0.1} | options
@@ -344,7 +346,7 @@ def test_their_adapters_come_in(tmp_path, theirs, options):
     )
     with torch.inference_mode():
         assert_close(model(tokens), adapted(tokens).logits)
-        # And out again: rsLoRA's scaling is in alpha now
+        # Saved again, the adapter is a plain LoRA: the scaling of rsLoRA is part of alpha now
         rosa.save_adapter(model, tmp_path / "again")
         again = rosa.load_adapter(Llama.from_pretrained(tmp_path / "base"), tmp_path / "again")
         assert torch.equal(again(tokens), model(tokens))  # the same operations on the same values

@@ -17,7 +17,7 @@ import tempfile
 import time
 
 import torch
-from common import matmul_rate, parse_args, peak_mib, print_table  # beside this file
+from common import matmul_rate, parse_args, peak_mib, print_table  # common.py is beside this file
 from torch.nn.utils.rnn import pad_sequence
 
 import eval as eval_script
@@ -59,7 +59,7 @@ def encoded_prompts(args):
 
 
 def ours(args):
-    """Long prompts first, as in `eval.py`."""
+    """Generate with `extras.inference`, long prompts first, as `eval.py` does."""
     model = Llama.from_pretrained(args.ckpt, args.device, getattr(torch, args.dtype))
     ids, rate = (
         sorted(encoded_prompts(args), key=len, reverse=True),
@@ -78,8 +78,8 @@ def ours(args):
 
 
 def ours_eval(args):
-    """`eval.py` on the same questions, as if they were the toy task's: tokens/s from what it
-    shows."""
+    """Run `eval.py` on the same questions, as if they were those of the toy task. tokens/s is the
+    number that its progress bar shows."""
     tasks.test_examples = lambda *_: load_examples(args)
     options = {
         "--ckpt": args.ckpt,

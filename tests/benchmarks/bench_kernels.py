@@ -4,16 +4,17 @@ with all of them.
     python tests/benchmarks/bench_kernels.py --ckpt checkpoints/smollm2-135m \\
         --train-file data.json [--rounds 5]
 
-Train: forward and backward pass of --steps batches, adapters of RoSA at their defaults in every
-layer. Saved: what autograd keeps of these forward passes for the backward pass, exactly; each
-storage counts once, the model's weights not. Generation: `extras.inference.generate` of
---max-new-tokens tokens after each of --prompts prompts, with the adapters merged in float32 and
-beside the weights in bfloat16, as in `eval.py`. The cases - all kernels, all but one, none - have
-each done the same before. Where a kernel cannot be used here as many are in use without it."""
+Train: the forward and backward pass of --steps batches, with adapters of RoSA at their defaults in
+every layer. Saved: what autograd keeps of these forward passes for the backward pass, exactly; each
+storage counts once, the weights of the model do not count. Generation: `extras.inference.generate`
+of --max-new-tokens tokens after each of --prompts prompts; in float32 the adapters are merged, in
+bfloat16 they stay beside the weights, as in `eval.py`. The rows are all kernels, all but one of
+them, and none. Where a kernel cannot be used on this machine, its row has as many kernels in use as
+the first."""
 
 import torch
 
-# Beside this file
+# common.py is beside this file
 from common import encoded_examples, parse_args, print_table, saved_bytes, timer_of
 
 import rosa
@@ -35,7 +36,7 @@ def main():
     }
     where = {"dtype": "float32,bfloat16", "device": "cpu"}
     args = parse_args(__doc__, None, ckpt="data/tiny", train_file="", **where, **sizes)
-    # Prints which cannot be used at all, and why
+    # This prints which kernels cannot be used on this machine, and why
     kernels.accelerate(rosa.attach(load_model(args.ckpt)))
     rows = [ALL, *(f"without {kernel.stands_for}" for kernel in kernels.KERNELS), NONE]
     ratios = {
@@ -81,7 +82,8 @@ def measure(args, case):
 
 
 def build(args, for_inference=False):
-    """(a model with adapters as if trained, the names of its kernels)"""
+    """A model whose adapters are random, as if they had been trained, and the names of the kernels
+    in use."""
     model = rosa.attach(load_model(args.ckpt, args.device, getattr(torch, args.dtype)))
     for adapter in rosa.adapters(model).values():
         torch.nn.init.normal_(adapter.B, std=0.01)

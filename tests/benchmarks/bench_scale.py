@@ -21,7 +21,7 @@ import timeit
 from functools import partial
 from pathlib import Path
 
-import bench_generate  # beside this file
+import bench_generate  # it and bench_train.py are beside this file
 import bench_train
 import torch
 from common import ROOT, in_own_process, parse_args, peak_mib, print_table, timer_of
@@ -32,20 +32,20 @@ from extras.checkpoints import load_model
 from extras.kernels import accelerate
 from model import Llama, LlamaConfig
 
-# vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
-# num_key_value_heads
+# size -> (vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
+# num_key_value_heads)
 SHAPES = {
     "135M": (49152, 576, 1536, 30, 9, 3),
     "360M": (49152, 960, 2560, 32, 15, 5),
     "1.7B": (49152, 2048, 8192, 24, 32, 32),
     "7B": (32000, 4096, 11008, 32, 32, 32),
 }
-CPU_ROWS = "RoSA --checkpoint-activations"  # of bench_train.py
+# Rows of bench_train.py
+CPU_ROWS = "RoSA --checkpoint-activations"
 GPU_ROWS = (
     "transformers + peft LoRA; RoSA; RoSA, one batch at a time; RoSA --compile, one batch "
-    "at a time; "
+    "at a time; LoRA, all linears, rank 24"
 )
-GPU_ROWS += "LoRA, all linears, rank 24"
 POINTS = [f"135M: 1 x {length}" for length in (128, 256, 512, 1024, 2048, 4096)]
 POINTS += [f"135M: {batch} x 128" for batch in (2, 4, 8, 16, 32)]
 POINTS += [f"{size}: 1 x 128" for size in ("360M", "1.7B", "7B")]
@@ -69,10 +69,10 @@ def meta_model(size):
 
 
 def fill(module, dtype, device):
-    """Give a module without memory random weights, on the device at once."""
+    """Give a module on the meta device memory on another device, and random weights."""
     module.to(dtype).to_empty(device=device)
     for parameter in module.parameters():
-        # Norms: 1
+        # The weights of norms, vectors, are 1
         parameter.data.fill_(1.0) if parameter.ndim == 1 else parameter.data.normal_(std=0.02)
     return module
 
@@ -128,7 +128,8 @@ def seven_b(ckpt, device):
 
 
 def write_checkpoint(directory):
-    """Random, a file a layer, with an index: never more than a layer in memory."""
+    """Write a random checkpoint, with an index and one file for each layer, so that no more than
+    one layer is in memory."""
     model, weight_map = meta_model("7B"), {}
     (directory / "config.json").write_text(json.dumps(vars(model.config)))
     shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", directory)
@@ -147,7 +148,7 @@ def write_checkpoint(directory):
 
 
 def write_examples(file, numbers):
-    """128 examples, of 41 tokens and 4 for every number that they count."""
+    """Write 128 examples. Each has 41 tokens, and 4 more for every number that it counts."""
     texts = [" ".join(map(str, range(i, i + numbers))) for i in range(100, 228)]
     records = [
         {"instruction": f"Count from {text[:3]}.", "output": text, "answer": text[-3:]}

@@ -21,7 +21,7 @@ import tempfile
 
 import torch
 
-# Beside this file
+# common.py is beside this file
 from common import encoded_examples, matmul_rate, parse_args, peak_mib, print_table, saved_bytes
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.benchmark import timer
@@ -32,8 +32,9 @@ from extras import runs
 from extras.checkpoints import load_model
 
 PEER = "transformers + peft LoRA"
-WARM_UP = 3  # steps: the probe, and what is compiled
-# What a row says -> options of train.py, which has at most a whole batch in a forward pass
+WARM_UP = 3  # steps that are not measured: the probe of all layers, and compilation
+# The name of a row -> options of train.py. A micro-batch is a whole batch at most, so that 1000
+# stands for the whole batch
 ROWS = {
     PEER: None,
     "RoSA": "",
@@ -50,8 +51,8 @@ RATIOS = {
     "tokens/s / RoSA without DLS": ("tokens/s", "RoSA without DLS"),
     "peak / peer": ("peak MiB", PEER),
 }
-# An operation counts as the first kind of whose words its name holds one: the last takes all that
-# remain
+# An operation belongs to the first kind of which a word is in its name. The last kind takes all
+# operations that remain
 KINDS = {
     "attention": (
         "scaled_dot_product",
@@ -90,7 +91,7 @@ def measure(args, row):
         return measure_peer(args)
     if row == "RoSA, upper half active":
         rosa.LayerSelector = UpperHalf
-    # Loaded here, to be looked at afterwards
+    # The model is loaded here, and not by train.py, because it is measured after the run too
     model = load_model(args.ckpt, args.device, getattr(torch, args.dtype))
     train.load_model = lambda *_, **__: model
     options = {
@@ -123,7 +124,7 @@ def measure(args, row):
 
 
 class UpperHalf(rosa.LayerSelector):
-    """The upper layers are active, whatever the probe says."""
+    """A selector in which the upper layers are active, whatever the probe says."""
 
     def activate(self, layers):
         upper = range(len(self.parameters))[-self.count :]
@@ -143,7 +144,7 @@ def floor_flops(args, model, step):
         / layers
     )
     length = step["tokens"] / args.batch_size
-    # QK^T and PV over half a square
+    # Q K^T and P V, which causal attention computes for half of the square
     attention = 2 * length * config.num_attention_heads * config.head_dim
     below, active = layers - min(step["active_layers"]), len(step["active_layers"])
     forward = layers * (2 * weights + attention + 2 * adapters)

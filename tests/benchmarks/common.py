@@ -1,6 +1,7 @@
-"""What the benchmarks share: options, processes, and the table. Each measurement is a process of
-its own; the rows of a table take turns, round after round; it shows medians over the rounds, for
-ratios the median of those within a round."""
+"""What the benchmarks share: options, processes, and the table.
+
+Each measurement runs in a new process. The rows of a table take turns, round after round. The table
+shows medians over the rounds; a ratio is computed within each round, and its median is shown."""
 
 import argparse
 import multiprocessing
@@ -22,7 +23,8 @@ from extras.operators import Operators, linear  # noqa: E402
 
 
 def parse_args(documentation, arguments, **defaults):
-    """The options of a benchmark, one for each default; False: one that takes no value."""
+    """Parse the options of a benchmark. Each default stands for an option; a default of False
+    stands for an option that takes no value."""
     parser = argparse.ArgumentParser(description=documentation.split("\n")[0])
     for name, default in defaults.items():
         kind = (
@@ -35,9 +37,9 @@ def parse_args(documentation, arguments, **defaults):
 
 
 def print_table(args, rows, measure, ratios):
-    """measure(args, row) returns {heading: number}, of which one row may have other ones than
-    another. ratios: further headings -> (the heading of a number, the row whose number it is
-    divided by)."""
+    """Measure each row and print the table. measure(args, row) returns {heading: number}; the rows
+    may have different headings. ratios: further headings -> (the heading of a number, the row by
+    whose number it is divided)."""
     headings = []
     for dtype in args.dtype.split(","):
         args.dtype = dtype
@@ -56,7 +58,8 @@ def print_table(args, rows, measure, ratios):
 
 
 def cell(rounds, row, heading, base=None):
-    """Empty where there is no such number, or no such row to divide it by."""
+    """The text of one cell. It is empty where the row has no such number, or where the row that it
+    would be divided by was not measured."""
     if heading not in rounds[0][row] or base not in (None, *rounds[0]):
         return ""
     numbers = [
@@ -67,7 +70,8 @@ def cell(rounds, row, heading, base=None):
 
 
 def in_own_process(function, *arguments, **options):
-    """What function(*arguments, **options) returns, or raises. What it prints is not shown."""
+    """Call function(*arguments, **options) in a new process. Returns what the call returns, or
+    raises what it raises. What it prints is not shown."""
     with ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn"), initializer=silence
     ) as executor:
@@ -75,7 +79,7 @@ def in_own_process(function, *arguments, **options):
 
 
 def silence():
-    for descriptor in (1, 2):  # of C++ too
+    for descriptor in (1, 2):  # replacing these silences what C++ prints too
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
@@ -83,21 +87,21 @@ def silence():
 
 
 def timer_of(call):
-    """torch's own timer of call(), which calls it twice before, and waits for a GPU."""
+    """torch's timer of call(). It calls call() twice before it measures, and waits for a GPU."""
     return Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
 
 
 def peak_mib(device):
-    """The allocator's peak on a GPU, on a CPU the process's peak resident set, which Linux gives in
-    KiB."""
+    """On a GPU the peak of the allocator, on a CPU the peak resident set of the process. Linux
+    gives the resident set in KiB."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def matmul_rate(dtype, device):
-    """FLOP/s of the kernel of linear layers: 1,024 tokens, 1,536 x 576 weights; on a GPU 8,192 and
-    4,096 x 4,096."""
+    """The FLOP/s that the kernel of linear layers reaches: on a CPU with 1,024 tokens and 1,536 x
+    576 weights, on a GPU with 8,192 tokens and 4,096 x 4,096 weights."""
     Operators.look_up()
     rows, wide, out = (1024, 576, 1536) if device == "cpu" else (8192, 4096, 4096)
     x, w = (torch.randn(n, wide, dtype=getattr(torch, dtype), device=device) for n in (rows, out))
@@ -111,8 +115,8 @@ def matmul_rate(dtype, device):
 
 
 def saved_bytes(model, tokens, labels):
-    """What autograd saves of model.loss for the backward pass: each storage counts once, the
-    model's own not at all."""
+    """How many bytes autograd saves of model.loss for the backward pass. Each storage counts once,
+    the weights of the model do not count."""
     weights, sizes = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def note(tensor):
@@ -126,8 +130,8 @@ def saved_bytes(model, tokens, labels):
 
 
 def encoded_examples(args):
-    """(prompt ids, response ids) of the examples in --train-file, or of the toy task, that
-    --max-len admits."""
+    """The examples in --train-file, or of the toy task, that are no longer than --max-len, as
+    (prompt ids, response ids)."""
     tokenizer = load_tokenizer(args.ckpt)
     pairs = [
         tasks.encode_example(example, tokenizer)

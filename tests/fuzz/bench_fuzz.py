@@ -1,5 +1,6 @@
-"""Mutated files by the thousand, refused in a line or read rightly: python tests/fuzz/bench_fuzz.py
-[CASES [SEED]]"""
+"""Mutate files by the thousand: each must be refused in a line or read rightly.
+
+python tests/fuzz/bench_fuzz.py [CASES [SEED]]"""
 
 import sys
 import tempfile

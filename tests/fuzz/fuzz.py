@@ -1,11 +1,11 @@
 """A fuzzer of everything that is read: config.json, an index, a safetensors header, an adapter,
 data files.
 
-A case flips, cuts and inserts bytes in one good file, or puts another value into its JSON, and has
-it read as the scripts read it. What follows is either a refusal, a UserError with a message for one
-line, or a result that an independent reading of the same bytes, by json and NumPy, gives too;
-within 5 seconds and 200 MB. The seed and its number alone decide a case: `python
-tests/fuzz/bench_fuzz.py`."""
+A case flips, cuts and inserts bytes in one good file, or puts another value into its JSON. Then the
+file is read as the scripts read it. Either it is refused, by a UserError whose message is one line,
+or the result is what json and NumPy, independently, read in the same bytes; and this takes at most
+5 seconds and 200 MB. The seed and the number of a case decide it, so that it can be repeated.
+`python tests/fuzz/bench_fuzz.py` runs thousands of cases."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ from extras.checkpoints import load_model
 from extras.commands import one_line
 
 TOKENS = [3, 1, 4, 1, 5]
-SECONDS, BYTES = 5, 200 * 2**20  # of one case, at most
+SECONDS, BYTES = 5, 200 * 2**20  # the most that one case may take
 MODEL = {"num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "head_dim": 8}
 PIECES = [b"9" * 30, b"9" * 5000, b"[" * 2000, b"\xff", b"\0", b"\n", b"\\ud800", b"\xe2\x80\xa8"]
 PIECES += b'- 0 1e999 NaN -Infinity null true {} [] "" " \\ { } , : ../ /'.split()
@@ -73,7 +73,7 @@ def mutated(rng, content, part):
             rng, header["__metadata__"]["rosa"].encode()
         ).decode(errors="replace")
         text = json.dumps(header).encode()
-    elif rng.random() < 0.3:  # the length too, or a length that is no longer right
+    elif rng.random() < 0.3:  # change the 8 bytes of the length too, or leave a wrong length there
         return changed_bytes(rng, content[: 8 + size]) + data
     else:
         text = change(rng, text)
@@ -81,8 +81,8 @@ def mutated(rng, content, part):
 
 
 def changed_values(rng, content):
-    """JSON, or lines of it, with another value in one place, or with a key less or by another
-    name."""
+    """Change one place in a JSON text, or in one of its lines: put another value there, take a key
+    away, or give a key another name."""
     lines = content.split(b"\n") if content.count(b"\n{") > 2 else [content]
     at = rng.randrange(len(lines))
     value = holder = {"": json.loads(lines[at] or b"0")}
@@ -116,7 +116,8 @@ def changed_bytes(rng, content):
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         at, count = rng.randrange(len(content) or 1), rng.choice((1, 1, 2, 5, 20))
         digits = [i for i, byte in enumerate(content) if chr(byte).isdigit()]
-        if digits and rng.random() < 0.2:  # what stays JSON is what may be read wrongly
+        # A changed digit leaves the file valid JSON, which may be accepted and read wrongly
+        if digits and rng.random() < 0.2:
             content[rng.choice(digits)] = rng.choice(b"0123456789")
         else:
             new = rng.choice(
@@ -165,15 +166,15 @@ def write_good_files(directory):
 
 
 def tensors_of(content):
-    """name -> float64 array of every tensor in a safetensors file's bytes, read by json and
-    NumPy."""
+    """The tensors in the bytes of a safetensors file, read by json and NumPy: name -> float64
+    array."""
     (size,) = struct.unpack("<Q", content[:8])
     header, data = json.loads(content[8 : 8 + size]), content[8 + size :]
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         raw = data[entry["data_offsets"][0] : entry["data_offsets"][1]]
-        if entry["dtype"] == "BF16":  # the upper half of a float32
+        if entry["dtype"] == "BF16":  # two bytes: the upper half of a float32
             values = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
         else:
             values = np.frombuffer(raw, {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[entry["dtype"]])
@@ -191,8 +192,8 @@ def check_equal(model, expected, what):
 
 
 def read_config(directory, content):
-    """The fields are those that json reads, and the model computes what the NumPy reference
-    computes with them."""
+    """Read config.json. The fields are those that json reads, and the model computes what the NumPy
+    reference computes with them."""
     model = load_model(directory / "ckpt")
     raw, config = json.loads(content.decode("utf-8")), model.config
     for name in {*vars(config)} - {
@@ -217,7 +218,8 @@ def read_config(directory, content):
 
 
 def read_weights(directory, content):
-    """Every tensor holds what NumPy reads at its offsets, copied or mapped."""
+    """Read model.safetensors. Every tensor holds what NumPy reads at its offsets, whether the file
+    is copied into memory or mapped."""
     for mapped in (False, True):
         check_equal(
             load_model(directory / "ckpt", mapped=mapped), tensors_of(content), "model.safetensors"
@@ -225,7 +227,8 @@ def read_weights(directory, content):
 
 
 def read_index(directory, content):
-    """Every tensor holds what its shard holds, by the index where that names one."""
+    """Read the index. No shard lies outside the directory, and every tensor holds what its shard
+    holds."""
     sharded, expected = directory / "sharded", {}
     model = load_model(sharded)
     for file in set(json.loads(content)["weight_map"].values()):
@@ -235,8 +238,8 @@ def read_index(directory, content):
 
 
 def read_adapter(directory, content):
-    """The model's updates are alpha / rank * B A, of the tensors that NumPy reads, whatever the
-    metadata says."""
+    """Read the adapter. Whatever its metadata says, the update of each weight is alpha / rank * B
+    A, with the A and B that NumPy reads."""
     model = adapters.load_adapter(random_model(**MODEL), directory / "adapter")
     config = json.loads((directory / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = tensors_of((directory / "adapter" / "adapter_model.safetensors").read_bytes())
@@ -270,7 +273,7 @@ def read_test_set(directory, content):
 
 
 def check_examples(examples, content, needed):
-    """The examples are the records that json reads, an array or one a line."""
+    """The examples are the records that json reads, in an array or one on each line."""
     text = content.decode("utf-8").removeprefix("\ufeff").lstrip()
     lines = [line for line in text.split("\n") if line.strip()]
     records = json.loads(text if text[0] == "[" else f"[{','.join(lines)}]")
@@ -292,7 +295,7 @@ def check_examples(examples, content, needed):
         tasks.prompt_text(example).encode()
 
 
-KINDS = {  # kind -> the file, what reads and verifies it, the part of it that is fuzzed
+KINDS = {  # kind -> (file, function that reads and checks it, part of the file that is changed)
     "config.json": ("ckpt/config.json", read_config, "all"),
     "index": ("sharded/model.safetensors.index.json", read_index, "all"),
     "safetensors header": ("ckpt/model.safetensors", read_weights, "header"),
@@ -305,8 +308,8 @@ KINDS = {  # kind -> the file, what reads and verifies it, the part of it that i
 
 
 def run(cases, seed, directory):
-    """Read the cases, numbers, in a directory that is empty at first. Returns kind -> counts.
-    Raises for an outcome that is neither a clean refusal nor right."""
+    """Run the cases with these numbers, in a directory that is empty at first. Returns kind ->
+    counts. Raises where a file is neither refused cleanly nor read rightly."""
     write_good_files(directory)
     contents = {kind: (directory / file).read_bytes() for kind, (file, _, _) in KINDS.items()}
     for kind, (file, read, _) in KINDS.items():
@@ -347,10 +350,12 @@ def too_long(*_):
 
 
 def outcome(read, directory, content, file):
-    """Of a file: "refused" or "accepted"; raises whatever else came of it."""
+    """Read a file. Returns "refused" or "accepted"; raises where the file is read wrongly, or not
+    refused cleanly."""
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-            warnings.simplefilter("error")  # a warning is a line on stderr that nobody meant
+            # A warning would be a line on stderr that nobody meant to print
+            warnings.simplefilter("error")
             read(directory, content)
     except UserError as error:
         line = one_line(error)
