@@ -11,17 +11,20 @@ from pathlib import Path
 from data.errors import UserError
 from extras.checkpoints import find_checkpoint, read_json
 from extras.commands import command_parser, run_script
-from extras.predictions import (
+from extras.predictions import read_lines
+from extras.records import (
     adapter_hash,
     checkpoint_hash,
+    code_of_the_method,
+    edited_since,
     is_by_other_code,
-    read_lines,
+    read_log,
     stored_results,
+    trained_on,
 )
-from extras.runs import code_of_the_method, edited_since, read_log, trained_on
 
 ABSENT = "–"
-SETTINGS = (
+ARGUMENTS = (
     "targets",
     "rank",
     "alpha",
@@ -49,10 +52,11 @@ def row_of(run):
         raise UserError(
             f"{run} is no run directory: it has no args.json, results.json or losses.json"
         )
-    settings = [
-        f"{name.replace('_', ' ')} {short(options[name])}" for name in SETTINGS if name in options
-    ]
-    row = {"run": run.name, "method": ", ".join([options.get("method", "base"), *settings])}
+    method = [options.get("method", "base")]
+    for name in ARGUMENTS:
+        if name in options:
+            method.append(f"{name.replace('_', ' ')} {short(options[name])}")
+    row = {"run": run.name, "method": ", ".join(method)}
     log = read_log(run / "log.jsonl")
     if log and options:
         row["model"] = Path(options["ckpt"]).name

@@ -1,5 +1,5 @@
-"""What a run of train.py leaves on disk: whole files, logs, the best adapter, the state to resume
-from; signals.
+"""A run of train.py: its directory with the best adapter, its logs, the state to resume from;
+signals.
 A run killed at any moment and resumed ends in the same bytes as one that never was.
 Without it: rosa.save_adapter(model, directory) after the last step.
 """
@@ -24,13 +24,25 @@ from extras import adapters
 from extras.checkpoints import copy_companions, read_json, stored_tensors
 from extras.commands import Stop
 from extras.distributed import by_the_first, gather, processes
+from extras.records import (
+    best_step,
+    clear_partial,
+    edited_since,
+    flush,
+    have_been_edited,
+    line_of,
+    read_log,
+    saving,
+    trained_on,
+    write,
+    write_log,
+)
 from extras.source import HERE, file_fingerprint
 
 try:
-    import fcntl
     import resource
 except ImportError:  # Windows
-    fcntl = resource = None
+    resource = None
 
 FORMAT = 3  # of a run directory; in 2 the step that is saved was validated already; 1 had no number
 LOGS = ("log.jsonl", "layers.jsonl")
@@ -295,7 +307,7 @@ class Run:
 
 # The files that a run depends on.
 CODE = ("model.py", "rosa.py", "train.py", "data/tasks.py", "data/tokenizer.py", "data/toy.py")
-STAND_INS = ("extras/kernels.py", "extras/operators.py")  # not with --plain
+KERNELS = ("extras/kernels.py", "extras/operators.py")  # not with --plain
 
 
 def describe(args, ckpt, model, train_set, val_set):
@@ -322,7 +334,7 @@ def describe(args, ckpt, model, train_set, val_set):
         for name, value in content.items()
     }
     code = {
-        name: file_fingerprint(HERE / name) for name in (CODE if args.plain else CODE + STAND_INS)
+        name: file_fingerprint(HERE / name) for name in (CODE if args.plain else CODE + KERNELS)
     }
     return json.loads(
         json.dumps(vars(args) | {"format": FORMAT, "hashes": hashes, "code": code}, default=str)
@@ -376,60 +388,6 @@ def check_same(args, description):
     if edited := edited_since(before, description["code"]):
         since = f"since the run in {args.out} began: it goes on with the code of now"
         print(f"code       {have_been_edited(edited)} {since}")
-
-
-def edited_since(args, now):
-    """The files of code that were edited since a run began; args: its args.json, now: file ->
-    fingerprint. Runs of earlier versions do not say with which code they began, those with --plain
-    not for all of the files."""
-    began = args.get("code", {})
-    return [file for file in began if file in now and began[file] != now[file]]
-
-
-def have_been_edited(files):
-    return f"{' and '.join(files)} {'has' if len(files) == 1 else 'have'} been edited"
-
-
-def code_of_the_method():
-    """file -> fingerprint of the files that say what is trained, and how."""
-    return {name: file_fingerprint(HERE / name) for name in ("model.py", "rosa.py")}
-
-
-def best_step(out):
-    """The step that the adapter in a run directory is of; None where no run is."""
-    validated = [
-        record for record in read_log(out / "log.jsonl") if record.get("val_loss") is not None
-    ]
-    return min(validated, key=lambda record: record["val_loss"])["step"] if validated else None
-
-
-def say_if_unfinished(out):
-    """A line where what a run directory holds is not what a whole run has made of it, or was made
-    by other code."""
-    step = best_step(out)
-    if step is None or processes()[0] > 0:
-        return
-    if edited := edited_since(read_json(out / "args.json", missing={}), code_of_the_method()):
-        print(f"trained    {out}: {have_been_edited(edited)} since its run began")
-    if not (out / "summary.json").exists():
-        print(
-            f"unfinished {out}: its run has not ended; what it holds is the best so far, of step "
-            f"{step}"
-        )
-    elif step == 0:
-        print(f"untrained  {out}: no step of its run improved on the loss before training")
-
-
-def clear_partial(out):
-    """Delete what a save that was cut short has left, ours or, as .tmp and six letters,
-    safetensors' own."""
-    for leftover in (*out.glob("*.partial"), *out.glob(".tmp??????")):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def trained_on(args):
-    """The training data of a run's args.json, in a word."""
-    return Path(args["train_file"]).stem if args["train_file"] else args["task"]
 
 
 def draw_run(out):
@@ -493,92 +451,3 @@ def draw_run(out):
         bottom.yaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=bottom, label="share of the highest")
     write(out / "run.png", lambda partial: figure.savefig(partial, format="png", dpi=150))
-
-
-# --- files ---
-
-
-@contextlib.contextmanager
-def saving(path):
-    """A disk that is full, read-only or gone ends the run in one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise Stop(f"cannot write {path}: {error}. What was saved before is whole") from None
-
-
-def write(path, content):
-    """write_whole, in a run of train.py."""
-    with saving(path):
-        write_whole(path, content)
-
-
-def write_whole(path, content):
-    """Replace a file whole: written beside it, flushed, renamed. content: text, or a function that
-    writes it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(content, encoding="utf-8") if isinstance(content, str) else content(
-            partial
-        )
-        flush(partial)
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # of the error that brought us here
-            partial.unlink()
-        raise
-    if os.name == "posix":  # a rename is on disk once its directory is
-        flush(path.parent)
-
-
-@contextlib.contextmanager
-def locked(directory):
-    """Where several processes change the files of a directory: one at a time. Windows knows no such
-    lock."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a disk that knows no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)  # which unlocks
-
-
-def flush(path):
-    """Have the disk hold what was written."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def line_of(record):
-    """A line of a log. JSON has no word for a number that is not finite: null stands for it."""
-    finite = {
-        key: None if isinstance(x, float) and not math.isfinite(x) else x
-        for key, x in record.items()
-    }
-    return json.dumps(finite) + "\n"
-
-
-def write_log(path, record):
-    """Add a line."""
-    with saving(path), open(path, "a", encoding="utf-8") as file:
-        file.write(line_of(record))
-
-
-def read_log(path):
-    """The records of a log, as far as it is whole: a kill may have cut the last line."""
-    records = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ()
-    ):
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError):
-            break
-    return records

@@ -27,7 +27,7 @@ import train
 from data import tasks, toy
 from data.errors import UserError
 from data.tokenizer import load_tokenizer
-from extras import inference, predictions, runs
+from extras import inference, records, runs
 from extras.kernels import accelerate
 from model import MLP, Llama
 
@@ -365,7 +365,7 @@ def spoilt():
 
 def without_room():
     def write(path, content):
-        with runs.saving(path):
+        with records.saving(path):
             raise OSError(28, "No space left on device")
 
     runs.write = write
@@ -575,14 +575,14 @@ def test_several_processes_answer_what_one_answers(ckpt):
 
 
 def unwritable(rank):
-    write = predictions.write_whole
+    write = records.write_whole
 
     def full(path, text):
         if path.name == "results.json":
             raise OSError(28, "No space left on device")
         write(path, text)
 
-    predictions.write_whole = full
+    records.write_whole = full
 
 
 def test_what_the_first_cannot_write_ends_the_others_too(ckpt):

@@ -27,7 +27,7 @@ import eval as eval_script
 import rosa
 import train
 from data import tasks, toy
-from extras import runs
+from extras import records, runs
 from extras.checkpoints import choose_device_and_dtype
 from model import Llama
 
@@ -511,7 +511,7 @@ def test_what_cannot_be_written_ends_a_run_in_a_line(
 
     def broken(*inputs, **options):  # on that file, from step 3 on
         named = any(file in str(each) for each in inputs if isinstance(each, (str, Path)))
-        if named and len(runs.read_log(Path("out/log.jsonl"))) > 3:
+        if named and len(records.read_log(Path("out/log.jsonl"))) > 3:
             raise error
         return works(*inputs, **options)
 
