@@ -31,7 +31,7 @@ from extras.checkpoints import (
     say_if_bfloat16_is_slow,
 )
 from extras.commands import count, run_script, script_parser
-from extras.distributed import gather, gather_rounds, processes
+from extras.distributed import gather, gather_rounds, is_first, processes
 from extras.predictions import Predictions
 from extras.records import hash_of, origin_of, result_code, say_if_unfinished
 
@@ -144,7 +144,7 @@ def main(args):
         initial=len(predictions.lines),
         unit="example",
         dynamic_ncols=True,
-        disable=rank > 0,
+        disable=not is_first(),
     )
     start = time.perf_counter()
     numbers = predictions.unanswered()  # long prompts first

@@ -48,6 +48,7 @@ from extras.distributed import (
     all_reduce_gradients,
     gather,
     gradient_group,
+    is_first,
     own_micro_batches,
     processes,
     shard,
@@ -344,7 +345,7 @@ def main(args):
         total=total_steps,
         initial=step,
         dynamic_ncols=True,
-        disable=rank > 0,
+        disable=not is_first(),
         bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",
     )
     run.note_signals()  # Ctrl-C: finish the step, save, stop
@@ -448,7 +449,7 @@ def load_data(args, tokenizer):
     encoded = [
         tasks.encode_example(example, tokenizer)
         for example in tqdm(
-            examples, desc="tokenizing", leave=False, disable=processes()[0] > 0 or None
+            examples, desc="tokenizing", leave=False, disable=not is_first() or None
         )
     ]
     kept = [
@@ -512,7 +513,7 @@ def validate(model, examples, args):
     micro_batches = own_micro_batches(by_length, args.micro_batch_size)
     total = 0.0
     for micro_batch in tqdm(
-        micro_batches, desc="validation", leave=False, disable=processes()[0] > 0 or None
+        micro_batches, desc="validation", leave=False, disable=not is_first() or None
     ):
         total += model.loss(*collate(micro_batch, model.device)).item()
     model.train()

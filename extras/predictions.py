@@ -7,7 +7,7 @@ import contextlib
 import json
 
 from data.errors import user_file
-from extras.distributed import gather, processes
+from extras.distributed import gather, is_first
 from extras.records import add_result, hash_of, locked, write_whole
 
 
@@ -26,7 +26,8 @@ class Predictions:
         self.made_by = "-".join(map(str, named))  # in the file this is called "settings"
         self.code = hash_of(origin["code"])
         # The first process reads the file for all: other machines may hold another one.
-        lines = gather(read_lines(self.path) if processes()[0] == 0 else None)[0]
+        stored = read_lines(self.path) if is_first() else None
+        lines = gather(stored)[0]
         numbers = {}
         for number, (name, i, example, prompt) in enumerate(questions):
             numbers[name, i, hash_of(prompt), example["answer"]] = number
@@ -58,7 +59,7 @@ class Predictions:
 
     def prepare(self):
         """Have the first process make a file, or end the one that is there with a whole line."""
-        if processes()[0] > 0:
+        if not is_first():
             return
         with user_file(self.path):
             self.out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ class Predictions:
         line |= {"response": response} | judged | {"finish_reason": finish_reason}
         line |= {"prompt": hash_of(prompt), "settings": self.made_by, "code": self.code}
         self.lines[number] = line
-        if processes()[0] == 0:
+        if is_first():
             with (
                 user_file(self.path),
                 locked(self.out),
@@ -97,7 +98,7 @@ class Predictions:
     def finish(self, results):
         """Write these answers in the order of the questions, before those of anything else, and
         results.json."""
-        if processes()[0] == 0:
+        if is_first():
             own = {identity(line): line for _, line in sorted(self.lines.items())}
             with user_file(self.path), locked(self.out):
                 others = [line for line in read_lines(self.path) if identity(line) not in own]

@@ -21,7 +21,6 @@ from data.tokenizer import JsonTokenizer, SentencePieceTokenizer
 from extras.adapters import ADAPTER_FILES
 from extras.checkpoints import checkpoint_files, companions, read_json
 from extras.commands import Stop
-from extras.distributed import processes
 from extras.source import HERE, file_fingerprint, reached_code
 from model import Llama, LlamaConfig
 
@@ -153,7 +152,7 @@ def say_if_unfinished(out):
     """Print a line where what a run directory holds is not what a whole run has made of it, or
     where other code has made it."""
     step = best_step(out)
-    if step is None or processes()[0] > 0:
+    if step is None:
         return
     if edited := edited_since(read_json(out / "args.json", missing={}), code_of_the_method()):
         print(f"trained    {out}: {have_been_edited(edited)} since its run began")

@@ -23,7 +23,7 @@ from data.errors import UserError
 from extras import adapters
 from extras.checkpoints import copy_companions, read_json, stored_tensors
 from extras.commands import Stop
-from extras.distributed import by_the_first, gather, processes
+from extras.distributed import by_the_first, gather, is_first
 from extras.records import (
     best_step,
     clear_partial,
@@ -129,7 +129,7 @@ class Run:
         if val_loss < self.best or step == 0:
             self.best = val_loss
             self.save_best()
-        if processes()[0] == 0:
+        if is_first():
             log = self.out / "log.jsonl"
             *before, record = read_log(log)
             write(log, "".join(map(line_of, [*before, record | {"val_loss": val_loss}])))
@@ -137,7 +137,7 @@ class Run:
     def log(self, record):
         """A line of log.jsonl, and after a selection of layers one of layers.jsonl; the first
         process writes."""
-        if processes()[0] > 0:
+        if not is_first():
             return
         write_log(self.out / "log.jsonl", record | ({"skipped": True} if self.skipped else {}))
         if self.selector.selected:
@@ -182,7 +182,7 @@ class Run:
         def note(number, _):
             self.signals.append(number)
             handle(signal.SIG_DFL)
-            if processes()[0] == 0:  # os.write: what print was doing, a signal may have interrupted
+            if is_first():  # os.write: what print was doing, a signal may have interrupted
                 again = (
                     f"a second time ends it at once, and then what is saved is step {self.saved}"
                 )
@@ -267,7 +267,7 @@ class Run:
         self.selector.activate(progress["active"])
         self.selector.failed = progress["failed"]
         self.best, self.saved = progress["best"], progress["step"]
-        if processes()[0] == 0:
+        if is_first():
             with saving(self.out):
                 clear_partial(self.out)
             for log in LOGS:
@@ -280,7 +280,7 @@ class Run:
     def finish(self, device):
         """summary.json, the run in six numbers for `python -m extras.compare`, and run.png."""
         print(f"best validation loss {self.best:.4f}; its {self.kept} is in {self.out}")
-        if processes()[0] > 0:
+        if not is_first():
             return
         before, *steps = read_log(self.out / "log.jsonl")
         if self.best == before["val_loss"]:

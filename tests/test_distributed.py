@@ -48,9 +48,9 @@ def ckpt(ckpt, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())  # here, and in `member`
 
 
-def member(rank, world, port, script, arguments, before):
+def member(index, world, port, script, arguments, before):
     """What torchrun starts."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(world)}
     os.environ |= {
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
@@ -62,20 +62,20 @@ def member(rank, world, port, script, arguments, before):
     torch.optim.AdamW = smooth_adamw()
     tasks.TOY_SIZES.update(train=40, test=13)
     for number, name in ((1, "out"), (2, "err")):
-        with open(f"{name}{rank}.txt", "w") as file:
+        with open(f"{name}{index}.txt", "w") as file:
             os.dup2(file.fileno(), number)
     if before:
-        before(rank)
+        before(index)
     importlib.import_module(script).run(arguments)
 
 
 def start(world, script, command, before=None):
-    """So many processes that run the script with this command line. before(rank) is called in each.
-    As under torchrun they meet at a store that is there before them: a process that waits for
-    another to open one sleeps a second."""
-    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  #
+    """So many processes that run the script with this command line. before(index of the process) is
+    called in each. As under torchrun they meet at a store that is there before them: a process that
+    waits for another to open one sleeps a second."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     what, processes = (world, store.port, script.__name__, command.split(), before), forkserver()
-    started = [processes.Process(target=member, args=(rank, *what)) for rank in range(world)]
+    started = [processes.Process(target=member, args=(index, *what)) for index in range(world)]
     for process in started:
         process.start()
         process.store = store  # which is there for as long as they are
@@ -91,7 +91,7 @@ def end(started, seconds=60):
     for process in started:
         process.kill()
     out, errors = (
-        [Path(f"{name}{rank}.txt").read_text() for rank in range(len(started))]
+        [Path(f"{name}{index}.txt").read_text() for index in range(len(started))]
         for name in ("out", "err")
     )
     return (
@@ -165,7 +165,7 @@ def test_several_processes_compute_what_one_computes(ckpt, world, options):
     assert "best validation loss" in printed[0] and printed[1:] == [""] * (world - 1)
 
 
-def record(rank):
+def record(index):
     """Write down, a step: the type, length and content of the one message that this process adds up
     with the others; then which layers it selects, and what a dropout in it would draw from."""
     collate, all_reduce, after = (
@@ -182,11 +182,11 @@ def record(rank):
     def added_up(tensor, **options):
         all_reduce(tensor, **options)
         total = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-        add_line(f"steps{rank}.jsonl", [str(tensor.dtype), tensor.numel(), total])
+        add_line(f"steps{index}.jsonl", [str(tensor.dtype), tensor.numel(), total])
 
     def after_backward(self):
         after(self)
-        add_line(f"steps{rank}.jsonl", [self.active, drop])
+        add_line(f"steps{index}.jsonl", [self.active, drop])
 
     train.collate, torch.distributed.all_reduce, rosa.LayerSelector.after_backward = (
         collated,
@@ -200,7 +200,7 @@ def test_several_processes_select_the_same_layers_at_random_and_drop_different_t
     run_alone(options)
     together(2, train, f"{RUN} {options} --out many", record)
     assert_same_run("many", "one")
-    drawn = [read_log(".", f"steps{rank}.jsonl")[1::2] for rank in range(2)]
+    drawn = [read_log(".", f"steps{index}.jsonl")[1::2] for index in range(2)]
     assert len(drawn[0]) == 8 and len({str(active) for active, _ in drawn[0]}) > 2
     for (active, drop), (other_active, other_drop) in zip(*drawn):
         assert active == other_active and drop != other_drop
@@ -223,9 +223,9 @@ def test_the_shares_of_the_processes_are_the_batch_and_all_take_part_in_every_ro
     monkeypatch, world, count, size
 ):
     parts = []
-    for rank in range(world):
+    for index in range(world):
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("RANK", str(index))
         parts.append(train.own_micro_batches(list(range(count)), size))
     assert sorted(i for part in parts for micro_batch in part for i in micro_batch) == list(
         range(count)
@@ -257,7 +257,7 @@ def test_a_step_is_one_message_of_the_gradients_of_what_trains_and_of_the_norms_
     run_alone()
     together(2, train, f"{RUN} --out many", record)
     assert_same_run("many", "one")
-    sent = [read_log(".", f"steps{rank}.jsonl")[::2] for rank in range(2)]
+    sent = [read_log(".", f"steps{index}.jsonl")[::2] for index in range(2)]
     assert sent[0] == sent[1] and len(sent[0]) == 8  # one a step, and all get the same bits
     # Rank (D + H n) of q, rank (D + K n) of k: half of 32 and of 16 rows
     adapter = 64 * (32 + 16) + 64 * (32 + 8)
@@ -271,7 +271,7 @@ def test_a_step_is_one_message_of_the_gradients_of_what_trains_and_of_the_norms_
 # --- FSDP2 ---
 
 
-def report_rows(rank):
+def report_rows(index):
     """Write down how many bytes of the base this process holds at rest, and which loss FSDP
     wraps."""
     from torch.distributed import fsdp
@@ -286,10 +286,12 @@ def report_rows(rank):
             for name, p in model.named_parameters()
         }
         sizes = {name.replace(".linear.", "."): p.nbytes for name, p in at_rest.items()}
-        Path(f"held{rank}.json").write_text(json.dumps(sizes))
+        Path(f"held{index}.json").write_text(json.dumps(sizes))
 
     def registered(module, name):
-        Path(f"wrapped{rank}.txt").write_text(f"{getattr(module, name).__func__.__module__}.{name}")
+        Path(f"wrapped{index}.txt").write_text(
+            f"{getattr(module, name).__func__.__module__}.{name}"
+        )
         register(module, name)
 
     train.shard, fsdp.register_fsdp_forward_method = reported, registered
@@ -314,12 +316,12 @@ def test_sharded_processes_compute_the_same_hold_a_half_each_and_resume_unsharde
     together(2, train, f"{command} --shard --out many", report_rows)
     assert_same_run("many", "one", torch.bfloat16 if changes else torch.float32)
     size = 2 if changes else 4  # bytes
-    for rank in range(2):
-        held = json.loads(Path(f"held{rank}.json").read_text())
+    for index in range(2):
+        held = json.loads(Path(f"held{index}.json").read_text())
         for name, p in model.named_parameters():
             assert held[name] == p.numel() * size // (1 if "norm" in name else 2), name
         assert (
-            Path(f"wrapped{rank}.txt").read_text()
+            Path(f"wrapped{index}.txt").read_text()
             == f"{'model' if options == '--plain' else 'extras.kernels'}.loss"
         )
     if options != "--plain":
@@ -329,9 +331,9 @@ def test_sharded_processes_compute_the_same_hold_a_half_each_and_resume_unsharde
 # --- stopping, dying, resuming ---
 
 
-def during(step, act, rank):
-    """Let a process act while it computes that step: `act` is its rank and what it does."""
-    if rank == act[0]:
+def during(step, act, index):
+    """Let a process act while it computes that step. act: (index of the process, what it does)."""
+    if index == act[0]:
         before = rosa.LayerSelector.before_forward
 
         def before_forward(self, now):
@@ -397,14 +399,14 @@ DEATHS = [
 ]
 
 
-@pytest.mark.parametrize("rank, act, shard", DEATHS)
-def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, rank, act, shard):
+@pytest.mark.parametrize("index, act, shard", DEATHS)
+def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, index, act, shard):
     codes, _, errors = end(
-        start(3, train, f"{RUN} {shard} --out many", partial(during, 4, (rank, act))), seconds=30
+        start(3, train, f"{RUN} {shard} --out many", partial(during, 4, (index, act))), seconds=30
     )
-    assert codes.pop(rank) in (-signal.SIGKILL, 1) and codes == [1, 1]
+    assert codes.pop(index) in (-signal.SIGKILL, 1) and codes == [1, 1]
     text = "\n".join(errors)
-    assert text.count("train.py: another process has ended") == (rank > 0)
+    assert text.count("train.py: another process has ended") == (index > 0)
     assert ("the cat sat" in text) == (act is broken) and ("No space left" in text) == (
         act is without_room
     )
@@ -416,14 +418,14 @@ def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, rank, act, shard):
 SILENCE = 2  # seconds, in the place of 50
 
 
-def impatient(rank):
+def impatient(index):
     """The group that adds up gradients waits no longer than SILENCE. The first process takes longer
     than that to save its first adapter; in step 4 the second is stopped, and says nothing more."""
     save = runs.adapters.save_adapter
 
     def noting(function, seconds):
         def call(*arguments, timeout, **options):
-            add_line(f"timeouts{rank}.jsonl", timeout.total_seconds())
+            add_line(f"timeouts{index}.jsonl", timeout.total_seconds())
             return function(*arguments, timeout=timedelta(seconds=seconds), **options)
 
         return call
@@ -436,7 +438,7 @@ def impatient(rank):
     for name, seconds in {"init_process_group": 3600, "new_group": SILENCE}.items():
         setattr(torch.distributed, name, noting(getattr(torch.distributed, name), seconds))
     runs.adapters.save_adapter = slow
-    during(4, (1, halted), rank)
+    during(4, (1, halted), index)
 
 
 @pytest.mark.slow
@@ -451,7 +453,7 @@ def test_one_that_is_silent_in_a_step_is_taken_for_dead_and_the_first_may_take_i
         "train.py: another process has ended"
     ), errors
     assert len(read_log("many")) == 1 + 4
-    assert [read_log(".", f"timeouts{rank}.jsonl") for rank in range(2)] == [[3600, 50]] * 2
+    assert [read_log(".", f"timeouts{index}.jsonl") for index in range(2)] == [[3600, 50]] * 2
 
 
 def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
@@ -472,21 +474,21 @@ def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
 # --- mistakes ---
 
 
-def not_finite(rank):
+def not_finite(index):
     stream = inference.stream
 
     def failing(*given):
         yield next(stream(*given))
         raise FloatingPointError("the logits of one process are not finite")
 
-    if rank == 1:
+    if index == 1:
         inference.stream = failing
 
 
 def test_what_is_not_finite_for_one_process_is_what_is_said(ckpt):
     codes, _, errors = end(start(2, eval_script, f"{EVAL} --out many", not_finite))
     line = (
-        "eval.py: rank 1: the logits of one process are not finite. What was scored so far is "
+        "eval.py: process 1: the logits of one process are not finite. What was scored so far is "
         "kept, and not asked again"
     )
     assert codes == [1, 1] and errors == [line]
@@ -495,22 +497,22 @@ def test_what_is_not_finite_for_one_process_is_what_is_said(ckpt):
 ABSENT, EVAL = "--ckpt absent", "--ckpt ckpt --max-new-tokens 9 --device cpu"
 
 
-def misplaced(rank):
+def misplaced(index):
     def load_tokenizer(ckpt):
         raise UserError("no tokenizer on this machine")
 
-    if rank == 1:
+    if index == 1:
         train.load_tokenizer = eval_script.load_tokenizer = load_tokenizer
 
 
-def mistaken(rank):
+def mistaken(index):
     plain = MLP.forward
 
     def forward(self, x):
         B, T = x.shape
         return plain(self, x)
 
-    if rank == 1:
+    if index == 1:
         MLP.forward = forward
 
 
@@ -530,8 +532,8 @@ MISTAKES = [  # (script, arguments, what one process lacks, words of the line)
     (train, f"{RUN} {ABSENT}", None, "no checkpoint 'absent'"),
     (train, f"{RUN} --rank 0", None, "rank must be"),
     (eval_script, ABSENT, None, "no checkpoint"),
-    (train, RUN, misplaced, "rank 1: no tokenizer"),
-    (eval_script, EVAL, misplaced, "rank 1: no tokenizer"),
+    (train, RUN, misplaced, "process 1: no tokenizer"),
+    (eval_script, EVAL, misplaced, "process 1: no tokenizer"),
     (train, f"{RUN} --shard --method full", None, "--shard shards frozen weights"),
     (train, f"{RUN} --shard --compile", None, "--shard goes with"),
 ]
@@ -574,7 +576,7 @@ def test_several_processes_answer_what_one_answers(ckpt):
         assert Path("one", name).read_bytes() == Path("many", name).read_bytes()
 
 
-def unwritable(rank):
+def unwritable(index):
     write = records.write_whole
 
     def full(path, text):
