@@ -415,8 +415,12 @@ def main(args):
         status = f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {layers}"
         bar.set_postfix_str(status, refresh=False)
         bar.update()
-        # After a Ctrl-C it ends the run here
-        run.save(step, total_steps, stop_requested=signals > 0)
+        stop_requested = signals > 0
+        run.save(step, total_steps, stop_requested)
+        if run.skipped == 3:
+            raise run.not_finite(step)
+        if stop_requested and step < total_steps:
+            raise run.stopped(step)
     bar.close()
     run.finish(device)
 
