@@ -7,8 +7,9 @@ loop.
     torchrun --nproc_per_node=8 train.py --ckpt llama2-7b --task arithmetic    # by eight processes
 
 A run directory (--out) holds the best adapter (with --method full the whole model, which is a
---ckpt), `args.json`, and `log.jsonl`: {"step": 0, "val_loss": x}, then a line per optimiser step
-with step, loss, lr, tokens, seconds, active_layers, and val_loss where it was measured.
+--ckpt), `args.json`, and `log.jsonl`, which is appended to: {"step": 0, "val_loss": x} for the
+model before training, a line per optimiser step with step, loss, lr, tokens, seconds, active_layers
+("skipped": true where the step was not applied), and {"step": n, "val_loss": x} after a validation.
 `layers.jsonl` has a line per selection of layers, with their scores; at its end the run adds its
 picture, `run.png`, and `summary.json`, the run in six numbers. `state.safetensors` is what --resume
 goes on from."""

@@ -57,12 +57,11 @@ def row_of(run):
         if name in options:
             method.append(f"{name.replace('_', ' ')} {short(options[name])}")
     row = {"run": run.name, "method": ", ".join(method)}
-    log = read_log(run / "log.jsonl")
-    if log and options:
+    if options:
+        log = read_log(run / "log.jsonl")
+        steps = log[-1]["step"] if log else 0
         row["model"] = Path(options["ckpt"]).name
-        row["trained on"] = (
-            f"{trained_on(options)}, {log[-1]['step']:,} steps of {options['batch_size']}"
-        )
+        row["trained on"] = f"{trained_on(options)}, {steps:,} steps of {options['batch_size']}"
     if summary:
         row["trainable"] = (
             f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})"
@@ -72,7 +71,7 @@ def row_of(run):
         row["validation loss"] = (
             f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}{untrained}{note}"
         )
-    elif log:
+    elif options:
         row["validation loss"] = "not finished"
     for result in shown(run, options, "results.json", held["results"]):
         row |= score_cells(result)

@@ -139,13 +139,23 @@ def read_log(path):
 # --- what a run directory says ---
 
 
+def steps_of(log):
+    """The records of a run's log that are of steps."""
+    return [record for record in log if "loss" in record]
+
+
+def validations_of(log):
+    """The records of a run's log that are of validations, but for losses that are not finite. In
+    formats before 4 a step and its validation are one record."""
+    return [record for record in log if record.get("val_loss") is not None]
+
+
 def best_step(out):
     """The step that the adapter in a run directory is of; None where the directory holds no run."""
-    log = read_log(out / "log.jsonl")
-    validated = [record for record in log if record.get("val_loss") is not None]
-    if not validated:
+    validations = validations_of(read_log(out / "log.jsonl"))
+    if not validations:
         return None
-    return min(validated, key=lambda record: record["val_loss"])["step"]
+    return min(validations, key=lambda record: record["val_loss"])["step"]
 
 
 def say_if_unfinished(out):

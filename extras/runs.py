@@ -5,7 +5,6 @@ Without it: rosa.save_adapter(model, directory) after the last step.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -30,11 +29,14 @@ from extras.records import (
     clear_partial,
     edited_since,
     flush,
+    hash_of,
     have_been_edited,
     line_of,
     read_log,
     saving,
+    steps_of,
     trained_on,
+    validations_of,
     write,
     write_log,
 )
@@ -45,9 +47,9 @@ try:
 except ImportError:  # Windows
     resource = None
 
-# The format of a run directory. In format 2 the step that is saved was validated already; in
-# format 1 the directory did not say its format.
-FORMAT = 3
+# The format of a run directory. Before 4 a validation stood in its step's line of log.jsonl; in 2
+# the step that is saved was validated already; 1 did not say its format.
+FORMAT = 4
 LOGS = ("log.jsonl", "layers.jsonl")
 # eval.py and extras.forgetting leave these files beside the adapter.
 RESULTS = ("results.json", "predictions.jsonl", "losses.json")
@@ -111,7 +113,6 @@ class Run:
                 (self.out / file).unlink(missing_ok=True)
             clear_partial(self.out)
         write(self.out / "args.json", json.dumps(description, indent=2) + "\n")
-        write_log(self.out / "log.jsonl", {"step": 0})
 
     def holds_a_run(self):
         """Whether the directory holds the files of a run, whole or not."""
@@ -130,8 +131,8 @@ class Run:
         return False
 
     def keep_best(self, step, val_loss):
-        """Keep the adapter if its validation loss is the lowest so far, and write the loss into the
-        step's line of log.jsonl."""
+        """Keep the adapter if its validation loss is the lowest so far, and add a line with the
+        loss to log.jsonl."""
         if step == 0 and not math.isfinite(val_loss):
             raise Stop(f"the validation loss is {val_loss} before training: is {self.ckpt} whole?")
         note = " before training" if step == 0 else ""
@@ -140,13 +141,11 @@ class Run:
             self.best = val_loss
             self.save_best()
         if is_first():
-            log = self.out / "log.jsonl"
-            *before, record = read_log(log)
-            write(log, "".join(map(line_of, [*before, record | {"val_loss": val_loss}])))
+            write_log(self.out / "log.jsonl", {"step": step, "val_loss": val_loss})
 
     def log(self, record):
-        """Have the first process add a line to log.jsonl, and after a selection of layers one to
-        layers.jsonl."""
+        """Have the first process add a step's line to log.jsonl, and after a selection of layers
+        one to layers.jsonl."""
         if not is_first():
             return
         if self.skipped:
@@ -252,7 +251,8 @@ class Run:
 
     @torch.no_grad()
     def load_state(self):
-        """Undo `save_state`, and cut the logs back to its step, which is returned."""
+        """Undo `save_state`, cut the logs back to what was written before it, and return its
+        step."""
         path = self.out / "state.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
@@ -278,19 +278,29 @@ class Run:
         if is_first():
             with saving(self.out):
                 clear_partial(self.out)
-            for log in LOGS:
-                records = read_log(self.out / log)
-                kept = [record for record in records if record["step"] <= self.saved]
-                write(self.out / log, "".join(map(line_of, kept)))
+            self.cut_logs()
         return self.saved
+
+    def cut_logs(self):
+        """Drop the lines of the logs that the resumed run writes again: those of later steps, and
+        that of the saved step's own validation, which follows the save."""
+        for log in LOGS:
+            kept = []
+            for record in read_log(self.out / log):
+                last = self.saved - 1 if "val_loss" in record else self.saved
+                if record["step"] <= last:
+                    kept.append(line_of(record))
+            write(self.out / log, "".join(kept))
 
     def finish(self, device):
         """Write summary.json, the run in six numbers for extras.compare, and draw run.png."""
         print(f"best validation loss {self.best:.4f}; its {self.kept} is in {self.out}")
         if not is_first():
             return
-        before, *steps = read_log(self.out / "log.jsonl")
-        if self.best == before["val_loss"]:
+        log = read_log(self.out / "log.jsonl")
+        steps = steps_of(log)
+        loss_before = validations_of(log)[0]["val_loss"]
+        if self.best == loss_before:
             what = f"the {self.kept} kept is the untrained one"
             print(f"nothing improved on the loss before training: {what}")
         tokens = sum(step["tokens"] for step in steps)
@@ -298,7 +308,7 @@ class Run:
         summary = {
             "trainable": sum(p.numel() for p in self.trainable.values()),
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "val_loss_before": before["val_loss"],
+            "val_loss_before": loss_before,
             "val_loss": self.best,
             "tokens_per_second": tokens / seconds,
         }
@@ -334,10 +344,7 @@ def describe(args, ckpt, model, train_set, val_set):
     }
     if getattr(args, "peft_config", None):
         content["options in --peft-config"] = read_json(args.peft_config)
-    hashes = {
-        name: hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-        for name, value in content.items()
-    }
+    hashes = {name: hash_of(value) for name, value in content.items()}
     files = CODE if args.plain else CODE + KERNELS
     code = {name: file_fingerprint(HERE / name) for name in files}
     description = vars(args) | {"format": FORMAT, "hashes": hashes, "code": code}
@@ -395,8 +402,8 @@ def draw_run(out):
         return
     args = read_json(out / "args.json")
     log = read_log(out / "log.jsonl")
-    steps = log[1:]
-    validated = [record for record in log if record.get("val_loss") is not None]
+    steps = steps_of(log)
+    validations = validations_of(log)
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")  # the shape of a slide
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 3])
     figure.suptitle(f"{Path(args['ckpt']).absolute().name} on {trained_on(args)}: {args['method']}")
@@ -404,10 +411,10 @@ def draw_run(out):
     numbers = [record["step"] for record in steps]
     losses = [record["loss"] for record in steps]  # None, drawn as a gap, where it is not finite
     top.plot(numbers, np.array(losses, dtype=float), color="0.75", label="training batch")
-    validated_at = [record["step"] for record in validated]
-    held_out = [record["val_loss"] for record in validated]
+    validated = [record["step"] for record in validations]
+    held_out = [record["val_loss"] for record in validations]
     label = f"held out: {held_out[0]:.3f} → {min(held_out):.3f}"
-    top.plot(validated_at, held_out, "o", markersize=5, clip_on=False, label=label)
+    top.plot(validated, held_out, "o", markersize=5, clip_on=False, label=label)
     scale = "log" if held_out[0] > 5 * min(held_out) else "linear"
     top.set(ylabel="loss, nats per token", yscale=scale)
     top.legend()

@@ -16,7 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, decisive_model, forkserver, random_model, read_log, smooth_adamw
+from helpers import (
+    ROOT,
+    decisive_model,
+    forkserver,
+    random_model,
+    read_log,
+    read_steps,
+    smooth_adamw,
+)
 from rounding import assert_close, near, of_model
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -133,7 +141,7 @@ def add_line(file, value):
 def assert_same_run(out, other, dtype=torch.float32):
     """The same losses, layers, scores and adapter, to the rounding of so many steps, each a pass
     forward and back."""
-    steps = len(read_log(out)) - 1
+    steps = len(read_steps(out))
     rounding = of_model(Llama.from_pretrained("ckpt").config, 2 * steps)
     for name in ("log.jsonl", "layers.jsonl"):
         ours, theirs = read_log(out, name), read_log(other, name)
@@ -385,7 +393,7 @@ def test_a_signal_to_one_ends_all_after_their_step_and_other_numbers_of_processe
     codes, *_ = end(
         start(3, train, f"{command} many --resume", partial(during, 7, (0, terminated)))
     )
-    assert codes == [143] * 3 and len(read_log("many")) == 1 + 8
+    assert codes == [143] * 3 and len(read_steps("many")) == 8
     train.run(f"{command} many --resume".split())
     assert_same_run("many", "one")
 
@@ -452,7 +460,7 @@ def test_one_that_is_silent_in_a_step_is_taken_for_dead_and_the_first_may_take_i
     assert codes == [1, -signal.SIGKILL] and errors[0].startswith(
         "train.py: another process has ended"
     ), errors
-    assert len(read_log("many")) == 1 + 4
+    assert len(read_steps("many")) == 4
     assert [read_log(".", f"timeouts{index}.jsonl") for index in range(2)] == [[3600, 50]] * 2
 
 
@@ -466,7 +474,7 @@ def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
         and line.startswith("train.py: step 8 was the third in a row")
         and "of step 5" in line
     )
-    assert [record.get("skipped", False) for record in read_log("many")[1:]] == [False] * 5 + [
+    assert [record.get("skipped", False) for record in read_steps("many")] == [False] * 5 + [
         True
     ] * 3
 
@@ -598,12 +606,12 @@ def test_torchrun(ckpt):
     Path("data.json").write_text(json.dumps(toy.examples("train", 40)))
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen([*torchrun, str(ROOT / "train.py"), *command], **pipes, text=True)
-    while not Path("many/log.jsonl").exists() or len(read_log("many")) < 4:
+    while len(read_steps("many")) < 3:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
-    steps = len(read_log("many")) - 1
+    steps = len(read_steps("many"))
     assert (
         process.returncode
         and f"train.py: stopped after step {steps}; " in error

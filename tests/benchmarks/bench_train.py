@@ -108,7 +108,7 @@ def measure(args, row):
     with torch.autograd.profiler.profile(enabled=args.profile) as profile:
         train.main(options)
     rate = statistics.median([before, matmul_rate(args.dtype, args.device)])
-    log = records.read_log(options.out / "log.jsonl")[1 + WARM_UP :]
+    log = records.steps_of(records.read_log(options.out / "log.jsonl"))[WARM_UP:]
     tokens, labels = train.collate(encoded_examples(args)[: options.micro_batch_size], model.device)
     results = {
         "peak MiB": peak_mib(args.device),
