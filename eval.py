@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import tasks
 from data.errors import UserError
 from data.tokenizer import load_tokenizer
-from extras import adapters, inference, kernels, merge, runs
+from extras import adapters, inference, kernels, merge
 from extras.checkpoints import (
     check_finite,
     choose_device_and_dtype,
@@ -31,8 +31,9 @@ from extras.checkpoints import (
     say_if_bfloat16_is_slow,
 )
 from extras.commands import count, run_script, script_parser
-from extras.distributed import gather, gather_rounds, processes
-from extras.predictions import Predictions, fingerprint, hash_of, result_code
+from extras.distributed import gather, gather_rounds, is_first, processes
+from extras.predictions import Predictions
+from extras.records import hash_of, origin_of, result_code, say_if_unfinished
 
 MOVED = {
     "--loss": "forgetting FILE ...",
@@ -117,7 +118,7 @@ def main(args):
         exchanged, _ = kernels.accelerate(model, inference=True)
         kernels.say_what_runs(exchanged, inference.stand_ins(stood_for(args.score)))
     say_if_bfloat16_is_slow(device, dtype)
-    runs.say_if_unfinished(args.adapter or ckpt)
+    say_if_unfinished(args.adapter or ckpt)
     if args.prompt:
         return answer_prompt(args, model, tokenizer) if rank == 0 else None
     adapter = args.adapter or "none"
@@ -130,8 +131,8 @@ def main(args):
     limit = args.max_new_tokens if args.score == "generate" else None
     respond = choose_options if args.score == "likelihood" else generate_responses
     code = result_code(args.score, args.adapter, own=[respond])
-    made_by = fingerprint(ckpt, args.adapter, [args.score, limit, dtype], code)
-    predictions = Predictions(args.out, made_by, questions)  # what is answered already
+    origin = origin_of(ckpt, args.adapter, [args.score, limit, dtype], code)
+    predictions = Predictions(args.out, origin, questions)  # what is answered already
     # The response is kept, what it is worth is judged anew
     for number, line in predictions.lines.items():
         line |= judge(questions[number], line["response"])
@@ -143,7 +144,7 @@ def main(args):
         initial=len(predictions.lines),
         unit="example",
         dynamic_ncols=True,
-        disable=rank > 0,
+        disable=not is_first(),
     )
     start = time.perf_counter()
     numbers = predictions.unanswered()  # long prompts first
@@ -178,7 +179,7 @@ def main(args):
     results = (
         score(correct)
         | {"score": args.score, "max_new_tokens": limit, "ckpt": str(args.ckpt)}
-        | made_by
+        | origin
     )
     results["questions"] = {
         name: hash_of([q[2] for q in questions if q[0] == name]) for name in correct

@@ -7,8 +7,9 @@ loop.
     torchrun --nproc_per_node=8 train.py --ckpt llama2-7b --task arithmetic    # by eight processes
 
 A run directory (--out) holds the best adapter (with --method full the whole model, which is a
---ckpt), `args.json`, and `log.jsonl`: {"step": 0, "val_loss": x}, then a line per optimiser step
-with step, loss, lr, tokens, seconds, active_layers, and val_loss where it was measured.
+--ckpt), `args.json`, and `log.jsonl`, which is appended to: {"step": 0, "val_loss": x} for the
+model before training, a line per optimiser step with step, loss, lr, tokens, seconds, active_layers
+("skipped": true where the step was not applied), and {"step": n, "val_loss": x} after a validation.
 `layers.jsonl` has a line per selection of layers, with their scores; at its end the run adds its
 picture, `run.png`, and `summary.json`, the run in six numbers. `state.safetensors` is what --resume
 goes on from."""
@@ -48,6 +49,7 @@ from extras.distributed import (
     all_reduce_gradients,
     gather,
     gradient_group,
+    is_first,
     own_micro_batches,
     processes,
     shard,
@@ -344,7 +346,7 @@ def main(args):
         total=total_steps,
         initial=step,
         dynamic_ncols=True,
-        disable=rank > 0,
+        disable=not is_first(),
         bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",
     )
     run.note_signals()  # Ctrl-C: finish the step, save, stop
@@ -414,8 +416,12 @@ def main(args):
         status = f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {layers}"
         bar.set_postfix_str(status, refresh=False)
         bar.update()
-        # After a Ctrl-C it ends the run here
-        run.save(step, total_steps, stop_requested=signals > 0)
+        stop_requested = signals > 0
+        run.save(step, total_steps, stop_requested)
+        if run.skipped == 3:
+            raise run.not_finite(step)
+        if stop_requested and step < total_steps:
+            raise run.stopped(step)
     bar.close()
     run.finish(device)
 
@@ -448,7 +454,7 @@ def load_data(args, tokenizer):
     encoded = [
         tasks.encode_example(example, tokenizer)
         for example in tqdm(
-            examples, desc="tokenizing", leave=False, disable=processes()[0] > 0 or None
+            examples, desc="tokenizing", leave=False, disable=not is_first() or None
         )
     ]
     kept = [
@@ -512,7 +518,7 @@ def validate(model, examples, args):
     micro_batches = own_micro_batches(by_length, args.micro_batch_size)
     total = 0.0
     for micro_batch in tqdm(
-        micro_batches, desc="validation", leave=False, disable=processes()[0] > 0 or None
+        micro_batches, desc="validation", leave=False, disable=not is_first() or None
     ):
         total += model.loss(*collate(micro_batch, model.device)).item()
     model.train()

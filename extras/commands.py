@@ -16,7 +16,7 @@ import traceback
 
 from data.errors import UserError
 from extras.checkpoints import NAMES
-from extras.distributed import close_bars, died, gather, join_processes, processes
+from extras.distributed import close_bars, died, gather, is_first, join_processes, processes
 from extras.source import is_library
 
 
@@ -103,14 +103,14 @@ def fail(name, message, status=2):
     except RuntimeError as error:  # the others did not come: they have ended by now
         if not died(error):
             raise
-        print(f"{name}: rank {processes()[0]}: {line}", file=sys.stderr)
+        print(f"{name}: process {processes()[0]}: {line}", file=sys.stderr)
         sys.exit(status)
 
 
 def end(name, message, status):
     """One line, by the first process, and the end."""
     close_bars()
-    if processes()[0] == 0:
+    if is_first():
         print(f"{name}: {one_line(message)}", file=sys.stderr)
     sys.exit(status)
 

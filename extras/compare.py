@@ -11,17 +11,20 @@ from pathlib import Path
 from data.errors import UserError
 from extras.checkpoints import find_checkpoint, read_json
 from extras.commands import command_parser, run_script
-from extras.predictions import (
+from extras.predictions import read_lines
+from extras.records import (
     adapter_hash,
     checkpoint_hash,
+    code_of_the_method,
+    edited_since,
     is_by_other_code,
-    read_lines,
+    read_log,
     stored_results,
+    trained_on,
 )
-from extras.runs import code_of_the_method, edited_since, read_log, trained_on
 
 ABSENT = "–"
-SETTINGS = (
+ARGUMENTS = (
     "targets",
     "rank",
     "alpha",
@@ -49,16 +52,16 @@ def row_of(run):
         raise UserError(
             f"{run} is no run directory: it has no args.json, results.json or losses.json"
         )
-    settings = [
-        f"{name.replace('_', ' ')} {short(options[name])}" for name in SETTINGS if name in options
-    ]
-    row = {"run": run.name, "method": ", ".join([options.get("method", "base"), *settings])}
-    log = read_log(run / "log.jsonl")
-    if log and options:
+    method = [options.get("method", "base")]
+    for name in ARGUMENTS:
+        if name in options:
+            method.append(f"{name.replace('_', ' ')} {short(options[name])}")
+    row = {"run": run.name, "method": ", ".join(method)}
+    if options:
+        log = read_log(run / "log.jsonl")
+        steps = log[-1]["step"] if log else 0
         row["model"] = Path(options["ckpt"]).name
-        row["trained on"] = (
-            f"{trained_on(options)}, {log[-1]['step']:,} steps of {options['batch_size']}"
-        )
+        row["trained on"] = f"{trained_on(options)}, {steps:,} steps of {options['batch_size']}"
     if summary:
         row["trainable"] = (
             f"{summary['trainable']:,} ({summary['trainable'] / summary['parameters']:.2%})"
@@ -68,7 +71,7 @@ def row_of(run):
         row["validation loss"] = (
             f"{summary['val_loss_before']:.4f} → {summary['val_loss']:.4f}{untrained}{note}"
         )
-    elif log:
+    elif options:
         row["validation loss"] = "not finished"
     for result in shown(run, options, "results.json", held["results"]):
         row |= score_cells(result)

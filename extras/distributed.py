@@ -20,21 +20,30 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  #
 
 
 def processes():
-    """(rank, number of processes), as torchrun tells each of those that it has started; alone: (0,
-    1)."""
+    """(the index of this process, the number of processes), which torchrun tells each process that
+    it starts; a process that is alone is (0, 1)."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def is_first():
+    """Whether this is the first process, which writes the files and shows the progress bars.
+    A `print` need not ask: what the others print goes nowhere (`join_processes`)."""
+    return processes()[0] == 0
+
+
 def check_launcher():
-    """Raise UserError where the environment has some of what torchrun sets, but not all: it was
-    left there. The variables are taken out then, so that this process knows itself to be alone."""
+    """Raise UserError where the environment has some of the variables that torchrun sets, but not
+    all: they were left there. They are taken out then, so that this process knows itself to be
+    alone."""
     values = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
     numbers = [
         values.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     ]
     is_alone = values.get("WORLD_SIZE", "1") == "1" and values.get("RANK", "0") == "0"
+    if is_alone:
+        return
     is_whole = len(values) == len(LAUNCHER) and all(number.isdecimal() for number in numbers)
-    if is_alone or (is_whole and int(values["RANK"]) < int(values["WORLD_SIZE"])):
+    if is_whole and int(values["RANK"]) < int(values["WORLD_SIZE"]):
         return
     for name in values:
         del os.environ[name]
@@ -45,22 +54,21 @@ def check_launcher():
 
 
 def join_processes():
-    """Meet the other processes that torchrun has started, if it has. Of all only the first prints.
-    Raises UserError for an environment that no launcher has made."""
+    """Meet the other processes that torchrun has started, if it has started any. From here on only
+    the first process prints. Raises UserError for an environment that no launcher has made."""
     check_launcher()
-    rank, world = processes()
-    if world > 1:
-        # Patient: others wait in `gather` while the first writes gigabytes. A process that dies is
-        # noticed at once.
+    if processes()[1] > 1:
+        # The others wait in `gather` while the first process writes gigabytes, so the timeout is
+        # long. A process that dies is noticed at once.
         torch.distributed.init_process_group("gloo", timeout=timedelta(hours=1))
-    if rank > 0:
+    if not is_first():
         sys.stdout = open(os.devnull, "w")
 
 
 def gather(value=None, problem=None):
-    """The values that all processes give, in the order of their ranks, to each of them; it waits
+    """The values that all processes give, in the order of their indices; each process waits here
     until all have come. If one comes with a problem instead, (script, what is wrong, exit status),
-    all end with that status: the first prints it, and what others alone have found."""
+    all end with that status, and the first process prints every problem once."""
     gathered = [(value, problem)] * processes()[1]
     if len(gathered) > 1:
         torch.distributed.all_gather_object(gathered, (value, problem))
@@ -68,9 +76,11 @@ def gather(value=None, problem=None):
     if not any(problems):
         return [value for value, _ in gathered]
     close_bars()
-    for rank, problem in enumerate(problems):
-        if problem and problem not in problems[:rank] and processes()[0] == 0:
-            print(f"{problem[0]}: {f'rank {rank}: ' if rank else ''}{problem[1]}", file=sys.stderr)
+    for index, problem in enumerate(problems):
+        if is_first() and problem and problem not in problems[:index]:
+            script, what, _ = problem
+            whose = f"process {index}: " if index > 0 else ""
+            print(f"{script}: {whose}{what}", file=sys.stderr)
     sys.exit(max(problem[2] for problem in problems if problem))
 
 
@@ -96,10 +106,10 @@ def died(error):
 
 
 def by_the_first(save):
-    """Have the first process do it, and the others wait until it is done."""
+    """Decorates what saves: the first process does it, and the others wait until it is done."""
 
     def saving_once(*arguments):
-        if processes()[0] == 0:
+        if is_first():
             save(*arguments)
         gather()
 
@@ -116,14 +126,14 @@ def gradient_group(device):
 
 
 def own_micro_batches(examples, size):
-    """What of these examples this process computes, in micro-batches of at most `size`. All
-    processes have as many, since those of a sharded model compute in step: where examples are too
-    few for that, the last is empty."""
-    rank, world = processes()
-    rounds = math.ceil(len(examples) / (size * world))
-    size = math.ceil(len(examples) / (rounds * world))
+    """The examples that this process computes, in micro-batches of at most `size`. All processes
+    have the same number of micro-batches, since those of a sharded model compute in step: where the
+    examples are too few for that, the last micro-batch is empty."""
+    index, count = processes()
+    rounds = math.ceil(len(examples) / (size * count))
+    size = math.ceil(len(examples) / (rounds * count))
     micro_batches = [examples[i : i + size] for i in range(0, len(examples), size)]
-    return (micro_batches[rank::world] + [[]])[:rounds]
+    return (micro_batches[index::count] + [[]])[:rounds]
 
 
 def all_reduce_gradients(process_group, model, *numbers):
@@ -145,20 +155,23 @@ def all_reduce_gradients(process_group, model, *numbers):
 def shard(model, process_group, device, dtype):
     """Leave each process some rows of every frozen weight (FSDP2). A layer's weights are brought
     together while it computes, those of the embedding and lm_head from the forward to the backward
-    pass. Adapters and norms, which are small, all have."""
+    pass. Every process has all adapters and norms, which are small."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor
 
     mesh = DeviceMesh.from_group(process_group, device.type)
-    kept = {
-        p: torch.float32 if p.requires_grad else dtype
-        for name, p in model.named_parameters()
-        if p.requires_grad or "norm" in name
-    }
-    for parameter, its_dtype in kept.items():
-        parameter.data = parameter.data.to(device, its_dtype, copy=True)
+    kept = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or "norm" in name:
+            its_dtype = torch.float32 if parameter.requires_grad else dtype
+            parameter.data = parameter.data.to(device, its_dtype, copy=True)
+            kept.add(parameter)
+
+    def in_dtype(tensor):
+        return tensor.to(dtype) if isinstance(tensor, DTensor) else tensor
+
     for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh, ignored_params=set(kept))
-        module._apply(lambda tensor: tensor.to(dtype) if isinstance(tensor, DTensor) else tensor)
+        fully_shard(module, mesh=mesh, ignored_params=kept)
+        module._apply(in_dtype)
     register_fsdp_forward_method(model, "loss")

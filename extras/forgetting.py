@@ -23,8 +23,7 @@ from extras.checkpoints import (
     say_if_bfloat16_is_slow,
 )
 from extras.commands import add_model_arguments, command_parser, count, run_script
-from extras.predictions import add_result, fingerprint, hash_of, result_code
-from extras.runs import say_if_unfinished
+from extras.records import add_result, hash_of, origin_of, result_code, say_if_unfinished
 
 PIECE = 256  # tokens
 
@@ -96,9 +95,8 @@ def main(args):
     with user_file(out):
         out.mkdir(parents=True, exist_ok=True)
     code = result_code("loss", args.adapter, own=[mean_loss])
-    result = fingerprint(ckpt, args.adapter and Path(args.adapter), dtype, code) | {
-        "ckpt": str(args.ckpt)
-    }
+    origin = origin_of(ckpt, args.adapter and Path(args.adapter), dtype, code)
+    result = origin | {"ckpt": str(args.ckpt)}
     result |= {"losses": {}, "losses_alone": {}, "tokens": {}, "texts": {}}
     for file, pairs in texts.items():
         name = file.with_suffix("").as_posix()

@@ -22,7 +22,7 @@ import rosa
 from data import tasks, toy
 from data.errors import UserError, refusals_of, user_file
 from data.tokenizer import load_tokenizer
-from extras import adapters, runs
+from extras import adapters, records
 from extras.checkpoints import (
     DTYPES,
     copy_companions,
@@ -275,7 +275,7 @@ def check_merging(name, adapter):
 
 def main(args):
     """Merge, and say what it has cost."""
-    runs.say_if_unfinished(args.adapter)
+    records.say_if_unfinished(args.adapter)
     before, after = merge_checkpoint(find_checkpoint(args.ckpt), args.adapter, args.out)
     same = (before.argmax(-1) == after.argmax(-1)).sum()
     moved, largest = (after - before).abs().max(), before.abs().max()

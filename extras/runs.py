@@ -1,11 +1,10 @@
-"""What a run of train.py leaves on disk: whole files, logs, the best adapter, the state to resume
-from; signals.
+"""A run of train.py: its directory with the best adapter, its logs, the state to resume from;
+signals.
 A run killed at any moment and resumed ends in the same bytes as one that never was.
 Without it: rosa.save_adapter(model, directory) after the last step.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -14,6 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -23,20 +23,37 @@ from data.errors import UserError
 from extras import adapters
 from extras.checkpoints import copy_companions, read_json, stored_tensors
 from extras.commands import Stop
-from extras.distributed import by_the_first, gather, processes
+from extras.distributed import by_the_first, gather, is_first
+from extras.records import (
+    best_step,
+    clear_partial,
+    edited_since,
+    flush,
+    hash_of,
+    have_been_edited,
+    line_of,
+    read_log,
+    saving,
+    steps_of,
+    trained_on,
+    validations_of,
+    write,
+    write_log,
+)
 from extras.source import HERE, file_fingerprint
 
 try:
-    import fcntl
     import resource
 except ImportError:  # Windows
-    fcntl = resource = None
+    resource = None
 
-FORMAT = 3  # of a run directory; in 2 the step that is saved was validated already; 1 had no number
+# The format of a run directory. Before 4 a validation stood in its step's line of log.jsonl; in 2
+# the step that is saved was validated already; 1 did not say its format.
+FORMAT = 4
 LOGS = ("log.jsonl", "layers.jsonl")
-# What eval.py and extras.forgetting leave beside it
+# eval.py and extras.forgetting leave these files beside the adapter.
 RESULTS = ("results.json", "predictions.jsonl", "losses.json")
-# What may differ between a run and its resumption.
+# These arguments may differ between a run and its resumption.
 NOT_COMPARED = (
     "resume",
     "overwrite",
@@ -46,33 +63,37 @@ NOT_COMPARED = (
     "checkpoint_activations",
     "shard",
     "plain",
+    "micro_batch_size",  # with another one the losses are the same to rounding
 )
-# With micro-batches of another size the losses are the same to rounding only. Of what these name
-# hashes are compared.
-NOT_COMPARED += ("micro_batch_size", "ckpt", "data_dir", "train_file", "peft_config")
+# These arguments name files: the files' hashes are compared, not the names.
+NOT_COMPARED += ("ckpt", "data_dir", "train_file", "peft_config")
 
 
 class Run:
     """A run directory, and what a run must know to stop after any step and go on.
 
-    trainable: name -> parameter of what trains, in the optimiser's order."""
+    trainable: name -> parameter of all that trains, in the optimiser's order."""
 
     def __init__(self, args, ckpt, model, trainable, optimizer, selector):
-        self.args, self.out, self.ckpt, self.model = args, args.out, ckpt, model
-        self.trainable, self.optimizer, self.selector = trainable, optimizer, selector
+        self.args = args
+        self.out = args.out
+        self.ckpt = ckpt
+        self.model = model
+        self.trainable = trainable
+        self.optimizer = optimizer
+        self.selector = selector
         self.best = math.inf  # validation loss, nats per token
         self.kept = "checkpoint" if args.method == "full" else "adapter"
-        self.saved = 0  # the step that the state on disk is of
+        self.saved = 0  # the step of the state on disk
         self.skipped = 0  # steps in a row that were not applied
         self.signals = []  # SIGINT and SIGTERM, as they come
 
     def resume(self):
-        """The step to go on from: that of the state in the directory with --resume, else None."""
-        step = (
-            self.load_state()
-            if self.args.resume and (self.out / "state.safetensors").exists()
-            else None
-        )
+        """With --resume load the state in the directory, if one is there, and return its step; else
+        return None."""
+        step = None
+        if self.args.resume and (self.out / "state.safetensors").exists():
+            step = self.load_state()
         if len(set(gather(step))) > 1:
             problem = f"--resume: {self.out} holds different states on different machines"
             raise UserError(f"{problem}: share it, or copy it to each")
@@ -80,88 +101,89 @@ class Run:
 
     @by_the_first
     def begin(self, description):
-        """Make way in the directory for a run, say in args.json which."""
+        """Clear the directory for this run, and say in args.json which run it is."""
         with saving(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-            results = RESULTS if self.holds_a_run() else ()  # of an adapter that is replaced now
-            if not self.args.resume:  # first: what is left of another run is from here on no run
+            # Results beside an adapter are of the adapter that this run replaces.
+            results = RESULTS if self.holds_a_run() else ()
+            # args.json goes first: without it, what is left of another run is no run.
+            if not self.args.resume:
                 (self.out / "args.json").unlink(missing_ok=True)
             for file in ("state.safetensors", *LOGS, "run.png", "summary.json", *results):
                 (self.out / file).unlink(missing_ok=True)
             clear_partial(self.out)
         write(self.out / "args.json", json.dumps(description, indent=2) + "\n")
-        write_log(self.out / "log.jsonl", {"step": 0})
 
     def holds_a_run(self):
+        """Whether the directory holds the files of a run, whole or not."""
         kept = ("args.json", "adapter_model.safetensors", "model.safetensors")
         return any((self.out / file).exists() for file in kept)
 
     def can_apply(self, step, loss, norm, places_in_file):
         """Whether a step can be applied: one that is not finite would spoil the weights for good.
-        places_in_file: those of its examples."""
-        self.skipped = 0 if math.isfinite(loss) and math.isfinite(norm) else self.skipped + 1
-        if self.skipped:
-            self.culprits = f"loss {loss:.3g}, gradient {norm:.3g}, examples {places_in_file}"
-            tqdm.write(f"step {step:5}  not applied: {self.culprits}")
-        return not self.skipped
+        places_in_file: those of the step's examples."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped = 0
+            return True
+        self.skipped += 1
+        self.culprits = f"loss {loss:.3g}, gradient {norm:.3g}, examples {places_in_file}"
+        tqdm.write(f"step {step:5}  not applied: {self.culprits}")
+        return False
 
     def keep_best(self, step, val_loss):
-        """The adapter kept is the best one, not the last one. The loss goes into the step's line in
-        log.jsonl."""
+        """Keep the adapter if its validation loss is the lowest so far, and add a line with the
+        loss to log.jsonl."""
         if step == 0 and not math.isfinite(val_loss):
             raise Stop(f"the validation loss is {val_loss} before training: is {self.ckpt} whole?")
-        tqdm.write(
-            f"step {step:5}  validation loss {val_loss:.4f}"
-            + (" before training" if step == 0 else "")
-        )
+        note = " before training" if step == 0 else ""
+        tqdm.write(f"step {step:5}  validation loss {val_loss:.4f}{note}")
         if val_loss < self.best or step == 0:
             self.best = val_loss
             self.save_best()
-        if processes()[0] == 0:
-            log = self.out / "log.jsonl"
-            *before, record = read_log(log)
-            write(log, "".join(map(line_of, [*before, record | {"val_loss": val_loss}])))
+        if is_first():
+            write_log(self.out / "log.jsonl", {"step": step, "val_loss": val_loss})
 
     def log(self, record):
-        """A line of log.jsonl, and after a selection of layers one of layers.jsonl; the first
-        process writes."""
-        if processes()[0] > 0:
+        """Have the first process add a step's line to log.jsonl, and after a selection of layers
+        one to layers.jsonl."""
+        if not is_first():
             return
-        write_log(self.out / "log.jsonl", record | ({"skipped": True} if self.skipped else {}))
+        if self.skipped:
+            record = record | {"skipped": True}
+        write_log(self.out / "log.jsonl", record)
         if self.selector.selected:
-            scores = self.selector.scores.tolist()
             selection = {
                 "step": record["step"],
-                "scores": scores,
+                "scores": self.selector.scores.tolist(),
                 "active_layers": self.selector.active,
             }
             write_log(self.out / "layers.jsonl", selection)
 
     def save(self, step, total_steps, stop_requested):
-        """Save the state every --save-every steps, before each validation, which a resumption then
-        makes, and before the run stops; it stops here, after a signal or the third step in a row
-        that was not applied."""
-        if self.skipped == 3:
-            state = (
-                f"The last good state, of step {self.saved}, is in {self.out / 'state.safetensors'}"
-            )
-            message = f"step {step} was the third in a row that is not finite: {self.culprits}"
-            raise Stop(f"{message}, counted from 0 in the training data. {state}")
-        last = step == total_steps
-        due = (
-            last
-            or stop_requested
+        """Save the state where it is due: every --save-every steps, before each validation, which a
+        resumption then makes, and before the run ends. A step that was not applied is not saved."""
+        is_due = (
+            stop_requested
+            or step == total_steps
             or step % self.args.save_every == 0
             or step % self.args.eval_every == 0
         )
-        if due and not self.skipped:
+        if is_due and not self.skipped:
             self.save_state(step)
             self.saved = step
-        if stop_requested and not last:
-            kept = f"the {self.kept} kept is the best so far, of step {best_step(self.out)}"
-            raise Stop(
-                f"stopped after step {step}; {kept}", 128 + (self.signals or [signal.SIGTERM])[0]
-            )
+
+    def stopped(self, step):
+        """The end of a run after a signal: what to raise."""
+        # Where another process was signalled, this one does not know by which signal.
+        number = self.signals[0] if self.signals else signal.SIGTERM
+        kept = f"the {self.kept} kept is the best so far, of step {best_step(self.out)}"
+        return Stop(f"stopped after step {step}; {kept}", 128 + number)
+
+    def not_finite(self, step):
+        """The end of a run after three steps in a row that were not applied: what to raise."""
+        message = f"step {step} was the third in a row that is not finite: {self.culprits}"
+        state = f"The last good state, of step {self.saved}, is in {self.out / 'state.safetensors'}"
+        return Stop(f"{message}, counted from 0 in the training data. {state}")
 
     def note_signals(self):
         """From here on SIGINT and SIGTERM let the step end first; a second one ends the process at
@@ -170,11 +192,11 @@ class Run:
         def note(number, _):
             self.signals.append(number)
             handle(signal.SIG_DFL)
-            if processes()[0] == 0:  # os.write: what print was doing, a signal may have interrupted
-                again = (
-                    f"a second time ends it at once, and then what is saved is step {self.saved}"
-                )
-                os.write(2, f"\nstopping once this step is done and saved; {again}\n".encode())
+            if is_first():
+                again = "a second time ends it at once, and then what is saved is step"
+                line = f"stopping once this step is done and saved; {again} {self.saved}"
+                # The signal may have interrupted a print, and a print cannot be entered twice.
+                os.write(2, f"\n{line}\n".encode())
 
         def handle(handler):
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -184,8 +206,8 @@ class Run:
 
     @by_the_first
     def save_best(self):
-        """The adapter, or with --method full a whole checkpoint, tokenizer included: `eval.py
-        --ckpt` takes it."""
+        """Save the adapter; with --method full a whole checkpoint, tokenizer included, which is a
+        --ckpt for eval.py."""
         new = self.out / "best.partial"
         with saving(new):
             shutil.rmtree(new, ignore_errors=True)
@@ -201,13 +223,12 @@ class Run:
 
     @by_the_first
     def save_state(self, step):
-        """Everything that the rest of the run depends on, in one file. The random state is a
-        function of the step."""
-        tensors = {
-            f"trainable.{name}": p.detach().cpu().contiguous() for name, p in self.trainable.items()
-        }
-        # One that has not been trained yet has no moments
+        """Save everything that the rest of the run depends on, in one file. The random state is not
+        in it: the loop seeds it anew in every step."""
+        tensors = {}
         for name, parameter in self.trainable.items():
+            tensors[f"trainable.{name}"] = parameter.detach().cpu().contiguous()
+            # A parameter that has not been trained yet has no moments.
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = value.cpu()
         if self.selector.scores is not None:
@@ -218,218 +239,156 @@ class Run:
             "active": self.selector.active,
             "failed": self.selector.failed,
         }
-        for log in LOGS:  # their lines up to this step are not to be lost when the state is there
+        metadata = {"progress": json.dumps(progress)}
+        # The logs' lines up to this step must not be lost when the state is there.
+        for log in LOGS:
             with saving(self.out / log), contextlib.suppress(FileNotFoundError):
                 flush(self.out / log)
         write(
             self.out / "state.safetensors",
-            lambda partial: save_file(
-                tensors, partial, metadata={"progress": json.dumps(progress)}
-            ),
+            lambda partial: save_file(tensors, partial, metadata=metadata),
         )
 
     @torch.no_grad()
     def load_state(self):
-        """Undo `save_state`; returns the step. Log lines beyond it are dropped."""
+        """Undo `save_state`, cut the logs back to what was written before it, and return its
+        step."""
         path = self.out / "state.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
                 progress = json.loads(file.metadata()["progress"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
-            raise UserError(
-                f"{path} is not a whole safetensors file ({error}): --overwrite starts anew"
-            ) from None
-        moments = {}  # the optimiser's own state goes by position
-        for i, (name, parameter) in enumerate(self.trainable.items()):
+            problem = f"{path} is not a whole safetensors file ({error})"
+            raise UserError(f"{problem}: --overwrite starts anew") from None
+        moments = {}  # the optimiser knows parameters by their positions
+        for position, (name, parameter) in enumerate(self.trainable.items()):
             parameter.copy_(tensors[f"trainable.{name}"])
             prefix = f"optimizer.{name}."
-            if own_moments := {
-                key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)
-            }:
-                moments[i] = own_moments
-        self.optimizer.load_state_dict(
-            {"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
+            keys = [key for key in tensors if key.startswith(prefix)]
+            if keys:
+                moments[position] = {key.removeprefix(prefix): tensors[key] for key in keys}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.selector.scores = tensors.get("scores")
         self.selector.activate(progress["active"])
         self.selector.failed = progress["failed"]
-        self.best, self.saved = progress["best"], progress["step"]
-        if processes()[0] == 0:
+        self.best = progress["best"]
+        self.saved = progress["step"]
+        if is_first():
             with saving(self.out):
                 clear_partial(self.out)
-            for log in LOGS:
-                records = [
-                    record for record in read_log(self.out / log) if record["step"] <= self.saved
-                ]
-                write(self.out / log, "".join(map(line_of, records)))
+            self.cut_logs()
         return self.saved
 
+    def cut_logs(self):
+        """Drop the lines of the logs that the resumed run writes again: those of later steps, and
+        that of the saved step's own validation, which follows the save."""
+        for log in LOGS:
+            kept = []
+            for record in read_log(self.out / log):
+                last = self.saved - 1 if "val_loss" in record else self.saved
+                if record["step"] <= last:
+                    kept.append(line_of(record))
+            write(self.out / log, "".join(kept))
+
     def finish(self, device):
-        """summary.json, the run in six numbers for `python -m extras.compare`, and run.png."""
+        """Write summary.json, the run in six numbers for extras.compare, and draw run.png."""
         print(f"best validation loss {self.best:.4f}; its {self.kept} is in {self.out}")
-        if processes()[0] > 0:
+        if not is_first():
             return
-        before, *steps = read_log(self.out / "log.jsonl")
-        if self.best == before["val_loss"]:
-            print(
-                f"nothing improved on the loss before training: the {self.kept} kept is the "
-                "untrained one"
-            )
+        log = read_log(self.out / "log.jsonl")
+        steps = steps_of(log)
+        loss_before = validations_of(log)[0]["val_loss"]
+        if self.best == loss_before:
+            what = f"the {self.kept} kept is the untrained one"
+            print(f"nothing improved on the loss before training: {what}")
+        tokens = sum(step["tokens"] for step in steps)
+        seconds = sum(step["seconds"] for step in steps)
         summary = {
             "trainable": sum(p.numel() for p in self.trainable.values()),
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "val_loss_before": before["val_loss"],
+            "val_loss_before": loss_before,
             "val_loss": self.best,
-            "tokens_per_second": sum(step["tokens"] for step in steps)
-            / sum(step["seconds"] for step in steps),
+            "tokens_per_second": tokens / seconds,
         }
         if device.type == "cuda":
             summary["peak_memory"] = torch.cuda.max_memory_allocated()  # bytes
-        elif resource:  # of the whole process; kilobytes, on a Mac bytes
+        elif resource:  # memory of the whole process; in kilobytes, but on a Mac in bytes
             unit = 1 if sys.platform == "darwin" else 1024
             summary["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         write(self.out / "summary.json", json.dumps(summary, indent=2) + "\n")
         draw_run(self.out)
 
 
-# The files that a run depends on.
+# A run depends on the code in these files.
 CODE = ("model.py", "rosa.py", "train.py", "data/tasks.py", "data/tokenizer.py", "data/toy.py")
-STAND_INS = ("extras/kernels.py", "extras/operators.py")  # not with --plain
+KERNELS = ("extras/kernels.py", "extras/operators.py")  # not with --plain
 
 
 def describe(args, ckpt, model, train_set, val_set):
-    """args.json: the arguments, the code, and hashes by which a resumption knows the checkpoint and
-    the data again. Of the checkpoint these are its config, what its tensors are, and one small
-    tensor, by which models of a shape differ."""
-    entries = stored_tensors(ckpt).items()
+    """What args.json holds: the arguments, the code, and hashes by which a resumption knows the
+    checkpoint and the data again. The checkpoint's weights are many: the hash is of their names,
+    sizes and dtypes, and of one small tensor, in which models of the same shape differ."""
+    tensors = []
+    for name, entry in stored_tensors(ckpt).items():
+        size = entry.file.stat().st_size
+        tensors.append((name, entry.file.name, size, entry.shape, entry.dtype))
+    norm = model.model.norm.weight.to(getattr(torch, args.dtype))
     content = {
         "config.json of the checkpoint": (ckpt / "config.json").read_bytes(),
-        "tensors of the checkpoint": sorted(
-            (name, entry.file.name, entry.file.stat().st_size, entry.shape, entry.dtype)
-            for name, entry in entries
-        ),
-        "final norm of the checkpoint": model.model.norm.weight.to(
-            getattr(torch, args.dtype)
-        ).tolist(),
+        "tensors of the checkpoint": sorted(tensors),
+        "final norm of the checkpoint": norm.tolist(),
         "training examples": train_set,
         "held-out examples": val_set,
     }
     if getattr(args, "peft_config", None):
         content["options in --peft-config"] = read_json(args.peft_config)
-    hashes = {
-        name: hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-        for name, value in content.items()
-    }
-    code = {
-        name: file_fingerprint(HERE / name) for name in (CODE if args.plain else CODE + STAND_INS)
-    }
-    return json.loads(
-        json.dumps(vars(args) | {"format": FORMAT, "hashes": hashes, "code": code}, default=str)
-    )
+    hashes = {name: hash_of(value) for name, value in content.items()}
+    files = CODE if args.plain else CODE + KERNELS
+    code = {name: file_fingerprint(HERE / name) for name in files}
+    description = vars(args) | {"format": FORMAT, "hashes": hashes, "code": code}
+    return json.loads(json.dumps(description, default=str))
 
 
 def check_out(args, ckpt):
     """Raise UserError where --out cannot be this run's directory."""
-    # A run that ended before its first validation, by a mistake perhaps, has left nothing to be
-    # kept.
+    # A run that ended before its first validation, by a mistake perhaps, has left nothing to keep.
     holds_a_run = (args.out / "args.json").exists() and best_step(args.out) is not None
     if holds_a_run and not (args.resume or args.overwrite):
-        message = (
-            f"--out {args.out} holds a run already: --resume goes on with it, --overwrite "
-            "starts anew"
-        )
-        raise UserError(f"{message}, --out NAME keeps both")
+        problem = f"--out {args.out} holds a run already"
+        advice = "--resume goes on with it, --overwrite starts anew, --out NAME keeps both"
+        raise UserError(f"{problem}: {advice}")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file: choose a directory for the run")
     if args.out.resolve() == ckpt.resolve():
-        raise UserError(
-            f"--out {args.out} is the checkpoint itself: choose another directory for the run"
-        )
+        problem = f"--out {args.out} is the checkpoint itself"
+        raise UserError(f"{problem}: choose another directory for the run")
 
 
 def check_same(args, description):
     """Raise UserError naming a difference between this run and the one that was begun in --out."""
+    run = f"the run in {args.out}"
     if not (args.out / "args.json").is_file():
-        message = f"--resume: {args.out} has no args.json: nothing was saved there yet"
-        raise UserError(f"{message}; run without --resume")
+        problem = f"--resume: {args.out} has no args.json: nothing was saved there yet"
+        raise UserError(f"{problem}; run without --resume")
     before = read_json(args.out / "args.json")
-    if before.get("format", 1) != FORMAT:
-        message = (
-            f"--resume: the run in {args.out} was begun by another version, in format "
-            f"{before.get('format', 1)}"
-        )
-        raise UserError(f"{message} and not {FORMAT}: --overwrite starts anew")
+    its_format = before.get("format", 1)
+    if its_format != FORMAT:
+        problem = f"{run} was begun by another version, in format {its_format} and not {FORMAT}"
+        raise UserError(f"--resume: {problem}: --overwrite starts anew")
     for key, value in before.items():
-        if (
-            key not in (*NOT_COMPARED, "hashes", "format", "code")
-            and (now := description.get(key)) != value
-        ):
-            raise UserError(
-                f"--resume: the run in {args.out} has --{key.replace('_', '-')} {value}, not {now}"
-            )
+        if key in (*NOT_COMPARED, "hashes", "format", "code"):
+            continue
+        now = description.get(key)
+        if now != value:
+            raise UserError(f"--resume: {run} has --{key.replace('_', '-')} {value}, not {now}")
     for name, value in before.get("hashes", {}).items():
         if description["hashes"].get(name) != value:
-            raise UserError(
-                f"--resume: the {name} differ from those that the run in {args.out} began with"
-            )
+            raise UserError(f"--resume: the {name} differ from those that {run} began with")
     if edited := edited_since(before, description["code"]):
-        since = f"since the run in {args.out} began: it goes on with the code of now"
+        since = f"since {run} began: it goes on with the code of now"
         print(f"code       {have_been_edited(edited)} {since}")
-
-
-def edited_since(args, now):
-    """The files of code that were edited since a run began; args: its args.json, now: file ->
-    fingerprint. Runs of earlier versions do not say with which code they began, those with --plain
-    not for all of the files."""
-    began = args.get("code", {})
-    return [file for file in began if file in now and began[file] != now[file]]
-
-
-def have_been_edited(files):
-    return f"{' and '.join(files)} {'has' if len(files) == 1 else 'have'} been edited"
-
-
-def code_of_the_method():
-    """file -> fingerprint of the files that say what is trained, and how."""
-    return {name: file_fingerprint(HERE / name) for name in ("model.py", "rosa.py")}
-
-
-def best_step(out):
-    """The step that the adapter in a run directory is of; None where no run is."""
-    validated = [
-        record for record in read_log(out / "log.jsonl") if record.get("val_loss") is not None
-    ]
-    return min(validated, key=lambda record: record["val_loss"])["step"] if validated else None
-
-
-def say_if_unfinished(out):
-    """A line where what a run directory holds is not what a whole run has made of it, or was made
-    by other code."""
-    step = best_step(out)
-    if step is None or processes()[0] > 0:
-        return
-    if edited := edited_since(read_json(out / "args.json", missing={}), code_of_the_method()):
-        print(f"trained    {out}: {have_been_edited(edited)} since its run began")
-    if not (out / "summary.json").exists():
-        print(
-            f"unfinished {out}: its run has not ended; what it holds is the best so far, of step "
-            f"{step}"
-        )
-    elif step == 0:
-        print(f"untrained  {out}: no step of its run improved on the loss before training")
-
-
-def clear_partial(out):
-    """Delete what a save that was cut short has left, ours or, as .tmp and six letters,
-    safetensors' own."""
-    for leftover in (*out.glob("*.partial"), *out.glob(".tmp??????")):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
-def trained_on(args):
-    """The training data of a run's args.json, in a word."""
-    return Path(args["train_file"]).stem if args["train_file"] else args["task"]
 
 
 def draw_run(out):
@@ -438,147 +397,55 @@ def draw_run(out):
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return print(
-            "run.png is not drawn: pip install matplotlib, then the same command with --resume "
-            "draws it"
-        )
-    args, log, probes = (
-        read_json(out / "args.json"),
-        read_log(out / "log.jsonl"),
-        read_log(out / "layers.jsonl"),
-    )
-    steps, last = log[1:], log[-1]["step"]
-    validated = [record for record in log if record.get("val_loss") is not None]
-    figure = Figure(figsize=(9.6, 5.4), layout="constrained")  # of a slide's shape
+        advice = "pip install matplotlib, then the same command with --resume draws it"
+        print(f"run.png is not drawn: {advice}")
+        return
+    args = read_json(out / "args.json")
+    log = read_log(out / "log.jsonl")
+    steps = steps_of(log)
+    validations = validations_of(log)
+    figure = Figure(figsize=(9.6, 5.4), layout="constrained")  # the shape of a slide
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 3])
     figure.suptitle(f"{Path(args['ckpt']).absolute().name} on {trained_on(args)}: {args['method']}")
-    losses = [math.nan if record["loss"] is None else record["loss"] for record in steps]
-    top.plot([record["step"] for record in steps], losses, color="0.75", label="training batch")
-    held_out = [record["val_loss"] for record in validated]
+
+    numbers = [record["step"] for record in steps]
+    losses = [record["loss"] for record in steps]  # None, drawn as a gap, where it is not finite
+    top.plot(numbers, np.array(losses, dtype=float), color="0.75", label="training batch")
+    validated = [record["step"] for record in validations]
+    held_out = [record["val_loss"] for record in validations]
     label = f"held out: {held_out[0]:.3f} → {min(held_out):.3f}"
-    top.plot(
-        [record["step"] for record in validated],
-        held_out,
-        "o",
-        markersize=5,
-        clip_on=False,
-        label=label,
-    )
-    top.set(
-        ylabel="loss, nats per token", yscale="log" if held_out[0] > 5 * min(held_out) else "linear"
-    )
+    top.plot(validated, held_out, "o", markersize=5, clip_on=False, label=label)
+    scale = "log" if held_out[0] > 5 * min(held_out) else "linear"
+    top.set(ylabel="loss, nats per token", yscale=scale)
     top.legend()
-    middle.plot(
-        [record["step"] for record in steps], [record["lr"] for record in steps], color="tab:green"
-    )
+
+    middle.plot(numbers, [record["lr"] for record in steps], color="tab:green")
     middle.ticklabel_format(axis="y", scilimits=(0, 0))
     middle.set(ylabel="learning\nrate", ylim=(0, None))
+
+    last = numbers[-1]
     bottom.set(xlabel="optimiser step", ylabel="layer", xlim=(0, last))
-    bottom.set_title(
-        "DLS: gradient of each layer's norms (blue), and the layers that train (lines)",
-        fontsize="medium",
-    )
+    title = "DLS: gradient of each layer's norms (blue), and the layers that train (lines)"
+    bottom.set_title(title, fontsize="medium")
     bottom.xaxis.get_major_locator().set_params(integer=True)
-    if probes:  # each colours the steps up to the next one
-        edges = [probe["step"] - 1 for probe in probes] + [last]
-        scores = torch.tensor([probe["scores"] for probe in probes]).T  # [L, probes]
-        borders = [layer - 0.5 for layer in range(len(scores) + 1)]
-        # Points: a third of a layer's height, so that its scores stay visible
-        line = min(2.5, 40 / len(scores))
-        image = bottom.pcolormesh(
-            edges, borders, (scores / scores.amax(0)).numpy(), cmap="Blues", vmin=0, vmax=1
-        )
-        for probe, left, right in zip(probes, edges, edges[1:]):
-            bottom.hlines(probe["active_layers"], left, right, color="tab:orange", linewidth=line)
-        bottom.yaxis.get_major_locator().set_params(integer=True)
+    probes = read_log(out / "layers.jsonl")
+    if probes:
+        image = draw_probes(bottom, probes, last)
         figure.colorbar(image, ax=bottom, label="share of the highest")
     write(out / "run.png", lambda partial: figure.savefig(partial, format="png", dpi=150))
 
 
-# --- files ---
-
-
-@contextlib.contextmanager
-def saving(path):
-    """A disk that is full, read-only or gone ends the run in one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise Stop(f"cannot write {path}: {error}. What was saved before is whole") from None
-
-
-def write(path, content):
-    """write_whole, in a run of train.py."""
-    with saving(path):
-        write_whole(path, content)
-
-
-def write_whole(path, content):
-    """Replace a file whole: written beside it, flushed, renamed. content: text, or a function that
-    writes it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(content, encoding="utf-8") if isinstance(content, str) else content(
-            partial
-        )
-        flush(partial)
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # of the error that brought us here
-            partial.unlink()
-        raise
-    if os.name == "posix":  # a rename is on disk once its directory is
-        flush(path.parent)
-
-
-@contextlib.contextmanager
-def locked(directory):
-    """Where several processes change the files of a directory: one at a time. Windows knows no such
-    lock."""
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a disk that knows no locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)  # which unlocks
-
-
-def flush(path):
-    """Have the disk hold what was written."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def line_of(record):
-    """A line of a log. JSON has no word for a number that is not finite: null stands for it."""
-    finite = {
-        key: None if isinstance(x, float) and not math.isfinite(x) else x
-        for key, x in record.items()
-    }
-    return json.dumps(finite) + "\n"
-
-
-def write_log(path, record):
-    """Add a line."""
-    with saving(path), open(path, "a", encoding="utf-8") as file:
-        file.write(line_of(record))
-
-
-def read_log(path):
-    """The records of a log, as far as it is whole: a kill may have cut the last line."""
-    records = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ()
-    ):
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError):
-            break
-    return records
+def draw_probes(axes, probes, last):
+    """Draw the layers' scores at each probe and which layers trained from there to the next probe,
+    up to step `last`; return the image of the scores."""
+    edges = [probe["step"] - 1 for probe in probes] + [last]
+    scores = torch.tensor([probe["scores"] for probe in probes]).T  # [L, probes]
+    shares = (scores / scores.amax(0)).numpy()
+    borders = [layer - 0.5 for layer in range(len(scores) + 1)]
+    image = axes.pcolormesh(edges, borders, shares, cmap="Blues", vmin=0, vmax=1)
+    # Points: a line is a third of its layer's height, so that the layer's scores stay visible.
+    width = min(2.5, 40 / len(scores))
+    for probe, left, right in zip(probes, edges, edges[1:]):
+        axes.hlines(probe["active_layers"], left, right, color="tab:orange", linewidth=width)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    return image

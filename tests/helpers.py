@@ -162,13 +162,27 @@ SHORT_ROSA_RUN = (*SHORT_RUN, "--rank", 4, "--alpha", 8, "--lr", 1e-2)
 
 
 def read_log(out, name="log.jsonl"):
-    return [json.loads(line) for line in (Path(out) / name).read_text().splitlines()]
+    """The lines of a log; none where the run has not come to its first."""
+    path = Path(out, name)
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
-def best_step(directory):
-    """The step at which a run had its lowest validation loss."""
-    validated = [record for record in read_log(directory) if "val_loss" in record]
-    return min(validated, key=lambda record: record["val_loss"])["step"]
+def read_steps(out):
+    """The lines of a run's log that are of steps."""
+    return [record for record in read_log(out) if "val_loss" not in record]
+
+
+def read_validations(out):
+    """step -> validation loss, as a run's log has them."""
+    validations = [record for record in read_log(out) if "val_loss" in record]
+    return {record["step"]: record["val_loss"] for record in validations}
+
+
+def best_step(out):
+    """The step of the lowest validation loss of a run."""
+    losses = read_validations(out)
+    return min(losses, key=losses.get)
 
 
 def no_package(monkeypatch, name):

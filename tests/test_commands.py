@@ -14,7 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, SHORT_ROSA_RUN, best_step, no_package, read_log, run, write_test_sets
+from helpers import (
+    ROOT,
+    SHORT_ROSA_RUN,
+    best_step,
+    no_package,
+    read_log,
+    read_validations,
+    run,
+    write_test_sets,
+)
 from rounding import assert_close, near, of_model
 
 import eval as eval_script
@@ -22,7 +31,17 @@ import rosa
 import train
 from data import tasks, toy
 from data.tokenizer import SentencePieceTokenizer, load_tokenizer
-from extras import commands, compare, distributed, figure1, forgetting, inference, make_tiny, merge
+from extras import (
+    commands,
+    compare,
+    distributed,
+    figure1,
+    forgetting,
+    inference,
+    make_tiny,
+    merge,
+    records,
+)
 from extras.checkpoints import NAMES
 from model import Llama
 
@@ -195,8 +214,7 @@ def test_runs_side_by_side(ckpt, capsys):
     base, a, b = rows.values()
     summary = json.loads(Path("runs/b/summary.json").read_text())
     assert (
-        b["validation loss"]
-        == f"{read_log('runs/b')[0]['val_loss']:.4f} → {summary['val_loss']:.4f}"
+        b["validation loss"] == f"{read_validations('runs/b')[0]:.4f} → {summary['val_loss']:.4f}"
     )
     share = 100 * summary["trainable"] / summary["parameters"]
     assert b["trainable"] == f"{summary['trainable']:,} ({share:.2f}%)" and b["toy (n = 8)"] == "–"
@@ -221,7 +239,7 @@ def test_a_run_that_was_stopped_or_has_learned_nothing_says_so_in_the_table(ckpt
     capsys.readouterr()
     compare.run(["stopped", "nothing"])
     *_, stopped, nothing = capsys.readouterr().out.splitlines()
-    before = f"{read_log('nothing')[0]['val_loss']:.4f}"
+    before = f"{read_validations('nothing')[0]:.4f}"
     assert (
         "| toy, 2 steps of 8 | – | not finished |" in stopped
         and f"| {before} → {before} (untrained) |" in nothing
@@ -253,6 +271,32 @@ def test_an_adapter_of_a_run_that_was_stopped_or_has_learned_nothing_is_used_wit
             script.run(f"{more} --ckpt ckpt --adapter {out}".split())
             shown = capsys.readouterr().out
             assert line in shown and (line or not re.search("unfinished|untrained", shown))
+
+
+def test_a_run_of_an_earlier_format_is_read_as_one_of_today(ckpt, capsys):
+    """Before format 4 a validation stood in the line of its step."""
+    run(train, *SHORT_ROSA_RUN, "--out", "now")
+    shutil.copytree("now", "before")
+    steps = {}
+    for record in read_log("now"):
+        steps.setdefault(record["step"], {}).update(record)
+    lines = [json.dumps(record) + "\n" for record in steps.values()]
+    Path("before/log.jsonl").write_text("".join(lines))
+    assert records.best_step(Path("before")) == best_step("now") > 0
+    for unfinished in (False, True):
+        if unfinished:
+            Path("now/summary.json").unlink()
+            Path("before/summary.json").unlink()
+        capsys.readouterr()
+        compare.run(["now", "before"])
+        *_, now, before = capsys.readouterr().out.splitlines()
+        assert now == before.replace("| before |", "| now |")
+        assert ("| toy, 6 steps of 8 |" in now) and ("| not finished |" in now) == unfinished
+        records.say_if_unfinished(Path("now"))
+        records.say_if_unfinished(Path("before"))
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 2 * unfinished
+    assert lines[0] == lines[1].replace(" before:", " now:")
 
 
 @pytest.mark.parametrize("how", ["trained anew", "of an earlier version"])

@@ -16,7 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, decisive_model, forkserver, random_model, read_log, smooth_adamw
+from helpers import (
+    ROOT,
+    decisive_model,
+    forkserver,
+    random_model,
+    read_log,
+    read_steps,
+    smooth_adamw,
+)
 from rounding import assert_close, near, of_model
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -27,7 +35,7 @@ import train
 from data import tasks, toy
 from data.errors import UserError
 from data.tokenizer import load_tokenizer
-from extras import inference, predictions, runs
+from extras import inference, records, runs
 from extras.kernels import accelerate
 from model import MLP, Llama
 
@@ -45,13 +53,13 @@ def ckpt(ckpt, monkeypatch):
     # 31 to train on: the last batch of an epoch is one example
     monkeypatch.setitem(tasks.TOY_SIZES, "train", 40)
     monkeypatch.setitem(tasks.TOY_SIZES, "test", 13)
-    monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())  # here, and in `run_rank`
+    monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())  # here, and in `run_process`
 
 
-def run_rank(rank, world, port, script, arguments, before):
+def run_process(index, world, port, script, arguments, before):
     """One of the processes that torchrun would start: runs the script, and writes what it prints to
-    out<rank>.txt and err<rank>.txt."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    out<index>.txt and err<index>.txt."""
+    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(world)}
     os.environ |= {
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
@@ -63,20 +71,20 @@ def run_rank(rank, world, port, script, arguments, before):
     torch.optim.AdamW = smooth_adamw()
     tasks.TOY_SIZES.update(train=40, test=13)
     for number, name in ((1, "out"), (2, "err")):
-        with open(f"{name}{rank}.txt", "w") as file:
+        with open(f"{name}{index}.txt", "w") as file:
             os.dup2(file.fileno(), number)
     if before:
-        before(rank)
+        before(index)
     importlib.import_module(script).run(arguments)
 
 
 def start(world, script, command, before=None):
-    """Start `world` processes that run the script with this command line. before(rank) is called in
-    each process first. As under torchrun, the processes meet at a store that is there before them:
-    a process that waits for another process to open a store sleeps for a second."""
+    """Start `world` processes that run the script with this command line. First before(index) is
+    called in each process. As under torchrun, the processes meet at a store that is there before
+    them: a process that waits for another process to open a store sleeps for a second."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     what, processes = (world, store.port, script.__name__, command.split(), before), forkserver()
-    started = [processes.Process(target=run_rank, args=(rank, *what)) for rank in range(world)]
+    started = [processes.Process(target=run_process, args=(index, *what)) for index in range(world)]
     for process in started:
         process.start()
         process.store = store  # keeps the store open for as long as the process is held
@@ -93,7 +101,7 @@ def end(started, seconds=60):
     for process in started:
         process.kill()
     out, errors = (
-        [Path(f"{name}{rank}.txt").read_text() for rank in range(len(started))]
+        [Path(f"{name}{index}.txt").read_text() for index in range(len(started))]
         for name in ("out", "err")
     )
     return (
@@ -135,7 +143,7 @@ def add_line(file, value):
 def assert_same_run(out, other, dtype=torch.float32):
     """Two runs have the same losses, layers, scores and adapter, to the rounding of their steps,
     each of which is a pass forward and back."""
-    steps = len(read_log(out)) - 1
+    steps = len(read_steps(out))
     rounding = of_model(Llama.from_pretrained("ckpt").config, 2 * steps)
     for name in ("log.jsonl", "layers.jsonl"):
         ours, theirs = read_log(out, name), read_log(other, name)
@@ -167,7 +175,7 @@ def test_several_processes_compute_what_one_computes(ckpt, world, options):
     assert "best validation loss" in printed[0] and printed[1:] == [""] * (world - 1)
 
 
-def record(rank):
+def record(index):
     """Make a process write two lines for each step: the dtype, the length and the content of the
     one message that it adds up with the other processes; and the layers that it selects, with the
     state of the random numbers from which dropout would draw."""
@@ -185,11 +193,11 @@ def record(rank):
     def added_up(tensor, **options):
         all_reduce(tensor, **options)
         total = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-        add_line(f"steps{rank}.jsonl", [str(tensor.dtype), tensor.numel(), total])
+        add_line(f"steps{index}.jsonl", [str(tensor.dtype), tensor.numel(), total])
 
     def after_backward(self):
         after(self)
-        add_line(f"steps{rank}.jsonl", [self.active, drop])
+        add_line(f"steps{index}.jsonl", [self.active, drop])
 
     train.collate, torch.distributed.all_reduce, rosa.LayerSelector.after_backward = (
         collated,
@@ -203,7 +211,7 @@ def test_several_processes_select_the_same_layers_at_random_and_drop_different_t
     run_alone(options)
     together(2, train, f"{RUN} {options} --out many", record)
     assert_same_run("many", "one")
-    drawn = [read_log(".", f"steps{rank}.jsonl")[1::2] for rank in range(2)]
+    drawn = [read_log(".", f"steps{index}.jsonl")[1::2] for index in range(2)]
     assert len(drawn[0]) == 8 and len({str(active) for active, _ in drawn[0]}) > 2
     for (active, drop), (other_active, other_drop) in zip(*drawn):
         assert active == other_active and drop != other_drop
@@ -226,9 +234,9 @@ def test_the_shares_of_the_processes_are_the_batch_and_all_take_part_in_every_ro
     monkeypatch, world, count, size
 ):
     parts = []
-    for rank in range(world):
+    for index in range(world):
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("RANK", str(index))
         parts.append(train.own_micro_batches(list(range(count)), size))
     assert sorted(i for part in parts for micro_batch in part for i in micro_batch) == list(
         range(count)
@@ -260,7 +268,7 @@ def test_a_step_is_one_message_of_the_gradients_of_what_trains_and_of_the_norms_
     run_alone()
     together(2, train, f"{RUN} --out many", record)
     assert_same_run("many", "one")
-    sent = [read_log(".", f"steps{rank}.jsonl")[::2] for rank in range(2)]
+    sent = [read_log(".", f"steps{index}.jsonl")[::2] for index in range(2)]
     assert sent[0] == sent[1] and len(sent[0]) == 8  # one a step, and all get the same bits
     # A layer's adapters have rank x (32 inputs + rows): 16 of the 32 rows of q, 8 of the 16 of k
     adapter = 64 * (32 + 16) + 64 * (32 + 8)
@@ -274,7 +282,7 @@ def test_a_step_is_one_message_of_the_gradients_of_what_trains_and_of_the_norms_
 # --- FSDP2 ---
 
 
-def report_rows(rank):
+def report_rows(index):
     """Make a process write down how many bytes of each base weight it holds between two passes, and
     which loss FSDP wraps."""
     from torch.distributed import fsdp
@@ -289,10 +297,12 @@ def report_rows(rank):
             for name, p in model.named_parameters()
         }
         sizes = {name.replace(".linear.", "."): p.nbytes for name, p in at_rest.items()}
-        Path(f"held{rank}.json").write_text(json.dumps(sizes))
+        Path(f"held{index}.json").write_text(json.dumps(sizes))
 
     def registered(module, name):
-        Path(f"wrapped{rank}.txt").write_text(f"{getattr(module, name).__func__.__module__}.{name}")
+        Path(f"wrapped{index}.txt").write_text(
+            f"{getattr(module, name).__func__.__module__}.{name}"
+        )
         register(module, name)
 
     train.shard, fsdp.register_fsdp_forward_method = reported, registered
@@ -317,12 +327,12 @@ def test_sharded_processes_compute_the_same_hold_a_half_each_and_resume_unsharde
     together(2, train, f"{command} --shard --out many", report_rows)
     assert_same_run("many", "one", torch.bfloat16 if changes else torch.float32)
     size = 2 if changes else 4  # bytes
-    for rank in range(2):
-        held = json.loads(Path(f"held{rank}.json").read_text())
+    for index in range(2):
+        held = json.loads(Path(f"held{index}.json").read_text())
         for name, p in model.named_parameters():
             assert held[name] == p.numel() * size // (1 if "norm" in name else 2), name
         assert (
-            Path(f"wrapped{rank}.txt").read_text()
+            Path(f"wrapped{index}.txt").read_text()
             == f"{'model' if options == '--plain' else 'extras.kernels'}.loss"
         )
     if options != "--plain":
@@ -332,10 +342,10 @@ def test_sharded_processes_compute_the_same_hold_a_half_each_and_resume_unsharde
 # --- stopping, dying, resuming ---
 
 
-def act_in_step(step, act, rank):
-    """Make one process do something at the beginning of that step. `act`: the rank of the process,
+def act_in_step(step, act, index):
+    """Make one process do something at the beginning of that step. `act`: the index of the process,
     and the function that it calls."""
-    if rank == act[0]:
+    if index == act[0]:
         before = rosa.LayerSelector.before_forward
 
         def before_forward(self, now):
@@ -369,7 +379,7 @@ def spoilt():
 
 def without_room():
     def write(path, content):
-        with runs.saving(path):
+        with records.saving(path):
             raise OSError(28, "No space left on device")
 
     runs.write = write
@@ -389,7 +399,7 @@ def test_a_signal_to_one_ends_all_after_their_step_and_other_numbers_of_processe
     codes, *_ = end(
         start(3, train, f"{command} many --resume", partial(act_in_step, 7, (0, terminated)))
     )
-    assert codes == [143] * 3 and len(read_log("many")) == 1 + 8
+    assert codes == [143] * 3 and len(read_steps("many")) == 8
     train.run(f"{command} many --resume".split())
     assert_same_run("many", "one")
 
@@ -403,15 +413,15 @@ DEATHS = [
 ]
 
 
-@pytest.mark.parametrize("rank, act, shard", DEATHS)
-def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, rank, act, shard):
+@pytest.mark.parametrize("index, act, shard", DEATHS)
+def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, index, act, shard):
     codes, _, errors = end(
-        start(3, train, f"{RUN} {shard} --out many", partial(act_in_step, 4, (rank, act))),
+        start(3, train, f"{RUN} {shard} --out many", partial(act_in_step, 4, (index, act))),
         seconds=30,
     )
-    assert codes.pop(rank) in (-signal.SIGKILL, 1) and codes == [1, 1]
+    assert codes.pop(index) in (-signal.SIGKILL, 1) and codes == [1, 1]
     text = "\n".join(errors)
-    assert text.count("train.py: another process has ended") == (rank > 0)
+    assert text.count("train.py: another process has ended") == (index > 0)
     assert ("the cat sat" in text) == (act is broken) and ("No space left" in text) == (
         act is without_room
     )
@@ -423,7 +433,7 @@ def test_one_that_dies_ends_all_and_the_run_resumes(ckpt, rank, act, shard):
 SILENCE = 2  # seconds until a silent process is taken for dead, in the place of 50
 
 
-def impatient(rank):
+def impatient(index):
     """The group that adds up gradients waits no longer than SILENCE. The first process takes longer
     than SILENCE to save its first adapter. In step 4 the second process is halted, and sends
     nothing more."""
@@ -431,7 +441,7 @@ def impatient(rank):
 
     def noting(function, seconds):
         def call(*arguments, timeout, **options):
-            add_line(f"timeouts{rank}.jsonl", timeout.total_seconds())
+            add_line(f"timeouts{index}.jsonl", timeout.total_seconds())
             return function(*arguments, timeout=timedelta(seconds=seconds), **options)
 
         return call
@@ -444,7 +454,7 @@ def impatient(rank):
     for name, seconds in {"init_process_group": 3600, "new_group": SILENCE}.items():
         setattr(torch.distributed, name, noting(getattr(torch.distributed, name), seconds))
     runs.adapters.save_adapter = slow
-    act_in_step(4, (1, halted), rank)
+    act_in_step(4, (1, halted), index)
 
 
 @pytest.mark.slow
@@ -458,8 +468,8 @@ def test_one_that_is_silent_in_a_step_is_taken_for_dead_and_the_first_may_take_i
     assert codes == [1, -signal.SIGKILL] and errors[0].startswith(
         "train.py: another process has ended"
     ), errors
-    assert len(read_log("many")) == 1 + 4
-    assert [read_log(".", f"timeouts{rank}.jsonl") for rank in range(2)] == [[3600, 50]] * 2
+    assert len(read_steps("many")) == 4
+    assert [read_log(".", f"timeouts{index}.jsonl") for index in range(2)] == [[3600, 50]] * 2
 
 
 def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
@@ -472,7 +482,7 @@ def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
         and line.startswith("train.py: step 8 was the third in a row")
         and "of step 5" in line
     )
-    assert [record.get("skipped", False) for record in read_log("many")[1:]] == [False] * 5 + [
+    assert [record.get("skipped", False) for record in read_steps("many")] == [False] * 5 + [
         True
     ] * 3
 
@@ -480,21 +490,21 @@ def test_what_is_not_finite_for_one_is_applied_by_none(ckpt):
 # --- mistakes ---
 
 
-def not_finite(rank):
+def not_finite(index):
     stream = inference.stream
 
     def failing(*given):
         yield next(stream(*given))
         raise FloatingPointError("the logits of one process are not finite")
 
-    if rank == 1:
+    if index == 1:
         inference.stream = failing
 
 
 def test_what_is_not_finite_for_one_process_is_what_is_said(ckpt):
     codes, _, errors = end(start(2, eval_script, f"{EVAL} --out many", not_finite))
     line = (
-        "eval.py: rank 1: the logits of one process are not finite. What was scored so far is "
+        "eval.py: process 1: the logits of one process are not finite. What was scored so far is "
         "kept, and not asked again"
     )
     assert codes == [1, 1] and errors == [line]
@@ -503,22 +513,22 @@ def test_what_is_not_finite_for_one_process_is_what_is_said(ckpt):
 ABSENT, EVAL = "--ckpt absent", "--ckpt ckpt --max-new-tokens 9 --device cpu"
 
 
-def misplaced(rank):
+def misplaced(index):
     def load_tokenizer(ckpt):
         raise UserError("no tokenizer on this machine")
 
-    if rank == 1:
+    if index == 1:
         train.load_tokenizer = eval_script.load_tokenizer = load_tokenizer
 
 
-def mistaken(rank):
+def mistaken(index):
     plain = MLP.forward
 
     def forward(self, x):
         B, T = x.shape
         return plain(self, x)
 
-    if rank == 1:
+    if index == 1:
         MLP.forward = forward
 
 
@@ -538,8 +548,8 @@ MISTAKES = [  # (script, arguments, what is changed in each process before, the 
     (train, f"{RUN} {ABSENT}", None, "no checkpoint 'absent'"),
     (train, f"{RUN} --rank 0", None, "rank must be"),
     (eval_script, ABSENT, None, "no checkpoint"),
-    (train, RUN, misplaced, "rank 1: no tokenizer"),
-    (eval_script, EVAL, misplaced, "rank 1: no tokenizer"),
+    (train, RUN, misplaced, "process 1: no tokenizer"),
+    (eval_script, EVAL, misplaced, "process 1: no tokenizer"),
     (train, f"{RUN} --shard --method full", None, "--shard shards frozen weights"),
     (train, f"{RUN} --shard --compile", None, "--shard goes with"),
 ]
@@ -582,15 +592,15 @@ def test_several_processes_answer_what_one_answers(ckpt):
         assert Path("one", name).read_bytes() == Path("many", name).read_bytes()
 
 
-def unwritable(rank):
-    write = predictions.write_whole
+def unwritable(index):
+    write = records.write_whole
 
     def full(path, text):
         if path.name == "results.json":
             raise OSError(28, "No space left on device")
         write(path, text)
 
-    predictions.write_whole = full
+    records.write_whole = full
 
 
 def test_what_the_first_cannot_write_ends_the_others_too(ckpt):
@@ -604,12 +614,12 @@ def test_torchrun(ckpt):
     Path("data.json").write_text(json.dumps(toy.examples("train", 40)))
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     process = subprocess.Popen([*torchrun, str(ROOT / "train.py"), *command], **pipes, text=True)
-    while not Path("many/log.jsonl").exists() or len(read_log("many")) < 4:
+    while len(read_steps("many")) < 3:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
-    steps = len(read_log("many")) - 1
+    steps = len(read_steps("many"))
     assert (
         process.returncode
         and f"train.py: stopped after step {steps}; " in error

@@ -16,7 +16,7 @@ import train
 from data import tasks, toy
 from data.tokenizer import load_tokenizer
 from extras import inference, kernels
-from extras.predictions import hash_of
+from extras.records import hash_of
 from model import Llama
 
 pytestmark = pytest.mark.numeric

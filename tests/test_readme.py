@@ -281,7 +281,7 @@ TRIED = {  # kind of change -> a program that tries what the diff of that kind a
     "method": """import train, eval
 train.run("--method norms --max-steps 3 --val-size 9 --out n".split())
 eval.run("--ckpt n --limit 2 --max-new-tokens 2".split())
-from extras.runs import read_log; from pathlib import Path
+from extras.records import read_log; from pathlib import Path
 log = read_log(Path("n/log.jsonl")); assert log[-1]["val_loss"] < log[0]["val_loss"]""",
     "task": """from data import tasks; assert tasks.test_sets("strategy") == ["strategyqa"]
 assert tasks.is_correct("strategyqa", "I say yes, not no", "yes")

@@ -14,7 +14,7 @@ import rosa
 import train
 from data import toy
 from extras import compare, forgetting
-from extras.predictions import checkpoint_hash
+from extras.records import checkpoint_hash
 from model import Llama
 
 ASK = "--limit 4 --max-new-tokens 3 --dtype float32".split()

@@ -13,7 +13,7 @@ import model
 import rosa
 from data import tasks
 from extras import source
-from extras.predictions import result_code
+from extras.records import result_code
 from extras.source import fingerprint, reached_code, words
 from model import MLP, Llama
 

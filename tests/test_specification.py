@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randomise_adapters, read_log, run
+from helpers import randomise_adapters, read_steps, run
 from rounding import assert_close, near, of_model
 
 import eval as eval_script
@@ -104,7 +104,7 @@ def results(*plain):
     with torch.no_grad():
         logits = torch.cat([adapted(torch.tensor([prompt]))[0] for prompt in prompts])
     return {
-        "loss": read_log("out")[1]["loss"],
+        "loss": read_steps("out")[0]["loss"],
         "answers": [line["response"] for line in lines],
         "logits": logits,
     }

@@ -16,6 +16,8 @@ from helpers import (
     random_model,
     random_tokens,
     read_log,
+    read_steps,
+    read_validations,
     seed_torch,
     smooth_adamw,
 )
@@ -81,22 +83,18 @@ def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step_and_sel
 ):
     for _ in range(1 if options else 2):  # a new run in the same place begins new logs
         args = run(*SHORT_ROSA_RUN, "--overwrite", *options.split())
-    first, *log = read_log("out")
-    assert set(first) == {"step", "val_loss"} and first["step"] == 0
-    assert [record["step"] for record in log] == [1, 2, 3, 4, 5, 6]
-    for record in log:
-        assert set(record) - {"val_loss"} == {
-            "step",
-            "loss",
-            "lr",
-            "tokens",
-            "seconds",
-            "active_layers",
-        }
-        assert len(record["active_layers"]) == active and ("val_loss" in record) == (
-            record["step"] in (3, 6)
-        )
-    assert min(log[2]["val_loss"], log[5]["val_loss"]) < first["val_loss"] - 0.02
+    fields = ["step", "loss", "lr", "tokens", "seconds", "active_layers"]
+    lines = [(record["step"], list(record)) for record in read_log("out")]
+    steps = {step: (step, fields) for step in (1, 2, 3, 4, 5, 6)}
+    validations = {step: (step, ["step", "val_loss"]) for step in (0, 3, 6)}
+    assert lines == [
+        validations[0],
+        *(steps[1], steps[2], steps[3], validations[3]),
+        *(steps[4], steps[5], steps[6], validations[6]),
+    ]
+    log, losses = read_steps("out"), read_validations("out")
+    assert all(len(record["active_layers"]) == active for record in log)
+    assert min(losses[3], losses[6]) < losses[0] - 0.02
     written = json.loads(Path("out/args.json").read_text())
     assert (written["rank"], written["format"], written["dtype"]) == (4, runs.FORMAT, args.dtype)
 
@@ -112,7 +110,7 @@ def test_a_run_leaves_the_best_adapter_its_arguments_and_a_line_per_step_and_sel
     printed = capsys.readouterr()
     assert f"trainable params: {trainable:,} || all params: {everything:,} || " in printed.out
     assert "tokens/s" in printed.err
-    best = min(record["val_loss"] for record in [first, *log] if "val_loss" in record)
+    best = min(losses.values())
     assert best == validated(model, args)
     summary = json.loads(Path("out/summary.json").read_text())
     assert (summary["trainable"], summary["parameters"], summary["val_loss"]) == (
@@ -137,7 +135,7 @@ def test_a_run_is_drawn_without_a_screen_where_matplotlib_is_there(
         assert picture.read_bytes().startswith(b"\x89PNG")
         size = len(picture.read_bytes())
         lines = [
-            record | {"loss": None} if log < record["step"] < 4 else record
+            record | {"loss": None} if "loss" in record and log < record["step"] < 4 else record
             for record in read_log("out")
         ]
         Path("out/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -166,12 +164,12 @@ def test_a_run_is_named_by_what_it_trains_on():
 
 def test_full_training_leaves_a_checkpoint_with_its_tokenizer(ckpt, capsys):
     args = run(*SHORT_RUN, *"--method full --k-ratio 0.5 --lr 1e-3".split())
-    first, *log = read_log("out")
+    losses = read_validations("out")
     count = sum(p.numel() for p in Llama.from_pretrained("ckpt").parameters())
     assert f"trainable params: {count:,} || all params: {count:,}" in capsys.readouterr().out
-    assert [len(record["active_layers"]) for record in log] == [2] * 6
-    assert log[-1]["val_loss"] < first["val_loss"] - 0.02
-    assert log[-1]["val_loss"] == validated(Llama.from_pretrained("out"), args)
+    assert [len(record["active_layers"]) for record in read_steps("out")] == [2] * 6
+    assert losses[6] < losses[0] - 0.02
+    assert losses[6] == validated(Llama.from_pretrained("out"), args)
     eval_script.main(
         eval_script.parse_args("--ckpt out --limit 3 --max-new-tokens 5 --out scores".split())
     )
@@ -188,12 +186,11 @@ def test_a_method_of_peft_runs_in_the_same_loop_and_is_read_back(ckpt):
     ]
     assert train.parse_args(arguments).out == Path("runs/ckpt-toy-peft-IA3")
     args = run(*arguments)
-    first, *log = read_log("out")
-    assert log[-1]["val_loss"] < first["val_loss"] - 0.01 and all(
-        len(record["active_layers"]) == 2 for record in log
-    )
+    losses = read_validations("out")
+    assert losses[6] < losses[0] - 0.01
+    assert all(len(record["active_layers"]) == 2 for record in read_steps("out"))
     model = adapters.load_adapter(Llama.from_pretrained("ckpt"), "out")
-    assert log[-1]["val_loss"] == validated(model, args)
+    assert losses[6] == validated(model, args)
     run(*arguments, "--save-every", 1, out="parts")
     assert saved("parts") == saved()
 
@@ -211,9 +208,8 @@ def test_dropout_acts_in_training_alone(ckpt):
     # Dropout shows in the second step only: in the first B is still zero
     assert first[0][:2] == first[1][:2] and first[0][2] != first[1][2]
     model = adapters.load_adapter(Llama.from_pretrained("ckpt"), "out")
-    assert read_log("out")[-1]["val_loss"] == validated(
-        model, train.parse_args([*SHORT_RUN, "--method", "lora"])
-    )
+    args = train.parse_args([*SHORT_RUN, "--method", "lora"])
+    assert read_validations("out")[6] == validated(model, args)
 
 
 def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
@@ -230,7 +226,7 @@ def test_the_best_adapter_is_kept_when_training_gets_worse(ckpt, monkeypatch):
     monkeypatch.setattr(rosa.LayerSelector, "before_forward", before_forward)
     monkeypatch.setattr(Llama, "loss", climbing)
     args = run(*SHORT_ROSA_RUN, "--max-steps", 7, "--eval-every", 1)
-    losses = [record["val_loss"] for record in read_log("out")]
+    losses = list(read_validations("out").values())
     assert min(losses) == min(losses[1:5]) < losses[-1] and min(losses) == validated(
         adapted(), args
     )
@@ -253,7 +249,7 @@ def test_plain_formulas_and_the_default_are_the_same_run(monkeypatch, tmp_path):
             monkeypatch.setattr(kernels, "accelerate", None)  # is not called
         steps = "--max-steps 20 --batch-size 2 --select-every 2 --val-size 2 --rank 8 --device cpu"
         run("--ckpt", "tiny", *steps.split(), *options.split(), out=tmp_path / options)
-        logs[options] = read_log(tmp_path / options)[1:]
+        logs[options] = read_steps(tmp_path / options)
     default, default16, plain, plain16 = (
         np.array([record["loss"] for record in log]) for log in logs.values()
     )
@@ -321,7 +317,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(ckpt):
         "--eval-every",
         100,
     )
-    lr = [record["lr"] for record in read_log("out")[1:]]
+    lr = [record["lr"] for record in read_steps("out")]
     assert lr[:2] == [0.005, 0.01] and max(lr) == 0.01
     assert (
         lr[2:] == sorted(lr[2:], reverse=True)
@@ -549,4 +545,4 @@ def test_where_nothing_can_be_compiled_a_line_says_so(ckpt, monkeypatch, capsys)
         "compile    nothing can be compiled here (division by zero): going on without\n"
         in capsys.readouterr().out
     )
-    assert len(read_log("out")) == 7
+    assert len(read_steps("out")) == 6

@@ -28,7 +28,7 @@ from torch.utils.benchmark import timer
 
 import rosa
 import train
-from extras import runs
+from extras import records
 from extras.checkpoints import load_model
 
 PEER = "transformers + peft LoRA"
@@ -109,7 +109,7 @@ def measure(args, row):
     with torch.autograd.profiler.profile(enabled=args.profile) as profile:
         train.main(options)
     rate = statistics.median([before, matmul_rate(args.dtype, args.device)])
-    log = runs.read_log(options.out / "log.jsonl")[1 + WARM_UP :]
+    log = records.steps_of(records.read_log(options.out / "log.jsonl"))[WARM_UP:]
     tokens, labels = train.collate(encoded_examples(args)[: options.micro_batch_size], model.device)
     results = {
         "peak MiB": peak_mib(args.device),
