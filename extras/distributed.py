@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from datetime import timedelta
-from itertools import chain, islice
+from itertools import islice
 
 import torch
 from tqdm import tqdm
@@ -90,11 +90,20 @@ def close_bars():
         bar.close()
 
 
-def gather_rounds(items, per_round, num_rounds):
-    """Yield num_rounds lists of what the iterators of all processes give, up to per_round items of
-    each in a list."""
-    for _ in range(num_rounds):
-        yield list(chain(*gather(list(islice(items, per_round)))))
+def share_out(work, items, at_a_time):
+    """Yield the results of work(some of the items), an iterator, from all processes: each process
+    works on its share of the items, `at_a_time` of them between two exchanges, and gets the results
+    of every process."""
+    index, count = processes()
+    if not items:
+        return
+    if count == 1:
+        yield from work(items)
+        return
+    own_results = iter(work(items[index::count]))
+    for _ in range(math.ceil(len(items) / (at_a_time * count))):
+        for results in gather(list(islice(own_results, at_a_time))):
+            yield from results
 
 
 def died(error):
@@ -137,14 +146,16 @@ def own_micro_batches(examples, size):
 
 
 def all_reduce_gradients(process_group, model, *numbers):
-    """Add up the gradients of all processes, in place, and some numbers, which are returned: in one
-    message of float32."""
+    """Add up the gradients of all processes, in place, and some numbers, or tensors of one number,
+    in one message of float32. Returns the sums of the numbers, which on a GPU waits for what was
+    asked of it so far."""
     if process_group is None:
-        return numbers
+        return [float(number) for number in numbers]
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat(
-        [*(grad.flatten().float() for grad in grads), torch.tensor(numbers, device=model.device)]
-    )
+    pieces = [grad.flatten().float() for grad in grads]
+    for number in numbers:
+        pieces.append(torch.as_tensor(number, dtype=torch.float32, device=model.device).view(1))
+    flat = torch.cat(pieces)
     torch.distributed.all_reduce(flat, group=process_group)
     *sums, numbers = flat.split([*(grad.numel() for grad in grads), len(numbers)])
     for grad, total in zip(grads, sums):

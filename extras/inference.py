@@ -11,16 +11,21 @@ import os
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from data import tasks
 from extras.kernels import PLAIN_ATTEND
 from extras.source import edited
 from model import KVCache, Llama, check_prompts
 
-# What `stream` and `log_likelihoods` stand for, as it was written: where it has been edited,
-# model.py's own answers.
+# What `stream` and `log_likelihoods` stand for, as it was written; the method itself stands first.
+# Where one of these has been edited, model.py's own methods answer.
 CACHE = {(KVCache, "__init__"): "bb55c656be18", (KVCache, "update"): "82839ece389f"}
 PLAIN = {(Llama, "generate"): "fba9f1ec7526"} | CACHE
-LIKELIHOODS = {(Llama, "loss"): "84864ca6024f", (Llama, "logits"): "3238416f55cf"} | CACHE
-LOG_LIKELIHOOD = "99b2a4d161c2"  # of the function of that name in eval.py
+LIKELIHOODS = {
+    (Llama, "loss"): "84864ca6024f",
+    (Llama, "logits"): "3238416f55cf",
+    (tasks, "tokens_and_labels"): "063d6cbeab9d",
+} | CACHE
+LOG_LIKELIHOOD = "a7972f53f1d1"  # of the function of that name in eval.py
 
 
 def stand_ins(fingerprints):

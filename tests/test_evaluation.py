@@ -396,7 +396,7 @@ def test_one_question_is_answered_as_it_is_asked(decisive, capsys, monkeypatch):
     for plain in ([], ["--plain"]):
         with monkeypatch.context() as patch:
             if plain:
-                patch.setattr(inference, "generate", None)
+                patch.setattr(inference, "stream", None)
             run(eval_script, *asking, 30, *plain)
         # Where there is no oneDNN a line says first which kernels are not used
         *_, printed = capsys.readouterr().out.split("as written\n")
@@ -405,13 +405,13 @@ def test_one_question_is_answered_as_it_is_asked(decisive, capsys, monkeypatch):
     # The bytes of a character come one by one. The answer may fill the context, and is no longer.
     characters, pieces, counts = tokenizer.encode("a🙂é"), [], []
 
-    def generate(model, prompts, count, eos, on_token):
+    def stream(model, prompts, count, eos, on_token):
         counts.append(count)
         for n in range(1, len(characters) + 1):
             on_token(0, characters[:n])
-        return [characters]
+        yield 0, characters
 
-    monkeypatch.setattr(inference, "generate", generate)
+    monkeypatch.setattr(inference, "stream", stream)
     monkeypatch.setattr(kernels, "accelerate", lambda *_, **how: ([], {}))
     monkeypatch.setattr(kernels, "say_what_runs", lambda *_: None)
     monkeypatch.setattr("builtins.print", lambda text, **_: pieces.append(text))
