@@ -29,11 +29,11 @@ PIECE = 256  # tokens
 
 
 def load_texts(file, tokenizer, limit, skip_empty):
-    """A file as pairs (context ids, ids to predict): the examples of a .json or .jsonl, else the
+    """A file as (place, (context ids, ids to predict)): the examples of a .json or .jsonl, else the
     text in pieces."""
     if file.suffix in (".json", ".jsonl"):
-        examples = tasks.load_examples(file, skip_empty=skip_empty)
-        return [tasks.encode_example(example, tokenizer) for example in examples[:limit]]
+        placed = tasks.placed_examples(file, skip_empty=skip_empty)[:limit]
+        return [(place, tasks.encode_example(example, tokenizer)) for place, example in placed]
     with user_file(file):
         content = file.read_bytes()
     try:
@@ -44,7 +44,18 @@ def load_texts(file, tokenizer, limit, skip_empty):
     if not ids:
         raise UserError(f"{file} holds no text")
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return [([start], ids[i : i + PIECE]) for i in range(0, len(ids), PIECE)][:limit]
+    pieces = [ids[i : i + PIECE] for i in range(0, len(ids), PIECE)]
+    return [(f"piece {i}", ([start], piece)) for i, piece in enumerate(pieces[:limit], 1)]
+
+
+def check_lengths(texts, context_length):
+    """Raise UserError for what is longer than the model's context. texts: file -> `load_texts`."""
+    for file, placed in texts.items():
+        for place, (context, predicted) in placed:
+            length = len(context) + len(predicted) - 1
+            if length > context_length:
+                problem = f"{length} tokens exceed the model's context of {context_length}"
+                raise UserError(f"{file}, {place}: {problem}: leave it out")
 
 
 @torch.inference_mode()
@@ -72,13 +83,10 @@ def main(args):
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
-    texts = {file: load_texts(file, tokenizer, args.limit, args.skip_empty) for file in args.files}
+    placed = {file: load_texts(file, tokenizer, args.limit, args.skip_empty) for file in args.files}
     model = load_model(ckpt, device, dtype)
-    for file, pairs in texts.items():
-        for i, (context, predicted) in enumerate(pairs):
-            if (length := len(context) + len(predicted) - 1) > model.config.context:
-                limit = f"the model's context of {model.config.context}"
-                raise UserError(f"{file}, part {i}: {length} tokens exceed {limit}: leave it out")
+    check_lengths(placed, model.config.context)
+    texts = {file: [pair for _, pair in pairs] for file, pairs in placed.items()}
     checkpoints.check_finite(model)
     alone = {}
     if args.adapter:
