@@ -23,7 +23,14 @@ from extras.checkpoints import (
     say_if_bfloat16_is_slow,
 )
 from extras.commands import add_model_arguments, command_parser, count, run_script
-from extras.records import add_result, hash_of, origin_of, result_code, say_if_unfinished
+from extras.records import (
+    add_result,
+    hash_of,
+    make_writable,
+    origin_of,
+    result_code,
+    say_if_unfinished,
+)
 
 PIECE = 256  # tokens
 
@@ -80,49 +87,47 @@ def mean_loss(model, pairs, file, note=""):
 def main(args):
     """Print the loss on each file, with --adapter that of the model alone too; add them to
     losses.json in --out."""
+    # --- what warns or refuses, before the work ---
     ckpt = find_checkpoint(args.ckpt)
+    adapter = Path(args.adapter) if args.adapter else None
+    if adapter:
+        adapters.check_files(adapter)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
     placed = {file: load_texts(file, tokenizer, args.limit, args.skip_empty) for file in args.files}
     model = load_model(ckpt, device, dtype)
     check_lengths(placed, model.config.context)
-    texts = {file: [pair for _, pair in pairs] for file, pairs in placed.items()}
     checkpoints.check_finite(model)
-    alone = {}
-    if args.adapter:
-        adapters.check_files(Path(args.adapter))  # before the work
-        alone = {
-            file: mean_loss(model, pairs, file, ", without the adapter")
-            for file, pairs in texts.items()
-        }
-        adapters.load_adapter(model, args.adapter)
-        checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
-    say_if_unfinished(Path(args.adapter or ckpt))
-    out = Path(args.out or args.adapter or f"runs/{ckpt.absolute().name}-base")
-    with user_file(out):
-        out.mkdir(parents=True, exist_ok=True)
-    code = result_code("loss", args.adapter, own=[mean_loss])
-    origin = origin_of(ckpt, args.adapter and Path(args.adapter), dtype, code)
-    result = origin | {"ckpt": str(args.ckpt)}
+    say_if_unfinished(adapter or ckpt)
+    out = Path(args.out or adapter or f"runs/{ckpt.absolute().name}-base")
+    make_writable(out)
+
+    # --- the losses ---
+    texts = {file: [pair for _, pair in pairs] for file, pairs in placed.items()}
+    alone = {}
+    if adapter:
+        for file, pairs in texts.items():
+            alone[file] = mean_loss(model, pairs, file, ", without the adapter")
+        adapters.load_adapter(model, adapter)
+        checkpoints.check_finite(model)
+    code = result_code("loss", adapter, own=[mean_loss])
+    result = origin_of(ckpt, adapter, dtype, code) | {"ckpt": str(args.ckpt)}
     result |= {"losses": {}, "losses_alone": {}, "tokens": {}, "texts": {}}
     for file, pairs in texts.items():
         name = file.with_suffix("").as_posix()
         loss = mean_loss(model, pairs, file)
         num_tokens = sum(len(predicted) for _, predicted in pairs)
-        result["losses"][name], result["tokens"][name], result["texts"][name] = (
-            loss,
-            num_tokens,
-            hash_of(pairs),
-        )
+        result["losses"][name] = loss
+        result["tokens"][name] = num_tokens
+        result["texts"][name] = hash_of(pairs)
         change = ""
         if file in alone:
             result["losses_alone"][name] = alone[file]
             change = f", without the adapter {alone[file]:.4f}: {loss - alone[file]:+.4f}"
         print(f"{name:<32}{num_tokens:>9,} tokens   {loss:.4f} nats per token{change}")
-    add_result(
-        out / "losses.json", result, ("checkpoint", "adapter", "settings", "code"), with_other_files
-    )
+    identifying = ("checkpoint", "adapter", "settings", "code")
+    add_result(out / "losses.json", result, identifying, with_other_files)
 
 
 def with_other_files(old, new):
