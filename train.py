@@ -267,7 +267,7 @@ def main(args):
     runs.check_out(args, ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # what "auto" has come to is part of the run
-    train_set, val_set, places_in_file, too_long = load_data(args, load_tokenizer(ckpt))
+    train_set, val_set, places, too_long = load_data(args, load_tokenizer(ckpt))
     # Mapped: on the CPU, in its files, until `shard`
     model = load_model(ckpt, device, dtype, mapped=args.shard)
     if args.max_len > model.config.context:
@@ -401,7 +401,7 @@ def main(args):
 
         # The step; one that is not finite is left out, and the run says which examples it was.
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
-        if run.can_apply(step + 1, loss, norm, [places_in_file[i] for i in indices]):
+        if run.can_apply(step + 1, loss, norm, [places[i] for i in indices]):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -447,37 +447,28 @@ def attach(args, model):
 
 
 def load_data(args, tokenizer):
-    """Four things: the training examples, the validation examples, the training examples' places in
-    their file, and how many were longer than --max-len. An example is (prompt ids, response ids),
-    the end-of-sequence token included."""
-    examples = tasks.train_examples(args.task, args.data_dir, args.train_file, args.skip_empty)
-    encoded = [
-        tasks.encode_example(example, tokenizer)
-        for example in tqdm(
-            examples, desc="tokenizing", leave=False, disable=not is_first() or None
-        )
-    ]
-    kept = [
-        i
-        for i, (prompt, response) in enumerate(encoded)
-        if len(prompt) + len(response) <= args.max_len
-    ]
+    """Four things: the training examples, the validation examples, the place of each training
+    example in its file, and how many examples were longer than --max-len. An example is (prompt
+    ids, response ids), the end-of-sequence token included."""
+    placed = tasks.train_examples(args.task, args.data_dir, args.train_file, args.skip_empty)
+    kept = []  # (place, example)
+    for place, text in tqdm(placed, desc="tokenizing", leave=False, disable=not is_first() or None):
+        prompt, response = tasks.encode_example(text, tokenizer)
+        if len(prompt) + len(response) <= args.max_len:
+            kept.append((place, (prompt, response)))
     val_size = args.val_size or min(300, max(1, len(kept) // 10))
     if len(kept) <= val_size:
         fitting = (
-            f"{len(kept)} of {len(encoded)} examples have at most --max-len {args.max_len} tokens"
+            f"{len(kept)} of {len(placed)} examples have at most --max-len {args.max_len} tokens"
         )
         raise UserError(
             f"{fitting}: too few to hold --val-size {val_size} of them out and train on the rest"
         )
     random.Random(args.seed).shuffle(kept)
-    held_out, places = kept[:val_size], kept[val_size:]
-    return (
-        [encoded[i] for i in places],
-        [encoded[i] for i in held_out],
-        places,
-        len(encoded) - len(kept),
-    )
+    val_set = [example for _, example in kept[:val_size]]
+    train_set = [example for _, example in kept[val_size:]]
+    places = [place for place, _ in kept[val_size:]]
+    return train_set, val_set, places, len(placed) - len(kept)
 
 
 def make_batches(lengths, batch_size, seed):

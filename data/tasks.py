@@ -98,25 +98,32 @@ def how_to_get(data_dir):
     return "python data/download.py all" + ("" if data_dir == DATA_DIR else f" --dir {data_dir}")
 
 
-def train_examples(task, data_dir, train_file=None, skip_empty=False):
-    """The training examples of a task; `skip_empty` as in `load_examples`. Raises UserError."""
+def training_file(task, data_dir, train_file=None):
+    """The path of the file that holds the training examples; None for a task that has none."""
+    directory = Path(data_dir) / "ft-training_set"
     if train_file:
-        beside = Path(data_dir) / "ft-training_set" / train_file
-        file = beside if beside.is_file() and not Path(train_file).is_file() else train_file
-        return load_examples(file, skip_empty=skip_empty)
-    if task == "toy":
-        return toy.examples("train", TOY_SIZES["train"])
-    if task not in TRAIN_FILES:
-        raise UserError(
-            f"task {task!r} has no training file of its own: give one with --train-file, "
-            f"or choose from toy, {', '.join(TRAIN_FILES)}"
-        )
-    file = Path(data_dir) / "ft-training_set" / TRAIN_FILES[task]
-    if not file.is_file():
+        beside = directory / train_file
+        return beside if beside.is_file() and not Path(train_file).is_file() else Path(train_file)
+    return directory / TRAIN_FILES[task] if task in TRAIN_FILES else None
+
+
+def train_examples(task, data_dir, train_file=None, skip_empty=False):
+    """The training examples of a task, each with its place: (place, example). Place and
+    `skip_empty` as in `placed_examples`. Raises UserError."""
+    file = training_file(task, data_dir, train_file)
+    if file is None:
+        if task != "toy":
+            raise UserError(
+                f"task {task!r} has no training file of its own: give one with --train-file, "
+                f"or choose from toy, {', '.join(TRAIN_FILES)}"
+            )
+        examples = toy.examples("train", TOY_SIZES["train"])
+        return [(f"example {i}", example) for i, example in enumerate(examples)]
+    if not train_file and not file.is_file():
         others = ", ".join(sorted(other.name for other in file.parent.glob("*.json*")))
         instead = f". There, for --train-file: {others}" if others else ""
         raise UserError(f"{file} is absent. To get it: {how_to_get(data_dir)}{instead}")
-    return load_examples(file, skip_empty=skip_empty)
+    return placed_examples(file, skip_empty=skip_empty)
 
 
 def test_examples(name, data_dir, skip_empty=False):
@@ -152,16 +159,18 @@ PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answ
 
 
 def load_examples(file, needed=("instruction", "output"), skip_empty=False):
-    """The examples in a JSON array, or in JSON Lines, as dicts: their fields `needed`, of
-    "instruction", "output" and "answer", are text, as is "input" where there is one; whatever else
-    a record holds is not looked at. A question and its response may go by any names in PAIRS.
-    Raises UserError naming file and record, unless `skip_empty` leaves out the records in which a
-    needed field is empty or null."""
+    """The examples of `placed_examples` without their places."""
     return [example for _, example in placed_examples(file, needed, skip_empty)]
 
 
-def placed_examples(file, needed, skip_empty):
-    """`load_examples`, each example with its place in the file: (place, example)."""
+def placed_examples(file, needed=("instruction", "output"), skip_empty=False):
+    """The examples in a JSON array, or in JSON Lines, each with its place in the file: (place,
+    example), where a place is "record 3" or "line 4", as `read_records` has it.
+
+    An example is a dict. Its fields `needed`, of "instruction", "output" and "answer", are text, as
+    is "input" where there is one; whatever else a record holds is not looked at. A question and its
+    response may go by any names in PAIRS. Raises UserError naming file and place, unless
+    `skip_empty` leaves out the records in which a needed field is empty or null."""
     examples, empty = [], []
     for place, record in read_records(file):
         if not isinstance(record, dict):
@@ -223,8 +232,8 @@ def as_text(value):
 
 
 def read_records(file):
-    """(place, value) of every element of a JSON array, or of every line of JSON Lines; a place is
-    "record 0"."""
+    """(place, value) of every element of a JSON array, whose first place is "record 0", or of every
+    line of JSON Lines, whose first place is "line 1"."""
     try:
         with user_file(file):
             text = Path(file).read_text(encoding="utf-8-sig")

@@ -109,7 +109,8 @@ def loss_cells(result):
     alone, tokens = result.get("losses_alone", {}), result.get("tokens", {})
     cells = {}
     for name, loss in result["losses"].items():
-        column = f"loss on {name}" + (f" ({tokens[name]:,} tokens)" if name in tokens else "")
+        size = f" ({tokens[name]:,} tokens)" if name in tokens else ""
+        column = f"loss on {name}{size}"
         before = f"{alone[name]:.4f} → " if name in alone else ""
         cells[column, "", result.get("texts", {}).get(name)] = f"{before}{loss:.4f}{note}"
     return cells
@@ -168,15 +169,15 @@ def is_own(result, run, options, results):
 
 def table(rows):
     """The rows as lines of Markdown. Columns of one title say how they differ."""
-    # The columns in the order of the fullest row.
-    columns = list(
-        dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
-    )
-    titles = titles_of(
-        [column if isinstance(column, tuple) else (column, "", None) for column in columns]
-    )
-    lines = [titles, ["---"] * len(columns)]
-    lines += [[row.get(column, ABSENT) for column in columns] for row in rows]
+    columns = {}  # the columns of all rows, in the order of the fullest row; a dict keeps it
+    for row in sorted(rows, key=len, reverse=True):
+        columns |= dict.fromkeys(row)
+    full = []
+    for column in columns:
+        full.append(column if isinstance(column, tuple) else (column, "", None))
+    lines = [titles_of(full), ["---"] * len(columns)]
+    for row in rows:
+        lines.append([row.get(column, ABSENT) for column in columns])
     return [f"| {' | '.join(line)} |" for line in lines]
 
 

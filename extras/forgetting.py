@@ -23,17 +23,24 @@ from extras.checkpoints import (
     say_if_bfloat16_is_slow,
 )
 from extras.commands import add_model_arguments, command_parser, count, run_script
-from extras.records import add_result, hash_of, origin_of, result_code, say_if_unfinished
+from extras.records import (
+    add_result,
+    hash_of,
+    make_writable,
+    origin_of,
+    result_code,
+    say_if_unfinished,
+)
 
 PIECE = 256  # tokens
 
 
 def load_texts(file, tokenizer, limit, skip_empty):
-    """A file as pairs (context ids, ids to predict): the examples of a .json or .jsonl, else the
+    """A file as (place, (context ids, ids to predict)): the examples of a .json or .jsonl, else the
     text in pieces."""
     if file.suffix in (".json", ".jsonl"):
-        examples = tasks.load_examples(file, skip_empty=skip_empty)
-        return [tasks.encode_example(example, tokenizer) for example in examples[:limit]]
+        placed = tasks.placed_examples(file, skip_empty=skip_empty)[:limit]
+        return [(place, tasks.encode_example(example, tokenizer)) for place, example in placed]
     with user_file(file):
         content = file.read_bytes()
     try:
@@ -44,7 +51,18 @@ def load_texts(file, tokenizer, limit, skip_empty):
     if not ids:
         raise UserError(f"{file} holds no text")
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    return [([start], ids[i : i + PIECE]) for i in range(0, len(ids), PIECE)][:limit]
+    pieces = [ids[i : i + PIECE] for i in range(0, len(ids), PIECE)]
+    return [(f"piece {i}", ([start], piece)) for i, piece in enumerate(pieces[:limit], 1)]
+
+
+def check_lengths(texts, context_length):
+    """Raise UserError for what is longer than the model's context. texts: file -> `load_texts`."""
+    for file, placed in texts.items():
+        for place, (context, predicted) in placed:
+            length = len(context) + len(predicted) - 1
+            if length > context_length:
+                problem = f"{length} tokens exceed the model's context of {context_length}"
+                raise UserError(f"{file}, {place}: {problem}: leave it out")
 
 
 @torch.inference_mode()
@@ -57,10 +75,10 @@ def mean_loss(model, pairs, file, note=""):
         desc=f"{file.name}{note}",
         leave=False,
     ):
-        ids = torch.tensor([context + predicted], device=model.device)
-        labels = ids[:, 1:].clone()
-        labels[:, : len(context) - 1] = -100
-        total += model.loss(ids[:, :-1], labels).item()
+        tokens, labels = tasks.tokens_and_labels(context, predicted)
+        tokens = torch.tensor([tokens], device=model.device)
+        labels = torch.tensor([labels], device=model.device)
+        total += model.loss(tokens, labels).item()
     if not math.isfinite(total):
         raise FloatingPointError(f"the loss on {file}{note} is {total}: try --dtype float32")
     return total / sum(len(predicted) for _, predicted in pairs)
@@ -69,52 +87,47 @@ def mean_loss(model, pairs, file, note=""):
 def main(args):
     """Print the loss on each file, with --adapter that of the model alone too; add them to
     losses.json in --out."""
+    # --- what warns or refuses, before the work ---
     ckpt = find_checkpoint(args.ckpt)
+    adapter = Path(args.adapter) if args.adapter else None
+    if adapter:
+        adapters.read_adapter(adapter)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
-    texts = {file: load_texts(file, tokenizer, args.limit, args.skip_empty) for file in args.files}
+    placed = {file: load_texts(file, tokenizer, args.limit, args.skip_empty) for file in args.files}
     model = load_model(ckpt, device, dtype)
-    for file, pairs in texts.items():
-        for i, (context, predicted) in enumerate(pairs):
-            if (length := len(context) + len(predicted) - 1) > model.config.context:
-                limit = f"the model's context of {model.config.context}"
-                raise UserError(f"{file}, part {i}: {length} tokens exceed {limit}: leave it out")
+    check_lengths(placed, model.config.context)
     checkpoints.check_finite(model)
-    alone = {}
-    if args.adapter:
-        adapters.read_adapter(args.adapter)  # a mistake shows before the work
-        alone = {
-            file: mean_loss(model, pairs, file, ", without the adapter")
-            for file, pairs in texts.items()
-        }
-        adapters.load_adapter(model, args.adapter)
-        checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
-    say_if_unfinished(Path(args.adapter or ckpt))
-    out = Path(args.out or args.adapter or f"runs/{ckpt.absolute().name}-base")
-    with user_file(out):
-        out.mkdir(parents=True, exist_ok=True)
-    code = result_code("loss", args.adapter, own=[mean_loss])
-    origin = origin_of(ckpt, args.adapter and Path(args.adapter), dtype, code)
-    result = origin | {"ckpt": str(args.ckpt)}
+    say_if_unfinished(adapter or ckpt)
+    out = Path(args.out or adapter or f"runs/{ckpt.absolute().name}-base")
+    make_writable(out)
+
+    # --- the losses ---
+    texts = {file: [pair for _, pair in pairs] for file, pairs in placed.items()}
+    alone = {}
+    if adapter:
+        for file, pairs in texts.items():
+            alone[file] = mean_loss(model, pairs, file, ", without the adapter")
+        adapters.load_adapter(model, adapter)
+        checkpoints.check_finite(model)
+    code = result_code("loss", adapter, own=[mean_loss])
+    result = origin_of(ckpt, adapter, dtype, code) | {"ckpt": str(args.ckpt)}
     result |= {"losses": {}, "losses_alone": {}, "tokens": {}, "texts": {}}
     for file, pairs in texts.items():
         name = file.with_suffix("").as_posix()
         loss = mean_loss(model, pairs, file)
         num_tokens = sum(len(predicted) for _, predicted in pairs)
-        result["losses"][name], result["tokens"][name], result["texts"][name] = (
-            loss,
-            num_tokens,
-            hash_of(pairs),
-        )
+        result["losses"][name] = loss
+        result["tokens"][name] = num_tokens
+        result["texts"][name] = hash_of(pairs)
         change = ""
         if file in alone:
             result["losses_alone"][name] = alone[file]
             change = f", without the adapter {alone[file]:.4f}: {loss - alone[file]:+.4f}"
         print(f"{name:<32}{num_tokens:>9,} tokens   {loss:.4f} nats per token{change}")
-    add_result(
-        out / "losses.json", result, ("checkpoint", "adapter", "settings", "code"), with_other_files
-    )
+    identifying = ("checkpoint", "adapter", "settings", "code")
+    add_result(out / "losses.json", result, identifying, with_other_files)
 
 
 def with_other_files(old, new):

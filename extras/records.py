@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -76,6 +77,15 @@ def flush(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_writable(directory):
+    """Make a directory, if it is not there. Raise UserError where no file can be written in it."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise UserError(f"{directory}: {error.strerror}") from None
 
 
 def clear_partial(directory):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from data import tasks
 from data.errors import UserError
 from extras import adapters
 from extras.checkpoints import copy_companions, read_json, stored_tensors
@@ -119,14 +120,16 @@ class Run:
         kept = ("args.json", "adapter_model.safetensors", "model.safetensors")
         return any((self.out / file).exists() for file in kept)
 
-    def can_apply(self, step, loss, norm, places_in_file):
+    def can_apply(self, step, loss, norm, places):
         """Whether a step can be applied: one that is not finite would spoil the weights for good.
-        places_in_file: those of the step's examples."""
+        places: where the step's examples stand in the training data, "line 4", say."""
         if math.isfinite(loss) and math.isfinite(norm):
             self.skipped = 0
             return True
         self.skipped += 1
-        self.culprits = f"loss {loss:.3g}, gradient {norm:.3g}, examples {places_in_file}"
+        args = self.args
+        data = tasks.training_file(args.task, args.data_dir, args.train_file) or args.task
+        self.culprits = f"loss {loss:.3g}, gradient {norm:.3g} in {', '.join(places)} of {data}"
         tqdm.write(f"step {step:5}  not applied: {self.culprits}")
         return False
 
@@ -183,7 +186,7 @@ class Run:
         """The end of a run after three steps in a row that were not applied: what to raise."""
         message = f"step {step} was the third in a row that is not finite: {self.culprits}"
         state = f"The last good state, of step {self.saved}, is in {self.out / 'state.safetensors'}"
-        return Stop(f"{message}, counted from 0 in the training data. {state}")
+        return Stop(f"{message}. {state}")
 
     def note_signals(self):
         """From here on SIGINT and SIGTERM let the step end first; a second one ends the process at

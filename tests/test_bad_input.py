@@ -759,6 +759,13 @@ def test_a_text_that_is_none_is_refused(expect_error, content, message):
     expect_error(f"{FORGETTING} notes.txt", f"notes.txt {message}")
 
 
+def test_an_example_that_is_too_long_is_named_by_its_place_in_the_file(here, capsys):
+    long = {"instruction": "Add 1 and 2. " * 99, "output": "3"}
+    examples = [{"instruction": "Add.", "output": ""}, long | {"instruction": "Add."}, long]
+    Path("data.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    refused(capsys, "forgetting", ["data.jsonl", "--skip-empty"], "data.jsonl, line 3: ", "exceed")
+
+
 # --- flags ---
 
 DOWNLOAD = "python data/download.py all"

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ import eval as eval_script
 import rosa
 import train
 from data import tasks, toy
+from data.errors import UserError
 from data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from extras import (
     commands,
@@ -271,6 +273,36 @@ def test_an_adapter_of_a_run_that_was_stopped_or_has_learned_nothing_is_used_wit
             script.run(f"{more} --ckpt ckpt --adapter {out}".split())
             shown = capsys.readouterr().out
             assert line in shown and (line or not re.search("unfinished|untrained", shown))
+
+
+def test_forgetting_warns_and_refuses_before_its_work(ckpt, monkeypatch, capsys):
+    run(train, *QUICK, "--out", "stopped", "--max-steps", 1)
+    Path("stopped/summary.json").unlink()
+    Path("other.json").write_text(json.dumps(toy.examples("train", 2)))
+    Path("file").write_text("")
+
+    def refused(arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            forgetting.run(f"other.json --ckpt ckpt {arguments}".split())
+        return capsys.readouterr()
+
+    def work(*_):
+        raise UserError("this is the work")
+
+    monkeypatch.setattr(forgetting, "mean_loss", work)
+    monkeypatch.setattr(forgetting, "say_if_bfloat16_is_slow", lambda *_: print("it is slow"))
+    shown = refused("--adapter stopped")
+    assert shown.err == "forgetting: this is the work\n"
+    assert "it is slow\nunfinished stopped: its run has not ended" in shown.out
+    assert refused("--adapter ckpt").err.startswith("forgetting: ckpt is no adapter directory")
+    assert refused("--out file").err == "forgetting: file: File exists\n"
+
+    def read_only(dir):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    assert refused("--out out").err == "forgetting: out: Read-only file system\n"
 
 
 def test_a_run_of_an_earlier_format_is_read_as_one_of_today(ckpt, capsys):

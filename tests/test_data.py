@@ -141,7 +141,8 @@ def test_examples_with_an_empty_field_are_counted_or_left_out(tmp_path):
         load(tmp_path, *records)
     left = [str(i) for i in range(50) if i % 10 not in (3, 5)]
     assert [example["instruction"] for example in load(tmp_path, *records, skip_empty=True)] == left
-    assert len(tasks.train_examples("my own", "", tmp_path / "data", skip_empty=True)) == 40
+    placed = tasks.train_examples("my own", "", tmp_path / "data", skip_empty=True)
+    assert [place for place, _ in placed] == [f"record {i}" for i in left]
     with pytest.raises(
         ValueError, match="the field 'prompt' or 'completion' is empty in 2 records"
     ):
@@ -207,9 +208,13 @@ def test_the_files_of_a_task_lie_as_in_llm_adapters_and_a_persons_own_beside_the
     ):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps([{"instruction": "a", field: value}]))
-    assert tasks.train_examples("arithmetic", tmp_path) == [{"instruction": "a", "output": "b"}]
-    assert tasks.train_examples("arithmetic", tmp_path, "more.json")[0]["output"] == "d"
-    assert tasks.train_examples("my own", tmp_path, math)[0]["output"] == "b"
+    arithmetic = [("record 0", {"instruction": "a", "output": "b"})]
+    assert tasks.train_examples("arithmetic", tmp_path) == arithmetic
+    assert tasks.train_examples("my own", tmp_path, math) == arithmetic
+    ((_, example),) = tasks.train_examples("arithmetic", tmp_path, "more.json")
+    assert example["output"] == "d"
+    assert tasks.training_file("arithmetic", tmp_path, "more.json") == more
+    assert tasks.training_file("toy", tmp_path) is None
     with pytest.raises(UserError, match="There, for --train-file: math_10k.json, more.json$"):
         tasks.train_examples("commonsense", tmp_path)
     assert len(tasks.test_examples("gsm8k", tmp_path)) == 1

@@ -135,7 +135,7 @@ def encoded_examples(args):
     tokenizer = load_tokenizer(args.ckpt)
     pairs = [
         tasks.encode_example(example, tokenizer)
-        for example in tasks.train_examples("toy", "", args.train_file)
+        for _, example in tasks.train_examples("toy", "", args.train_file)
     ]
     return [
         (prompt, response)
