@@ -6,13 +6,15 @@ loop.
     python train.py --ckpt tiny --task toy --method peft:IA3 --lr 1e-2
     torchrun --nproc_per_node=8 train.py --ckpt llama2-7b --task arithmetic    # by eight processes
 
+Read first: `main`, from "the loop" to its end, then `collate` and `attach`. Skip at first reading:
+what main prints, and the options, from METHODS to the end.
+
 A run directory (--out) holds the best adapter (with --method full the whole model, which is a
---ckpt), `args.json`, and `log.jsonl`, which is appended to: {"step": 0, "val_loss": x} for the
-model before training, a line per optimiser step with step, loss, lr, tokens, seconds, active_layers
-("skipped": true where the step was not applied), and {"step": n, "val_loss": x} after a validation.
-`layers.jsonl` has a line per selection of layers, with their scores; at its end the run adds its
-picture, `run.png`, and `summary.json`, the run in six numbers. `state.safetensors` is what --resume
-goes on from."""
+--ckpt), and `args.json`. `log.jsonl` is only appended to: first {"step": 0, "val_loss": x}, the
+model before training, then a line per optimiser step with step, loss, lr, tokens, seconds and
+active_layers, and for each validation a line {"step": n, "val_loss": x}. `layers.jsonl` has a line
+per selection of layers, with their scores. At its end the run adds its picture, `run.png`, and
+`summary.json`, the run in six numbers. `state.safetensors` is what --resume continues from."""
 
 import argparse
 import math
@@ -21,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import rosa
@@ -38,6 +41,7 @@ from extras.checkpoints import (
 from extras.commands import (
     below_one,
     count,
+    names_of,
     positive,
     resume_command,
     run_script,
@@ -55,9 +59,284 @@ from extras.distributed import (
     shard,
 )
 
+
+def main(args):
+    # --- the model, what trains in it, the data ---
+    ckpt = find_checkpoint(args.ckpt)
+    runs.check_out(args, ckpt)
+    device, dtype = choose_device_and_dtype(args.device, args.dtype)
+    args.dtype = str(dtype).removeprefix("torch.")  # what "auto" has come to is part of the run
+    train_set, val_set, places, too_long = load_data(args, load_tokenizer(ckpt))
+    # With --shard the weights stay memory-mapped, in their files, until shard() reads them.
+    model = load_model(ckpt, device, dtype, mapped=args.shard)
+    if args.max_len > model.config.context:
+        raise UserError(
+            f"--max-len {args.max_len} exceeds the model's context of {model.config.context}"
+        )
+    description = runs.describe(args, ckpt, model, train_set, val_set)
+    if args.resume:
+        runs.check_same(args, description)
+    torch.manual_seed(args.seed)
+    attach(args, model)
+    selector = rosa.LayerSelector(
+        model, args.k_ratio, args.select_every, args.score_ema, args.select
+    )
+    # The parameters of all layers are registered here, once. AdamW passes over a parameter without
+    # a gradient: while a layer rests, its moments stay as they are.
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trainable.values(), lr=args.lr, weight_decay=0.0)
+    lengths = [len(prompt) + len(response) for prompt, response in train_set]
+    batches_per_epoch = math.ceil(len(train_set) / args.batch_size)
+    total_steps = min(args.epochs * batches_per_epoch, args.max_steps or math.inf)
+    warmup = max(1, math.ceil(0.05 * total_steps))
+    say_if_bfloat16_is_slow(device, dtype)
+    print_overview(args, ckpt, model, device, selector, trainable)
+    print(
+        f"data       {len(train_set):,} examples of {sum(lengths):,} tokens to train on, "
+        f"{len(val_set):,} held out; {too_long:,} longer than {args.max_len} tokens left out"
+    )
+    print(
+        f"steps      {total_steps:,}: {total_steps / batches_per_epoch:.3g} epochs in batches of "
+        f"{args.batch_size}, {args.micro_batch_size} at a time"
+    )
+
+    # --- faster, and where to begin ---
+    if not args.plain:
+        exchanged, _ = kernels.accelerate(model)
+        kernels.say_what_runs(exchanged)
+    if args.compile:
+        kernels.compile_layers(model)
+    if args.checkpoint_activations:
+        kernels.checkpoint_activations(model)
+    run = runs.Run(args, ckpt, model, trainable, optimizer, selector)
+    # With --resume this loads the adapters, AdamW's moments, the scores and the active layers, and
+    # returns the step that they are of; else it returns None.
+    step = run.resume()
+    process_group = gradient_group(device)
+    if args.shard:
+        shard(model, process_group, device, dtype)
+        # The parameters that train are the same, and now on the device: this moves their moments
+        # there.
+        optimizer.load_state_dict(optimizer.state_dict())
+    if step is None:
+        step = 0
+        run.begin(description)
+        run.save_state(step)
+    bar = tqdm(
+        total=total_steps,
+        initial=step,
+        dynamic_ncols=True,
+        disable=not is_first(),
+        bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",
+    )
+    run.note_signals()  # from here on Ctrl-C lets the step end, and be saved, before the run stops
+    model.train()  # a method of peft may have dropout
+
+    # --- the loop ---
+    process, _ = processes()  # the index of this process
+    epoch = None
+    while True:
+        # Validate, first of all the model before training. The state of this step is saved by then.
+        if step % args.eval_every == 0 or step == total_steps:
+            run.keep_best(step, validate(model, val_set, args))
+            bar.unpause()  # the bar estimates the time that is left from the steps alone
+        if step == total_steps:
+            break
+
+        if epoch != step // batches_per_epoch:
+            epoch = step // batches_per_epoch
+            batches = make_batches(lengths, args.batch_size, f"{args.seed} {epoch}")
+        indices = batches[step % batches_per_epoch]
+        batch = [train_set[i] for i in indices]  # of (prompt ids, response ids)
+        start = time.perf_counter()
+
+        # Learning rate: linear warm-up over the first 5 % of the steps, then a cosine down to zero.
+        progress = max(0, step - warmup) / max(1, total_steps - warmup)
+        lr = args.lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # DLS: at a probe every layer gets requires_grad. With --select random all processes must
+        # draw the same layers, then each its own dropout. The seeds depend on the step and the
+        # process's index alone, so that a resumed run draws the same.
+        torch.manual_seed(args.seed + step)
+        selector.before_forward(step)
+        torch.manual_seed(args.seed + step + process * total_steps)
+
+        # Gradients of the mean loss per response token, over the micro-batches of all processes
+        # together.
+        response_tokens = sum(len(response) for _, response in batch)
+        loss = torch.zeros((), device=device)
+        # Each process computes an even share, in as many micro-batches as the others: the last may
+        # be empty.
+        for micro_batch in own_micro_batches(batch, args.micro_batch_size):
+            tokens, labels = collate(micro_batch, device)
+            micro_loss = model.loss(tokens, labels) / response_tokens
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        # Summed over processes: gradients, at a probe the LayerNorms' too, the loss, and the number
+        # of Ctrl-C.
+        loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
+        # A probe scores the layers and selects: the others lose this step's gradient
+        selector.after_backward()
+
+        # The step; one that is not finite is left out, and the run says which examples it was.
+        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
+        if run.can_apply(step + 1, loss, norm, [places[i] for i in indices]):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        seconds = time.perf_counter() - start
+
+        # Log.
+        token_count = sum(lengths[i] for i in indices)
+        record = {"step": step, "loss": loss, "lr": lr, "tokens": token_count, "seconds": seconds}
+        record["active_layers"] = selector.active
+        run.log(record)
+        status = f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s"
+        bar.set_postfix_str(f"{status}  {layer_bar(model, selector)}", refresh=False)
+        bar.update()
+
+        # Save, and stop where there is a reason to.
+        stop_requested = signals > 0
+        run.save(step, total_steps, stop_requested)
+        if run.skipped == 3:
+            raise run.not_finite(step)
+        if stop_requested and step < total_steps:
+            raise run.stopped(step)
+    bar.close()
+    run.finish(device)
+
+
+def print_overview(args, ckpt, model, device, selector, trainable):
+    """Print the model, the method, and PEFT's line about what trains."""
+    num_processes = processes()[1]
+    note = f"; {num_processes} processes" if num_processes > 1 else ""
+    print(
+        f"model      {ckpt}: {len(model.model.layers)} layers, {args.dtype} on {device}; what "
+        f"trains in float32{note}"
+    )
+    on_targets = f" on {args.targets}" if "targets" in args else ""
+    print(
+        f"method     {args.method}{on_targets}; {selector.count} of {len(selector.candidates)} "
+        "layers train at a time"
+    )
+    trained = sum(parameter.numel() for parameter in trainable.values())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    print(
+        f"trainable params: {trained:,} || all params: {total:,} || trainable%: "
+        f"{100 * trained / total:.4f}"
+    )
+
+
+def layer_bar(model, selector):
+    """A character a layer: whether it trains now."""
+    characters = ["·"] * len(model.model.layers)
+    for i in selector.active:
+        characters[i] = "█"
+    return "".join(characters)
+
+
+def attach(args, model):
+    """Let train what --method says, and nothing else."""
+    if args.method == "rosa":
+        ratio, pairs = args.low_freq_ratio, args.pairs
+        if pairs == "all":
+            ratio, pairs = 1.0, "low"
+        rosa.attach(model, args.rank, args.alpha, ratio, args.targets, pairs)
+    elif args.method == "lora":
+        rosa.attach(model, args.rank, args.alpha, 1.0, args.targets)
+    elif args.method == "full":
+        model.requires_grad_(True)
+    else:
+        options = read_json(args.peft_config) if args.peft_config else {}
+        adapters.attach_peft(model, args.method.removeprefix("peft:"), options)
+    in_layers = any(parameter.requires_grad for parameter in model.model.layers.parameters())
+    if args.k_ratio < 1 and not in_layers:
+        raise UserError(
+            f"nothing that {args.method} trains is in a layer, so no layer can be selected: "
+            "--k-ratio 1"
+        )
+
+
+def load_data(args, tokenizer):
+    """Four things: the training examples, the validation examples, the place of each training
+    example in its file, and how many examples were longer than --max-len. An example is (prompt
+    ids, response ids), the end-of-sequence token included."""
+    placed = tasks.train_examples(args.task, args.data_dir, args.train_file, args.skip_empty)
+    kept = []  # (place, example)
+    for place, text in tqdm(placed, desc="tokenizing", leave=False, disable=not is_first() or None):
+        prompt, response = tasks.encode_example(text, tokenizer)
+        if len(prompt) + len(response) <= args.max_len:
+            kept.append((place, (prompt, response)))
+    val_size = args.val_size or min(300, max(1, len(kept) // 10))
+    if len(kept) <= val_size:
+        fitting = (
+            f"{len(kept)} of {len(placed)} examples have at most --max-len {args.max_len} tokens"
+        )
+        raise UserError(
+            f"{fitting}: too few to hold --val-size {val_size} of them out and train on the rest"
+        )
+    random.Random(args.seed).shuffle(kept)
+    val_set = [example for _, example in kept[:val_size]]
+    train_set = [example for _, example in kept[val_size:]]
+    places = [place for place, _ in kept[val_size:]]
+    return train_set, val_set, places, len(placed) - len(kept)
+
+
+def make_batches(lengths, batch_size, seed):
+    """The batches of an epoch, as lists of indices: examples of similar length share a batch, so
+    that little is padded, and the batches come in random order. Sorting within pools of 64 batches
+    groups them anew in each epoch."""
+    rng = random.Random(seed)
+    order = rng.sample(range(len(lengths)), len(lengths))
+    pool_size = 64 * batch_size
+    batches = []
+    for first in range(0, len(order), pool_size):
+        pool = sorted(order[first : first + pool_size], key=lambda i: lengths[i])
+        batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def collate(examples, device):
+    """Pad on the right: tokens [B, T], and labels [B, T], the next token where it belongs to the
+    response, else -100. Two examples (prompt ids, response ids), of which 2 is the end-of-sequence
+    token, and what the model reads and predicts:
+
+        ([1, 5, 6], [7, 2])      tokens  1  5  6  7      labels  -100  -100     7     2
+        ([1, 8], [9, 2])                 1  8  9  0              -100     9     2  -100
+
+    A process without examples gets one token and nothing to predict: every process must take part
+    in each pass."""
+    pairs = [tasks.tokens_and_labels(prompt, response) for prompt, response in examples]
+    pairs = pairs or [([0], [-100])]
+    tokens = pad_sequence([torch.tensor(tokens) for tokens, _ in pairs], batch_first=True)
+    labels = pad_sequence(
+        [torch.tensor(labels) for _, labels in pairs], batch_first=True, padding_value=-100
+    )
+    return tokens.to(device), labels.to(device)
+
+
+@torch.no_grad()
+def validate(model, examples, args):
+    """Mean cross-entropy per response token, in nats."""
+    model.eval()
+    by_length = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
+    micro_batches = own_micro_batches(by_length, args.micro_batch_size)
+    total = torch.zeros((), device=model.device)
+    hidden = None if is_first() else True  # None: hidden where stderr is no terminal
+    for micro_batch in tqdm(micro_batches, desc="validation", leave=False, disable=hidden):
+        total += model.loss(*collate(micro_batch, model.device))
+    model.train()
+    return sum(gather(total.item())) / sum(len(response) for _, response in examples)
+
+
+# --- options ---
+
 ADAPTER = {"targets": "q,k", "rank": 64, "alpha": None, "lr": 1e-3}  # alpha: twice the rank
 # method -> its own options and their defaults; another method refuses them. A new method goes here
-# and into `attach` below. How it is saved extras/runs.py decides (Run.kept): as a whole checkpoint,
+# and into `attach` above. How it is saved extras/runs.py decides (Run.kept): as a whole checkpoint,
 # or as an adapter, by save_adapter and load_adapter of extras/adapters.py.
 METHODS = {
     "rosa": ADAPTER | {"low_freq_ratio": 0.5, "pairs": "low", "k_ratio": 0.5},
@@ -65,11 +344,21 @@ METHODS = {
     "full": {"lr": 2e-5, "k_ratio": 1.0},
     "peft": {"lr": 1e-3, "k_ratio": 1.0, "peft_config": None},
 }
-
-
 METHOD_NAMES = (
-    f"{', '.join(name for name in METHODS if name != 'peft')}, or peft:NAME such as peft:IA3"
+    ", ".join(name for name in METHODS if name != "peft") + ", or peft:NAME such as peft:IA3"
 )
+
+
+def method(text):
+    """A value of --method."""
+    if text == "peft" or kind_of(text) not in METHODS:
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown: choose from {METHOD_NAMES}")
+    return text
+
+
+def kind_of(method):
+    """The key of METHODS for a value of --method."""
+    return "peft" if method.startswith("peft:") else method
 
 
 def default_of(option):
@@ -82,7 +371,7 @@ def default_of(option):
 
 def parse_args(arguments=None):
     parser = script_parser("train.py", "\n".join(__doc__.split("\n")[:4]))
-    # Absent unless given: check_args fills in the method's own default
+    # These options are absent unless given: check_args fills in the method's own default.
     of_method = {"default": argparse.SUPPRESS}
 
     add = parser.add_argument_group("model and data").add_argument
@@ -99,7 +388,7 @@ def parse_args(arguments=None):
         help="run directory (default: runs/<ckpt>-<task, or the train file>-<method>)",
     )
     add = parser.add_argument_group("method").add_argument
-    add("--method", default="rosa", help=METHOD_NAMES)
+    add("--method", type=method, default="rosa", help=METHOD_NAMES)
     add("--rank", type=count, **of_method, help="of each low-rank update (default: 64)")
     add(
         "--low-freq-ratio",
@@ -124,12 +413,13 @@ def parse_args(arguments=None):
     add("--batch-size", type=count, default=16, help="examples per optimiser step")
     add("--max-len", type=count, default=512, help="tokens; longer examples are left out")
     add("--max-steps", type=count, help="stop after so many optimiser steps")
-    add("--resume", action="store_true", help="go on with the run in --out from its last save")
+    add("--resume", action="store_true", help="continue the run in --out from its last save")
     add("--overwrite", action="store_true", help="start anew in an --out that holds a run already")
 
     add = parser.add_argument_group("more").add_argument
     add(
         "--targets",
+        type=names_of(rosa.TARGETS, "target"),
         **of_method,
         help="of q,k,v,o,gate,up,down; RoSA adapts all but q and k by LoRA (default: q,k)",
     )
@@ -205,319 +495,69 @@ def parse_args(arguments=None):
 
 def check_args(args):
     """Fill in the method's defaults; refuse what does not go together."""
-    kind = "peft" if args.method.startswith("peft:") else args.method
-    if kind not in METHODS or args.method == "peft":
-        raise UserError(f"--method {args.method!r} is unknown: choose from {METHOD_NAMES}")
-    for name in sorted(set().union(*METHODS.values()) - set(METHODS[kind])):
+    kind = kind_of(args.method)
+    every_method = set().union(*METHODS.values())
+    for name in sorted(every_method - set(METHODS[kind])):
         if hasattr(args, name):
             advice = ": give its own options with --peft-config FILE.json" if kind == "peft" else ""
-            raise UserError(
-                f"--{name.replace('_', '-')} is no option of --method {args.method}{advice}"
-            )
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is no option of --method {args.method}{advice}")
     for name, value in METHODS[kind].items():
         vars(args).setdefault(name, value)
     if kind in ("rosa", "lora") and args.alpha is None:
         args.alpha = 2.0 * args.rank
-    if args.method == "full" and args.dtype == "bfloat16":
-        raise UserError(
-            "--method full needs --dtype float32: a bfloat16 weight does not see updates below "
-            "1/256 of itself"
-        )
+    args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
+    for is_refused, message in combinations(args):
+        if is_refused:
+            raise UserError(message)
     if args.method == "full":
         args.dtype = "float32"
-    if args.resume and args.overwrite:
-        raise UserError("--resume goes on with a run, --overwrite starts anew: choose one")
     if args.out is None:
         trained_on = args.task or Path(args.train_file or "toy").stem
-        args.out = (
-            Path("runs")
-            / f"{Path(args.ckpt).absolute().name}-{trained_on}-{args.method.replace(':', '-')}"
-        )
+        ckpt_name = Path(args.ckpt).absolute().name
+        args.out = Path("runs") / f"{ckpt_name}-{trained_on}-{args.method.replace(':', '-')}"
     args.task = args.task or "toy"
-    args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
-    if args.batch_size % args.micro_batch_size:
-        sizes = (
-            f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size "
-            f"{args.micro_batch_size}"
-        )
-        raise UserError(f"{sizes}: choose sizes that waste no forward pass")
-    for target in getattr(args, "targets", "q").split(","):
-        if target not in rosa.TARGETS:
-            raise UserError(
-                f"--targets has the unknown target {target!r}: choose from {','.join(rosa.TARGETS)}"
-            )
-    if args.shard:
-        if processes()[1] == 1:
-            raise UserError(
-                "--shard needs several processes: torchrun --nproc_per_node=N train.py ..."
-            )
-        if kind not in ("rosa", "lora"):
-            raise UserError(
-                f"--shard shards frozen weights, with --method rosa or lora: not with {args.method}"
-            )
-        if args.compile or args.checkpoint_activations:
-            raise UserError("--shard goes with neither --compile nor --checkpoint-activations")
     return args
 
 
-def main(args):
-    # --- the model, what trains in it, the data ---
-    rank, world = processes()
-    ckpt = find_checkpoint(args.ckpt)
-    runs.check_out(args, ckpt)
-    device, dtype = choose_device_and_dtype(args.device, args.dtype)
-    args.dtype = str(dtype).removeprefix("torch.")  # what "auto" has come to is part of the run
-    train_set, val_set, places, too_long = load_data(args, load_tokenizer(ckpt))
-    # Mapped: on the CPU, in its files, until `shard`
-    model = load_model(ckpt, device, dtype, mapped=args.shard)
-    if args.max_len > model.config.context:
-        raise UserError(
-            f"--max-len {args.max_len} exceeds the model's context of {model.config.context}"
-        )
-    description = runs.describe(args, ckpt, model, train_set, val_set)
-    if args.resume:
-        runs.check_same(args, description)
-    torch.manual_seed(args.seed)
-    attach(args, model)
-    selector = rosa.LayerSelector(
-        model, args.k_ratio, args.select_every, args.score_ema, args.select
+def combinations(args):
+    """The options that do not go together: (whether they are given, what is said then)."""
+    sizes = (
+        f"--batch-size {args.batch_size} is not a multiple of --micro-batch-size "
+        f"{args.micro_batch_size}"
     )
-    # What trains is registered once, here. AdamW passes over what has no gradient: a frozen layer's
-    # moments stay.
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trainable.values(), lr=args.lr, weight_decay=0.0)
-    lengths = [len(prompt) + len(response) for prompt, response in train_set]
-    batches_per_epoch = math.ceil(len(train_set) / args.batch_size)
-    total_steps = min(args.epochs * batches_per_epoch, args.max_steps or math.inf)
-    warmup = max(1, math.ceil(0.05 * total_steps))
-
-    say_if_bfloat16_is_slow(device, dtype)
-    num_layers, processes_note = (
-        len(model.model.layers),
-        f"; {world} processes" if world > 1 else "",
-    )
-    trained, everything = (
-        sum(p.numel() for p in group) for group in (trainable.values(), model.parameters())
-    )
-    on_targets = f" on {args.targets}" if "targets" in args else ""
-    print(
-        f"model      {ckpt}: {num_layers} layers, {args.dtype} on {device}; what trains in "
-        f"float32{processes_note}"
-    )
-    choice = f"{selector.count} of {len(selector.candidates)} layers train at a time"
-    print(f"method     {args.method}{on_targets}; {choice}")
-    print(
-        f"trainable params: {trained:,} || all params: {everything:,} || trainable%: "
-        f"{100 * trained / everything:.4f}"
-    )
-    print(
-        f"data       {len(train_set):,} examples of {sum(lengths):,} tokens to train on, "
-        f"{len(val_set):,} held out; "
-        f"{too_long:,} longer than {args.max_len} tokens left out"
-    )
-    print(
-        f"steps      {total_steps:,}: {total_steps / batches_per_epoch:.3g} epochs in batches of "
-        f"{args.batch_size}, "
-        f"{args.micro_batch_size} at a time"
-    )
-
-    # --- faster, and where to begin ---
-    if not args.plain:
-        exchanged, _ = kernels.accelerate(model)
-        kernels.say_what_runs(exchanged)
-    if args.compile:
-        kernels.compile_layers(model)
-    if args.checkpoint_activations:
-        kernels.checkpoint_activations(model)
-    run = runs.Run(args, ckpt, model, trainable, optimizer, selector)
-    # With --resume: loads adapters, AdamW's moments, scores, active layers; else None
-    step = run.resume()
-    process_group = gradient_group(device)
-    if args.shard:
-        shard(model, process_group, device, dtype)
-        # Adapters and norms stay whole, the same parameters, now on the device: this moves the
-        # moments there.
-        optimizer.load_state_dict(optimizer.state_dict())
-    if step is None:
-        step = 0
-        run.begin(description)
-        run.save_state(step)
-    bar = tqdm(
-        total=total_steps,
-        initial=step,
-        dynamic_ncols=True,
-        disable=not is_first(),
-        bar_format="{n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}",
-    )
-    run.note_signals()  # Ctrl-C: finish the step, save, stop
-    model.train()  # for the dropout that a method of peft may have
-
-    # --- the loop ---
-    epoch = None
-    while True:
-        # Validate, first of all the model before training. The step is saved by then.
-        if step % args.eval_every == 0 or step == total_steps:
-            run.keep_best(step, validate(model, val_set, args))
-            bar.unpause()  # the time that is left is told from steps alone
-        if step == total_steps:
-            break
-
-        if epoch != step // batches_per_epoch:
-            epoch = step // batches_per_epoch
-            batches = make_batches(lengths, args.batch_size, f"{args.seed} {epoch}")
-        indices = batches[step % batches_per_epoch]
-        batch = [train_set[i] for i in indices]  # of (prompt ids, response ids)
-        start = time.perf_counter()
-
-        # Learning rate: linear warm-up over the first 5 % of the steps, then a cosine down to zero.
-        progress = max(0, step - warmup) / max(1, total_steps - warmup)
-        lr = args.lr * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-
-        # DLS: at a probe every layer asks for gradients. With --select random all processes must
-        # draw the same layers, then each its own dropout. The seeds depend on step and rank alone,
-        # so that a resumed run draws the same.
-        torch.manual_seed(args.seed + step)
-        selector.before_forward(step)
-        torch.manual_seed(args.seed + step + rank * total_steps)
-
-        # Gradients of the mean loss per response token, over the micro-batches of all processes
-        # together.
-        response_tokens = sum(len(response) for _, response in batch)
-        loss = 0.0
-        # Each process computes an even share, in as many micro-batches as the others: the last may
-        # be empty.
-        for micro_batch in own_micro_batches(batch, args.micro_batch_size):
-            tokens, labels = collate(micro_batch, device)
-            micro_loss = model.loss(tokens, labels) / response_tokens
-            micro_loss.backward()
-            loss += micro_loss.item()
-        # Summed over processes: gradients, at a probe the LayerNorms' too, the loss, and the number
-        # of Ctrl-C.
-        loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
-        # A probe scores the layers and selects: the others lose this step's gradient
-        selector.after_backward()
-
-        # The step; one that is not finite is left out, and the run says which examples it was.
-        norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
-        if run.can_apply(step + 1, loss, norm, [places[i] for i in indices]):
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        seconds = time.perf_counter() - start
-
-        # Log, save.
-        token_count = sum(lengths[i] for i in indices)
-        record = {"step": step, "loss": loss, "lr": lr, "tokens": token_count, "seconds": seconds}
-        record["active_layers"] = selector.active
-        run.log(record)
-        layers = "".join("█" if i in selector.active else "·" for i in range(num_layers))
-        status = f"loss {loss:.3f}  lr {lr:.1e}  {token_count / seconds:,.0f} tokens/s  {layers}"
-        bar.set_postfix_str(status, refresh=False)
-        bar.update()
-        stop_requested = signals > 0
-        run.save(step, total_steps, stop_requested)
-        if run.skipped == 3:
-            raise run.not_finite(step)
-        if stop_requested and step < total_steps:
-            raise run.stopped(step)
-    bar.close()
-    run.finish(device)
-
-
-def attach(args, model):
-    """Let train what --method says, and nothing else."""
-    if args.method == "rosa":
-        ratio, pairs = (1.0, "low") if args.pairs == "all" else (args.low_freq_ratio, args.pairs)
-        rosa.attach(model, args.rank, args.alpha, ratio, args.targets, pairs)
-    elif args.method == "lora":
-        rosa.attach(model, args.rank, args.alpha, 1.0, args.targets)
-    elif args.method == "full":
-        model.requires_grad_(True)
-    else:
-        options = read_json(args.peft_config) if args.peft_config else {}
-        adapters.attach_peft(model, args.method.removeprefix("peft:"), options)
-    in_layers = any(parameter.requires_grad for parameter in model.model.layers.parameters())
-    if args.k_ratio < 1 and not in_layers:
-        raise UserError(
-            f"nothing that {args.method} trains is in a layer, so no layer can be selected: "
-            "--k-ratio 1"
-        )
-
-
-def load_data(args, tokenizer):
-    """Four things: the training examples, the validation examples, the place of each training
-    example in its file, and how many examples were longer than --max-len. An example is (prompt
-    ids, response ids), the end-of-sequence token included."""
-    placed = tasks.train_examples(args.task, args.data_dir, args.train_file, args.skip_empty)
-    kept = []  # (place, example)
-    for place, text in tqdm(placed, desc="tokenizing", leave=False, disable=not is_first() or None):
-        prompt, response = tasks.encode_example(text, tokenizer)
-        if len(prompt) + len(response) <= args.max_len:
-            kept.append((place, (prompt, response)))
-    val_size = args.val_size or min(300, max(1, len(kept) // 10))
-    if len(kept) <= val_size:
-        fitting = (
-            f"{len(kept)} of {len(placed)} examples have at most --max-len {args.max_len} tokens"
-        )
-        raise UserError(
-            f"{fitting}: too few to hold --val-size {val_size} of them out and train on the rest"
-        )
-    random.Random(args.seed).shuffle(kept)
-    val_set = [example for _, example in kept[:val_size]]
-    train_set = [example for _, example in kept[val_size:]]
-    places = [place for place, _ in kept[val_size:]]
-    return train_set, val_set, places, len(placed) - len(kept)
-
-
-def make_batches(lengths, batch_size, seed):
-    """The batches of an epoch, as lists of indices: examples of similar length share a batch, so
-    that little is padded, and the batches come in random order. Sorting within pools of 64 batches
-    groups them anew in each epoch."""
-    rng = random.Random(seed)
-    order = rng.sample(range(len(lengths)), len(lengths))
-    pool = 64 * batch_size
-    pools = [
-        sorted(order[i : i + pool], key=lambda j: lengths[j]) for i in range(0, len(order), pool)
+    return [
+        (
+            args.resume and args.overwrite,
+            "--resume continues a run, --overwrite starts anew: choose one",
+        ),
+        (
+            args.batch_size % args.micro_batch_size != 0,
+            f"{sizes}: choose sizes that waste no forward pass",
+        ),
+        (
+            args.method == "full" and args.dtype == "bfloat16",
+            "--method full needs --dtype float32: a bfloat16 weight does not see updates below "
+            "1/256 of itself",
+        ),
+        (
+            args.shard and processes()[1] == 1,
+            "--shard needs several processes: torchrun --nproc_per_node=N train.py ...",
+        ),
+        (
+            args.shard and args.method not in ("rosa", "lora"),
+            f"--shard shards frozen weights, with --method rosa or lora: not with {args.method}",
+        ),
+        (args.shard and args.compile, "--shard does not go with --compile"),
+        (
+            args.shard and args.checkpoint_activations,
+            "--shard does not go with --checkpoint-activations",
+        ),
     ]
-    order = [i for pool in pools for i in pool]
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    rng.shuffle(batches)
-    return batches
-
-
-def collate(examples, device):
-    """Pad on the right: tokens [B, T], and labels [B, T], the next token where it belongs to the
-    response, else -100. A process without examples gets one token and nothing to predict: every
-    process must take part in each pass."""
-    width = max((len(prompt) + len(response) for prompt, response in examples), default=2) - 1
-    tokens = torch.zeros(max(1, len(examples)), width, dtype=torch.long)
-    labels = torch.full_like(tokens, -100)
-    for row, (prompt, response) in enumerate(examples):
-        ids = prompt + response
-        tokens[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        labels[row, len(prompt) - 1 : len(ids) - 1] = torch.tensor(response)
-    return tokens.to(device), labels.to(device)
-
-
-@torch.no_grad()
-def validate(model, examples, args):
-    """Mean cross-entropy per response token, in nats."""
-    model.eval()
-    by_length = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
-    micro_batches = own_micro_batches(by_length, args.micro_batch_size)
-    total = 0.0
-    for micro_batch in tqdm(
-        micro_batches, desc="validation", leave=False, disable=not is_first() or None
-    ):
-        total += model.loss(*collate(micro_batch, model.device)).item()
-    model.train()
-    return sum(gather(total)) / sum(len(response) for _, response in examples)
 
 
 def go_on(arguments):
-    """What run_script adds to its line where a run ends before its time."""
+    """The sentence that ends the error message of a stopped run."""
     return f"To go on: {resume_command(__file__, arguments)}"
 
 

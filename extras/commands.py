@@ -252,6 +252,20 @@ def seed(text):
     )
 
 
+def names_of(allowed, kind):
+    """The type of an option whose value is names of that kind, separated by commas."""
+
+    def names(text):
+        for name in text.split(","):
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(
+                    f"has the unknown {kind} {name!r}: choose from {','.join(allowed)}"
+                )
+        return text
+
+    return names
+
+
 def checked(kind, text, valid, requirement):
     try:
         value = kind(text)

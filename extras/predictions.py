@@ -14,7 +14,7 @@ from extras.records import add_result, hash_of, locked, write_whole
 class Predictions:
     """The answers so far. lines: number of a question -> the line that answers it.
 
-    questions: (test set, index, example, prompt ids) tuples. origin: what the answers depend on
+    questions: eval.py's Question tuples. origin: what the answers depend on
     beside the question, from `origin_of`. Lines of another origin do not count here, and stay in
     the file."""
 
@@ -29,8 +29,10 @@ class Predictions:
         stored = read_lines(self.path) if is_first() else None
         lines = gather(stored)[0]
         numbers = {}
-        for number, (name, i, example, prompt) in enumerate(questions):
-            numbers[name, i, hash_of(prompt), example["answer"]] = number
+        for number, question in enumerate(questions):
+            answer = question.example["answer"]
+            key = (question.test_set, question.index, hash_of(question.prompt), answer)
+            numbers[key] = number
         self.lines = {}
         by_other_code = set()
         for line in lines:
@@ -72,20 +74,24 @@ class Predictions:
         """The numbers of the questions that are to be asked. Long prompts come first, so that what
         does not fit in memory fails at once."""
         numbers = set(range(len(self.questions))) - set(self.lines)
-        return sorted(numbers, key=lambda number: (-len(self.questions[number][3]), number))
+        return sorted(numbers, key=lambda number: (-len(self.questions[number].prompt), number))
 
     def add(self, number, response, finish_reason, judged):
         """Add an answer, which is on disk at once. finish_reason: "stop", "length" (the answer was
         cut at --max-new-tokens), or "no room". judged: the fields "extracted" and "correct"."""
-        name, i, example, prompt = self.questions[number]
+        question = self.questions[number]
         line = {
-            "set": name,
-            "index": i,
-            "instruction": example["instruction"],
-            "answer": example["answer"],
+            "set": question.test_set,
+            "index": question.index,
+            "instruction": question.example["instruction"],
+            "answer": question.example["answer"],
+            "response": response,
+            **judged,
+            "finish_reason": finish_reason,
+            "prompt": hash_of(question.prompt),
+            "settings": self.made_by,
+            "code": self.code,
         }
-        line |= {"response": response} | judged | {"finish_reason": finish_reason}
-        line |= {"prompt": hash_of(prompt), "settings": self.made_by, "code": self.code}
         self.lines[number] = line
         if is_first():
             with (

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import tasks
 from data.errors import UserError
 from extras import adapters
-from extras.checkpoints import copy_companions, read_json, stored_tensors
+from extras.checkpoints import checkpoint_files, copy_companions, read_json
 from extras.commands import Stop
 from extras.distributed import by_the_first, gather, is_first
 from extras.records import (
@@ -331,16 +331,13 @@ KERNELS = ("extras/kernels.py", "extras/operators.py")  # not with --plain
 
 def describe(args, ckpt, model, train_set, val_set):
     """What args.json holds: the arguments, the code, and hashes by which a resumption knows the
-    checkpoint and the data again. The checkpoint's weights are many: the hash is of their names,
-    sizes and dtypes, and of one small tensor, in which models of the same shape differ."""
-    tensors = []
-    for name, entry in stored_tensors(ckpt).items():
-        size = entry.file.stat().st_size
-        tensors.append((name, entry.file.name, size, entry.shape, entry.dtype))
+    checkpoint and the data again. The checkpoint's weights are many: the hash is of the names and
+    sizes of their files, and of one small tensor, in which models of the same shape differ."""
+    files = [(file.name, file.stat().st_size) for file in checkpoint_files(ckpt)]
     norm = model.model.norm.weight.to(getattr(torch, args.dtype))
     content = {
         "config.json of the checkpoint": (ckpt / "config.json").read_bytes(),
-        "tensors of the checkpoint": sorted(tensors),
+        "weight files of the checkpoint": files,
         "final norm of the checkpoint": norm.tolist(),
         "training examples": train_set,
         "held-out examples": val_set,

@@ -759,11 +759,11 @@ def test_a_text_that_is_none_is_refused(expect_error, content, message):
     expect_error(f"{FORGETTING} notes.txt", f"notes.txt {message}")
 
 
-def test_an_example_that_is_too_long_is_named_by_its_place_in_the_file(here, capsys):
+def test_an_example_that_is_too_long_is_named_by_its_place_in_the_file(expect_error):
     long = {"instruction": "Add 1 and 2. " * 99, "output": "3"}
     examples = [{"instruction": "Add.", "output": ""}, long | {"instruction": "Add."}, long]
     Path("data.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
-    refused(capsys, "forgetting", ["data.jsonl", "--skip-empty"], "data.jsonl, line 3: ", "exceed")
+    expect_error(f"{FORGETTING} data.jsonl --skip-empty", "data.jsonl, line 3: ", "exceed")
 
 
 # --- flags ---
@@ -824,7 +824,7 @@ FLAGS = [  # (command, what is typed after it, the message)
     (FIGURE1, "--task gsm8k --data-dir d", f"{DOWNLOAD} --dir d"),
     (FORGETTING, "absent.json", "absent.json: No such file"),
     (TRAIN, "--train-file ckpt", "ckpt: Is a directory"),
-    (TRAIN, "--resume --overwrite", "--resume goes on with a run, --overwrite starts anew"),
+    (TRAIN, "--resume --overwrite", "--resume continues a run, --overwrite starts anew"),
     (
         TRAIN,
         "--resume",

@@ -276,7 +276,7 @@ def test_an_adapter_of_a_run_that_was_stopped_or_has_learned_nothing_is_used_wit
 
 
 def test_forgetting_warns_and_refuses_before_its_work(ckpt, monkeypatch, capsys):
-    run(train, *QUICK, "--out", "stopped", "--max-steps", 1)
+    run(train, *SHORT_ROSA_RUN, "--out", "stopped", "--max-steps", 1)
     Path("stopped/summary.json").unlink()
     Path("other.json").write_text(json.dumps(toy.examples("train", 2)))
     Path("file").write_text("")

@@ -551,7 +551,7 @@ MISTAKES = [  # (script, arguments, what is changed in each process before, the 
     (train, RUN, misplaced, "process 1: no tokenizer"),
     (eval_script, EVAL, misplaced, "process 1: no tokenizer"),
     (train, f"{RUN} --shard --method full", None, "--shard shards frozen weights"),
-    (train, f"{RUN} --shard --compile", None, "--shard goes with"),
+    (train, f"{RUN} --shard --compile", None, "--shard does not go with --compile"),
 ]
 
 

@@ -363,8 +363,8 @@ MISTAKES = {
     ),
     "collate": Mistake(
         "train.py",
-        "ids = prompt + response\n",
-        "ids, more = prompt + response\n",
+        "pairs = pairs or [([0], [-100])]\n",
+        "pairs, more, x = pairs or [([0], [-100])]\n",
         {"train"},
     ),
     "eval's loop": Mistake(

@@ -3,6 +3,7 @@ same bytes."""
 
 import functools
 import json
+import math
 import os
 import pkgutil
 import random
@@ -439,7 +440,7 @@ CHANGES = {
         "",
         lambda: rewrite("ckpt/config.json", rope_theta=5e5),
     ),
-    "tensors of the checkpoint differ": ("", another_dtype),
+    "weight files of the checkpoint differ": ("", another_dtype),
     "final norm of the checkpoint differ": ("", lambda: write_model(1)),
     "examples differ": ("", lambda: write_examples("!")),
     "options in --peft-config differ": ("", lambda: rewrite("dropout.json", lora_dropout=0.2)),
@@ -558,11 +559,11 @@ def spoil(patch, steps, what):
 
     def spoiled(_, model, loss, signals):
         if len(read_steps("out")) not in steps:  # counted from 0
-            return loss, signals
+            return loss.item(), signals
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.fill_(torch.nan)
-        return torch.nan if what == "loss" else loss, signals
+        return math.nan if what == "loss" else loss.item(), signals
 
     patch.setattr(train, "all_reduce_gradients", spoiled)
 
