@@ -11,11 +11,10 @@ Read first: `main`, whose loop is extract, compare, write, and then `generate_re
 options at the end.
 
 Every answer is a line of predictions.jsonl as soon as it is there; the scores are in results.json.
-Both lie beside the adapter, or under --out. When the script runs again, it does not ask again what
-the same adapter and the same code have answered with the same options."""
+Both lie beside the adapter, or under --out. Questions that the same adapter, code and options have
+answered already are not asked again."""
 
 import math
-import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -39,12 +38,12 @@ from extras.commands import count, run_script, script_parser
 from extras.distributed import gather, is_first, share_out
 from extras.predictions import Predictions
 from extras.records import hash_of, origin_of, result_code, say_if_unfinished
-from extras.source import edited
 
 
 class Question(NamedTuple):
     """A record of a test set, and the ids of its prompt."""
 
+    number: int  # among all questions
     test_set: str
     index: int  # of the record in its file
     example: dict
@@ -68,13 +67,17 @@ def main(args):
         adapters.load_adapter(model, args.adapter)
     check_finite(model)
     if args.adapter and dtype == torch.float32:
-        # Merged, RoAE costs nothing. Bfloat16 weights would round the update away.
-        merge.merge_if_unedited(model)
+        # Merged, RoAE costs nothing. It stays unmerged in bfloat16, whose weights would round the
+        # update away, and where the code of RoAE or of merging is not the original any more.
+        merge.merge_unless_edited(model)
     gather()  # wait: no process begins before all of them are set up
-    engine = choose_engine(args)
+    engine = OneByOne
     if not args.plain:
+        # Faster code takes the place of OneByOne and of formulas in model.py, but of no method that
+        # has been edited. A line on the screen says what takes whose place.
+        engine, replaced = inference.choose_engine(OneByOne, args.score)
         exchanged, _ = kernels.accelerate(model, inference=True)
-        kernels.say_what_runs(exchanged, inference.stand_ins(replaced_methods(args.score)))
+        kernels.say_what_runs(exchanged, replaced)
     say_if_bfloat16_is_slow(device, dtype)
     say_if_unfinished(args.adapter or ckpt)
     if args.prompt is not None:
@@ -89,12 +92,14 @@ def main(args):
     # --- the loop ---
     limit = args.max_new_tokens if args.score == "generate" else None
     respond = generate_responses if args.score == "generate" else choose_options
+    # An answer belongs to the code that gave it: once that is edited, the question is asked again.
     code = result_code(args.score, args.adapter, own=[respond, OneByOne])
     origin = origin_of(ckpt, args.adapter, [args.score, limit, dtype], code)
-    predictions = Predictions(args.out, origin, questions)  # with what is answered already
+    predictions = Predictions(args.out, origin, questions)
+    # predictions.lines has the lines of the questions that are answered already, by the question's
+    # number. Their responses are kept, and what a response is worth is judged anew.
     for number, line in predictions.lines.items():
-        # The response is kept; what it is worth is judged anew.
-        line |= judge(questions[number], line["response"])
+        line.update(judge(questions[number], line["response"]))
     for number in too_long - predictions.lines.keys():
         predictions.add(number, "", "no room", judge(questions[number], ""))
     right = sum(line["correct"] for line in predictions.lines.values())
@@ -108,12 +113,11 @@ def main(args):
     )
     start = time.perf_counter()
 
-    def answer(numbers):
-        own = [questions[number] for number in numbers]
-        for i, response, num_tokens in respond(args, engine, model, tokenizer, own):
-            yield numbers[i], response, num_tokens
+    def answer(some_questions):
+        return respond(args, engine, model, tokenizer, some_questions)
 
-    # Every process answers its share of the questions, and gets the answers of all processes.
+    # Each process answers its share of the questions, and gets the answers of all processes. All
+    # keep count; the first one writes.
     for number, response, num_tokens in share_out(
         answer, predictions.unanswered(), at_a_time=args.batch_size
     ):
@@ -162,46 +166,47 @@ def judge(question, response):
 
 
 def generate_responses(args, engine, model, tokenizer, questions):
-    """--score generate. Yields (place in `questions`, response, the number of its new tokens), as
-    the questions are answered."""
+    """--score generate. Yields (question's number, response, how many tokens it has), as the
+    questions are answered."""
     prompts = [question.prompt for question in questions]
     eos_ids = eos_tokens(model, tokenizer)
     answers = engine.stream(model, prompts, args.max_new_tokens, eos_ids, args.batch_size)
     for i, ids in answers:
-        yield i, tokenizer.decode(ids), len(ids)
+        yield questions[i].number, tokenizer.decode(ids), len(ids)
 
 
 def choose_options(args, engine, model, tokenizer, questions):
-    """--score likelihood. Yields (place in `questions`, the option of highest summed
-    log-probability as text, 0), as the questions are answered."""
+    """--score likelihood. Yields (question's number, the option of highest summed log-probability
+    as text, 0), as the questions are answered."""
     for first in range(0, len(questions), args.batch_size):
         batch = questions[first : first + args.batch_size]
-        prompts = [question.prompt for question in batch]
         options = [tasks.options(question.test_set, question.example) for question in batch]
-        ids = [option_ids(*pair, tokenizer) for pair in zip(batch, options)]
+        prompts = [question.prompt for question in batch]
+        ids = []
+        for question, texts in zip(batch, options):
+            ids.append([option_ids(question, text, tokenizer) for text in texts])
         likelihoods = engine.log_likelihoods(model, prompts, ids)
-        for i, (texts, values) in enumerate(zip(options, likelihoods), first):
+        for question, texts, values in zip(batch, options, likelihoods):
             if not all(map(math.isfinite, values)):
                 raise FloatingPointError("the likelihoods are not finite: try --dtype float32")
-            yield i, texts[int(np.argmax(values))], 0
+            yield question.number, texts[int(np.argmax(values))], 0
 
 
-def option_ids(question, options, tokenizer):
-    """The ids of each option as a response to the question, without the end-of-sequence token."""
-    ids = []
-    for text in options:
-        _, response = tasks.encode_example(question.example | {"output": text}, tokenizer)
-        ids.append(response[:-1])
-    return ids
+def option_ids(question, option, tokenizer):
+    """The ids of an option as a response to the question, without the end-of-sequence token."""
+    example = question.example | {"output": option}
+    _, response = tasks.encode_example(example, tokenizer)
+    return response[:-1]
 
 
 class OneByOne:
-    """What extras/inference.py does for many rows at a time, by model.py's own methods, one row
-    after the other: the engine of --plain."""
+    """The plain engine: it answers one question after the other, by model.py's own methods.
+    extras/inference.py has two functions of the same names and arguments, which answer many
+    questions at a time."""
 
     @staticmethod
     def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=None):
-        """Yields (i, new ids of prompt i)."""
+        """Yields (i, new ids of prompt i). The last two arguments are for extras/inference.py."""
         for i, prompt in enumerate(prompts):
             yield i, model.generate([prompt], max_new_tokens, eos_id)[0]
 
@@ -221,29 +226,6 @@ def log_likelihood(model, prompt, ids):
     tokens = torch.tensor([tokens], device=model.device)
     labels = torch.tensor([labels], device=model.device)
     return -model.loss(tokens, labels).item()
-
-
-def choose_engine(args):
-    """What answers: extras/inference.py, or OneByOne with --plain and where a method that
-    extras/inference.py stands for has been edited."""
-    if args.plain:
-        return OneByOne
-    reason = edited(replaced_methods(args.score))
-    if reason is None:
-        return inference
-    instead = "answering with Llama.generate, one prompt after the other"
-    if args.score == "likelihood":
-        instead = "asking Llama.loss, one option after the other"
-    print(f"inference  {reason}: {instead}")
-    return OneByOne
-
-
-def replaced_methods(score):
-    """What extras/inference.py stands for with --score: {(class or module, name): fingerprint}."""
-    if score == "generate":
-        return inference.PLAIN
-    this_file = sys.modules[__name__]
-    return inference.LIKELIHOODS | {(this_file, "log_likelihood"): inference.LOG_LIKELIHOOD}
 
 
 def answer_prompt(args, engine, model, tokenizer):
@@ -266,7 +248,7 @@ def answer_prompt(args, engine, model, tokenizer):
         )
     limit = min(args.max_new_tokens, room)
     eos_ids = eos_tokens(model, tokenizer)
-    ((_, ids),) = engine.stream(model, [prompt], limit, eos_ids, on_token=show)
+    _, ids = next(engine.stream(model, [prompt], limit, eos_ids, on_token=show))
     print(tokenizer.decode(ids)[len(shown) :])
 
 
@@ -295,7 +277,8 @@ def load_questions(args, test_sets, tokenizer):
         for i, example in enumerate(examples[: args.limit]):
             if args.score == "likelihood":
                 tasks.options(name, example)  # raises UserError for what is no multiple choice
-            questions.append(Question(name, i, example, tasks.encode_prompt(example, tokenizer)))
+            prompt = tasks.encode_prompt(example, tokenizer)
+            questions.append(Question(len(questions), name, i, example, prompt))
     if not questions:
         raise UserError(
             f"{args.data_dir} has no test set of {args.task}. To get them: "
@@ -333,8 +316,8 @@ def answer_room(args, question, tokenizer):
     """How many tokens an answer to the question may take."""
     if args.score == "generate":
         return args.max_new_tokens
-    longest = max(tasks.options(question.test_set, question.example), key=len)
-    return len(tokenizer.encode(longest))
+    options = tasks.options(question.test_set, question.example)
+    return max(len(tokenizer.encode(option)) for option in options)
 
 
 # --- the table ---
@@ -343,7 +326,9 @@ def answer_room(args, question, tokenizer):
 def summary(correct):
     """The scores of results.json, from test set -> list of bools: by test set, averaged over the
     examples (micro), and over the test sets (macro)."""
-    scores, counts, intervals = {}, {}, {}
+    scores = {}
+    counts = {}
+    intervals = {}
     for name, each in correct.items():
         scores[name] = sum(each) / len(each)
         counts[name] = len(each)

@@ -160,15 +160,17 @@ class LlamaConfig:
         if model_type not in FAMILIES:
             return cls(model_type=model_type)  # __post_init__ refuses it
         architecture, defaults = FAMILIES[model_type]
-        raw = defaults | raw
-        # transformers 5 writes all of RoPE into rope_parameters; transformers 4 writes rope_theta,
-        # and rope_scaling where there is any.
+        raw = defaults | raw  # a field that is in the file counts, even where it is null
+        # transformers 4 writes rope_theta, and rope_scaling where RoPE is scaled. transformers 5
+        # writes one dict, rope_parameters, which holds rope_theta beside the scaling.
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        raw["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", cls.rope_theta))
-        if "partial_rotary_factor" in rope:
-            raw["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-        is_scaled = bool(rope) and rope.get("rope_type") != "default"
-        raw["rope_scaling"] = rope if is_scaled else None
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                raw[name] = rope.pop(name)
+        # What is left is the scaling; {} and "default" mean that there is none.
+        raw["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        if rope and "rope_type" not in rope:
+            raise ValueError(f"rope_scaling {rope!r} has no rope_type")
 
         if raw.get("architectures") not in (None, [architecture]):
             raise ValueError(
@@ -222,7 +224,8 @@ class Llama(nn.Module):
         self.config = config
         # inv_freq is no buffer: `model.to(bfloat16)` would round a buffer.
         self.inv_freq = rope_inverse_frequencies(config)
-        # nn.Embedding(V, D) would draw random numbers here, and the loop below draws them again.
+        # The loop below fills the embedding. nn.Embedding(V, D) would fill it here too, and of all
+        # tensors it is the largest: that takes time.
         embedding = torch.empty(config.vocab_size, config.hidden_size)
         self.model = nn.ModuleDict()
         self.model["embed_tokens"] = nn.Embedding.from_pretrained(embedding, freeze=False)
@@ -266,7 +269,7 @@ class Llama(nn.Module):
 
     def hidden_states(self, tokens, cache=None):
         """What `logits` reads: [B, T] -> [B, T, D]. With a cache the tokens follow those that it
-        holds."""
+        holds; that all of them fit into the context, `check_prompts` has checked then."""
         T = tokens.shape[1]
         if T > self.config.context:
             raise ValueError(
@@ -274,10 +277,11 @@ class Llama(nn.Module):
             )
         positions = torch.arange(T, device=tokens.device)  # [T]
         if cache is not None:
-            # The new tokens follow those in the cache. Its length is a number, or [B] where the
-            # rows of the cache differ; the positions become [T] or [B, T].
-            first = torch.as_tensor(cache.length, device=tokens.device)
-            positions = first[..., None] + positions
+            # The new tokens follow those in the cache. The length of a KVCache is a number, and the
+            # positions stay [T]. The cache of extras/inference.py has a length for each row, [B],
+            # and the positions become [B, T].
+            length = torch.as_tensor(cache.length, device=tokens.device)
+            positions = length[..., None] + positions
         rope = rope_table(positions, self.inv_freq)
         x = self.model.embed_tokens(tokens)  # [B, T, D]
         for i, layer in enumerate(self.model.layers):
@@ -335,9 +339,10 @@ class Llama(nn.Module):
                     if not name.endswith("rotary_emb.inv_freq"):  # from before transformers 4.32
                         tensors[name] = stored.get_tensor(name)
         check_tensors(directory, tensors, dict(model.named_parameters()), dtype)
-        for name, tensor in tensors.items():
-            tensors[name] = tensor.to(device, dtype, copy=True)
-        model.load_state_dict(tensors, strict=False, assign=True)  # check_tensors has been strict
+        # copy: each tensor leaves its file and gets memory of its own.
+        tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
+        # Not strict: a tied lm_head is in no file. All else check_tensors has found.
+        model.load_state_dict(tensors, strict=False, assign=True)
         model.tie_weights()
         model.name_or_path = str(directory)
         return model.eval()
@@ -419,25 +424,27 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, mask):
         """softmax(q k^T / sqrt(d)) v: [B, H, T, d]. mask: what each token sees, as `KVCache.update`
-        returns it."""
+        returns it, or [B, 1, T, S] where the rows of a cache differ."""
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
 
 
 def rope_table(positions, inv_freq):
-    """What `rotate` multiplies by: the cosines [.., 1, T, d] and the sines, negative in the first
-    half, of positions [.., T]. Float32; the same for every head and layer."""
+    """The two tables for `rotate`, of positions [.., T]: (cos, cos) and (-sin, sin), each of them
+    [.., 1, T, d] in float32, with the angles of the d/2 pairs. They are the same for every head and
+    layer."""
     angles = positions[..., None].float() * inv_freq.to(positions.device)  # [.., T, d/2]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).unsqueeze(-3), torch.cat((-sin, sin), -1).unsqueeze(-3)
 
 
 def rotate(x, cos, sin):
-    """RoPE: turn pair i, the dimensions (i, i + d/2), by its angle, in float32. x [B, heads, T,
-    d]."""
+    """RoPE, in float32: turn pair i, the dimensions (i, i + d/2), by its angle. x [B, heads, T, d].
+
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin)."""
     h = x.float()
-    swapped = h.roll(h.shape[-1] // 2, -1)  # the other dimension of each pair
+    swapped = h.roll(h.shape[-1] // 2, -1)  # (b, a)
     return torch.addcmul(h * cos, swapped, sin).to(x.dtype)
 
 
@@ -456,7 +463,8 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, the statistic in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight, the statistic in float32. The weight may be float32 where
+    x is bfloat16: when it is trained."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -479,9 +487,10 @@ class KVCache:
         self.values = [None] * config.num_hidden_layers
 
     def update(self, layer, k, v):
-        """Add the k and v of T new tokens, [B, K, T, d]. Returns those of all S tokens, [B, K, S,
-        d], and a mask: None where nothing lies before the new tokens, which then is plain causal
-        attention, else [B or 1, 1, T, S], true where a token (row) sees a position."""
+        """Add the k and v of T new tokens, [B, K, T, d]. Returns the k and v of all S tokens, [B,
+        K, S, d], and a mask. The mask is None where nothing lies before the new tokens: then their
+        attention is plain causal attention. Else it is [1, 1, T, S], true where a new token sees a
+        position."""
         T = k.shape[2]
         S = self.length + T
         mask = None
@@ -525,7 +534,7 @@ FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 def check_tensors(directory, tensors, parameters, dtype):
     """Raise ValueError unless the tensors, name -> tensor, are floats with exactly the names and
-    shapes of the parameters, and of one dtype where no dtype is given to convert them to."""
+    shapes of the parameters. If no dtype is given to convert them to, they must share one."""
     unmatched = sorted(tensors.keys() ^ parameters.keys())
     if unmatched:
         name = unmatched[0]

@@ -81,8 +81,8 @@ def adapted_rows(out_features, num_heads, low_freq_ratio, pairs="low"):
     first head, and 10, 11, 14, 15 of the second.
 
     pairs: "low" is the method, the last n pairs of every head. Its ablations have as many
-    parameters: "high", the first n pairs, and "random", any n pairs, other ones in each head but
-    the same in every layer."""
+    parameters: "high", the first n pairs of every head, and "random", n pairs that are drawn for
+    each head, by the same draw in every layer."""
     rows = torch.arange(out_features)
     if low_freq_ratio == 1:
         return rows
@@ -122,7 +122,7 @@ def attach(model, rank=64, alpha=128, low_freq_ratio=0.5, targets="q,k", pairs="
     for target in targets:
         if target not in TARGETS:
             raise ValueError(f"unknown target {target!r}: choose from {','.join(TARGETS)}")
-    if adapters(model) or hasattr(model, "peft_config"):
+    if adapters(model) or hasattr(model, "peft_config"):  # PEFT sets it where it adapts a model
         raise ValueError("the model has adapters already: merge(model) first")
     model.requires_grad_(False)
     for layer in model.model.layers:
@@ -146,8 +146,8 @@ def adapters(model):
 @torch.no_grad()
 def merge(model):
     """Fold every adapter into its base weight, in place, and remove it. Returns the model. The sum
-    is made in float32 and rounded once: to the 8 bits of a bfloat16 weight, where an update much
-    smaller than the weight loses some.
+    of weight and update is made in float32 and rounded once, to the weight's dtype. A bfloat16
+    weight has 8 bits: an update much smaller than the weight is partly lost.
 
     Raises FloatingPointError where a sum is not finite in the weight's dtype: that adapter and
     those after it stay."""
@@ -178,7 +178,8 @@ def attach_arguments(model):
             "first"
         )
     targets = [target for target, module in TARGETS.items() if module in adapted]
-    first = adapted[TARGETS[targets[0]]]  # q or k, where one of them adapts
+    # q or k, where one of them adapts: the others have a low_freq_ratio of 1.
+    first = adapted[TARGETS[targets[0]]]
     return {
         "rank": first.rank,
         "alpha": first.alpha,
@@ -213,15 +214,15 @@ def save_adapter(model, directory):
     lost."""
     arguments = attach_arguments(model)
     tensors = {}
-    saved = set()
+    saved = set()  # names of the parameters that are saved
     for name, adapter in adapters(model).items():
         B = torch.zeros(adapter.linear.out_features, adapter.rank)
         B[adapter.rows.cpu()] = adapter.B.detach().cpu()
         tensors[f"base_model.model.{name}.lora_A.weight"] = adapter.A.detach().cpu()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
-        saved |= {adapter.A, adapter.B}
+        saved |= {f"{name}.A", f"{name}.B"}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter not in saved:
+        if parameter.requires_grad and name not in saved:
             raise ValueError(
                 f"{name} trains, and save_adapter would lose it: it writes the A and B of adapters"
             )
@@ -231,8 +232,9 @@ def save_adapter(model, directory):
 
 
 def write_adapter(directory, config, tensors, metadata):
-    """Write an adapter's two files, under PEFT's names. All metadata stands under one key, since
-    safetensors keeps no order of several keys."""
+    """Write an adapter's two files, under PEFT's names. All metadata stands under one key:
+    safetensors writes several keys in no fixed order, and the same adapter shall give the same
+    bytes."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "adapter_model.safetensors"
@@ -250,13 +252,15 @@ def load_adapter(model, directory):
     with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
         metadata = json.loads((file.metadata() or {}).get("rosa", "{}"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    arguments = {"pairs": "low"} | metadata  # the first versions had no other pairs
+    # The first files were written before `pairs` was an argument.
+    arguments = {"pairs": "low"} | metadata
     if sorted(arguments) != ["alpha", "low_freq_ratio", "pairs", "rank", "targets"]:
         raise ValueError(
             f"{directory} was not written by save_adapter: extras.adapters.load_adapter reads the "
             "adapters of PEFT"
         )
-    if config | {"base_model_name_or_path": None} != lora_config(arguments):
+    config["base_model_name_or_path"] = None  # whatever the base is called
+    if config != lora_config(arguments):
         raise ValueError(
             f"{directory}: adapter_config.json is not what save_adapter has written for {arguments}"
         )
@@ -285,7 +289,7 @@ def check_adapter(model, directory, arguments, tensors):
     """Raise ValueError unless the tensors are those of an adapter for the model, which may have
     adapters or not, with these arguments of `attach`."""
     shapes = {}
-    rotated = {}  # name of a B -> the layer that it adapts, where that is a q_proj or k_proj
+    rotated = {}  # the name of each B that adapts a q_proj or k_proj -> that linear layer
     for i, layer in enumerate(model.model.layers):
         for target in arguments["targets"]:
             linear = layer.get_submodule(TARGETS[target])
@@ -333,24 +337,25 @@ class LayerSelector:
     Every `select_every` optimiser steps, the first included, a step is a probe: the adapters of
     every layer get requires_grad, and so do each layer's two norm weights, which RoSA only
     measures. A layer's score is the L2 norm of the gradients of its two norm weights, taken
-    together. Of the L layers that have something to train the round(k_ratio * L) layers with the
-    highest scores train until the next probe. The other layers lose this step's gradient and their
-    requires_grad; their adapters keep what they have learned and still act. Below the lowest layer
-    that trains the backward pass then computes nothing. Where all layers train, probes only record
-    scores. Six layers, k_ratio 0.5, select_every 4:
+    together. The round(k_ratio * L) layers with the highest scores train until the next probe,
+    where L counts the layers that have something to train. The other layers lose this step's
+    gradient and their requires_grad; their adapters keep what they have learned and still act.
+    Between probes the backward pass stops at the lowest layer that trains. Where all layers train,
+    probes only record scores. Six layers, k_ratio 0.5, select_every 4:
 
         step                  0       1       2       3       4       5       6       7
                               probe   train   train   train   probe   train   train   train
         have requires_grad    ██████  ██···█  ██···█  ██···█  ██████  █··█·█  █··█·█  █··█·█
         are updated           ██···█  ██···█  ██···█  ██···█  █··█·█  █··█·█  █··█·█  █··█·█
 
-    The last row is what the progress bar of train.py shows. A probe whose gradients are not finite
-    selects nothing: the selection before it stays, the layers in it are updated if the rest of the
-    step is finite, and the next step is a probe again.
+    The last row is what the progress bar of train.py shows. A probe fails if a score is not finite.
+    It then selects nothing: the selection before it stays (at the first probe that is all layers),
+    and the next step is a probe again. train.py applies no step whose loss or gradients are not
+    finite.
 
     The norms are a fair measure of a layer: every layer has the same two, of the same size, and all
-    input of its attention and its MLP passes through them. And they say something from step 0 on,
-    where B is zero, so that every A has a gradient of zero.
+    input of its attention and its MLP passes through them. The gradients of the adapters would say
+    less: at step 0, where B is zero, every A has a gradient of zero.
 
     score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
     select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps
@@ -382,20 +387,20 @@ class LayerSelector:
             self.frozen_norms += [weight for weight in weights if not weight.requires_grad]
 
         # The layers that can be selected are those in which something trains. Where there is none,
-        # all layers count as training.
-        L = len(self.parameters)
-        self.candidates = [i for i in range(L) if self.parameters[i]]
+        # as when PEFT adapts lm_head alone, all layers count as training.
+        num_layers = len(self.parameters)
+        self.candidates = [i for i in range(num_layers) if self.parameters[i]]
         selects = k_ratio < 1 and select != "all"
         if selects and not self.candidates:
             raise ValueError(
                 "nothing that trains belongs to a layer: layers cannot be selected, k_ratio "
                 "must be 1"
             )
-        self.candidates = self.candidates or list(range(L))
+        self.candidates = self.candidates or list(range(num_layers))
         self.count = len(self.candidates)  # how many layers train at a time
         if selects:
             self.count = max(1, round(k_ratio * len(self.candidates)))
-        self.scores = None  # [L] float32, once there was a probe
+        self.scores = None  # a score for each layer, float32, once there was a probe
         self.active = self.candidates  # indices of the layers in training
         self.probing = False  # whether this step is a probe
         self.selected = False  # whether this step has selected layers (for the log)
@@ -409,8 +414,9 @@ class LayerSelector:
         self.probing = is_due or self.failed
         self.selected = False
         if self.probing:
-            self.previous = self.active  # what stays if the probe fails; at the first all layers
-            # Drawn here for "random", where all processes have the same random state.
+            self.previous = self.active  # what stays if the probe fails
+            # The scores of "random" are drawn here because train.py has just given all processes
+            # the same random state.
             self.drawn = torch.rand(len(self.parameters))
             self.activate(self.candidates)
             for weight in self.frozen_norms:
@@ -421,7 +427,7 @@ class LayerSelector:
         applied."""
         if not self.probing:
             return
-        scores = torch.stack([gradient_norm(weights) for weights in self.norms]).cpu()  # [L]
+        scores = torch.stack([gradient_norm(weights) for weights in self.norms]).cpu()
         for weight in self.frozen_norms:
             weight.requires_grad_(False).grad = None
         self.failed = not scores.isfinite().all()
@@ -438,22 +444,25 @@ class LayerSelector:
         self.activate(best[: self.count])
 
     def activate(self, layers):
-        """Let the parameters of these layers train, and those of no other layer: they lose
-        requires_grad and their gradient. A parameter that several layers share trains with any of
-        them."""
+        """Let the parameters of these layers train. Those of the other layers lose requires_grad
+        and their gradient."""
         self.active = sorted(layers)
-        training = set()
-        for i in self.active:
-            training |= set(self.parameters[i])
         for parameters in self.parameters:
             for parameter in parameters:
-                parameter.requires_grad_(parameter in training)
-                if parameter not in training:
+                parameter.requires_grad_(False)
+        # After the others, for some methods of PEFT have parameters that several layers share: such
+        # a parameter trains with any of its layers.
+        for i in self.active:
+            for parameter in self.parameters[i]:
+                parameter.requires_grad_(True)
+        for parameters in self.parameters:
+            for parameter in parameters:
+                if not parameter.requires_grad:
                     parameter.grad = None
 
 
 def gradient_norm(weights):
-    """The L2 norm of the gradients of these weights, taken together. A weight may have none: PEFT's
-    LN tuning computes with a copy of it, which is among the weights too."""
+    """The L2 norm of the gradients of these weights, taken together. Where PEFT's LN tuning trains
+    a norm, the weights are the norm's own, which gets no gradient, and the copy that is trained."""
     gradients = [weight.grad.float() for weight in weights if weight.grad is not None]
     return torch.cat(gradients).norm()

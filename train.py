@@ -73,6 +73,7 @@ def main(args):
         raise UserError(
             f"--max-len {args.max_len} exceeds the model's context of {model.config.context}"
         )
+    # What a resumed run must have in common with the run that it continues.
     description = runs.describe(args, ckpt, model, train_set, val_set)
     if args.resume:
         runs.check_same(args, description)
@@ -81,8 +82,8 @@ def main(args):
     selector = rosa.LayerSelector(
         model, args.k_ratio, args.select_every, args.score_ema, args.select
     )
-    # The parameters of all layers are registered here, once. AdamW passes over a parameter without
-    # a gradient: while a layer rests, its moments stay as they are.
+    # The parameters of all layers are registered here, once. AdamW skips a parameter without a
+    # gradient: while a layer rests, its moments stay as they are.
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trainable.values(), lr=args.lr, weight_decay=0.0)
     lengths = [len(prompt) + len(response) for prompt, response in train_set]
@@ -110,13 +111,13 @@ def main(args):
         kernels.checkpoint_activations(model)
     run = runs.Run(args, ckpt, model, trainable, optimizer, selector)
     # With --resume this loads the adapters, AdamW's moments, the scores and the active layers, and
-    # returns the step that they are of; else it returns None.
+    # returns the number of the step after which they were saved; else it returns None.
     step = run.resume()
     process_group = gradient_group(device)
     if args.shard:
         shard(model, process_group, device, dtype)
-        # The parameters that train are the same, and now on the device: this moves their moments
-        # there.
+        # Until here the model was on the CPU, and so are the moments that run.resume() has loaded.
+        # load_state_dict moves them to where their parameters are now.
         optimizer.load_state_dict(optimizer.state_dict())
     if step is None:
         step = 0
@@ -136,7 +137,8 @@ def main(args):
     process, _ = processes()  # the index of this process
     epoch = None
     while True:
-        # Validate, first of all the model before training. The state of this step is saved by then.
+        # Validate, first of all the model before training. If the run is killed meanwhile, it
+        # resumes here: before every validation, run.save and run.save_state have saved.
         if step % args.eval_every == 0 or step == total_steps:
             run.keep_best(step, validate(model, val_set, args))
             bar.unpause()  # the bar estimates the time that is left from the steps alone
@@ -147,7 +149,8 @@ def main(args):
             epoch = step // batches_per_epoch
             batches = make_batches(lengths, args.batch_size, f"{args.seed} {epoch}")
         indices = batches[step % batches_per_epoch]
-        batch = [train_set[i] for i in indices]  # of (prompt ids, response ids)
+        # (prompt ids, response ids) of every example in the step, the same in all processes.
+        batch = [train_set[i] for i in indices]
         start = time.perf_counter()
 
         # Learning rate: linear warm-up over the first 5 % of the steps, then a cosine down to zero.
@@ -174,10 +177,10 @@ def main(args):
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
-        # Summed over processes: gradients, at a probe the LayerNorms' too, the loss, and the number
-        # of Ctrl-C.
+        # Summed over processes: all gradients (at a probe those of the LayerNorms are among them),
+        # the loss, which is a plain number from here on, and how many times Ctrl-C was pressed.
         loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
-        # A probe scores the layers and selects: the others lose this step's gradient
+        # A probe scores the layers and selects: the others lose this step's gradient.
         selector.after_backward()
 
         # The step; one that is not finite is left out, and the run says which examples it was.
@@ -200,7 +203,7 @@ def main(args):
         # Save, and stop where there is a reason to.
         stop_requested = signals > 0
         run.save(step, total_steps, stop_requested)
-        if run.skipped == 3:
+        if run.skipped_in_a_row == 3:
             raise run.not_finite(step)
         if stop_requested and step < total_steps:
             raise run.stopped(step)
@@ -265,7 +268,7 @@ def load_data(args, tokenizer):
     ids, response ids), the end-of-sequence token included."""
     placed = tasks.train_examples(args.task, args.data_dir, args.train_file, args.skip_empty)
     kept = []  # (place, example)
-    for place, text in tqdm(placed, desc="tokenizing", leave=False, disable=not is_first() or None):
+    for place, text in passing_bar(placed, "tokenizing"):
         prompt, response = tasks.encode_example(text, tokenizer)
         if len(prompt) + len(response) <= args.max_len:
             kept.append((place, (prompt, response)))
@@ -282,6 +285,14 @@ def load_data(args, tokenizer):
     train_set = [example for _, example in kept[val_size:]]
     places = [place for place, _ in kept[val_size:]]
     return train_set, val_set, places, len(placed) - len(kept)
+
+
+def passing_bar(items, description):
+    """The items, with a progress bar that goes away at their end. The first process shows it, and
+    only in a terminal."""
+    only_in_terminal = None  # as tqdm calls it
+    hidden = only_in_terminal if is_first() else True
+    return tqdm(items, desc=description, leave=False, disable=hidden)
 
 
 def make_batches(lengths, batch_size, seed):
@@ -325,8 +336,7 @@ def validate(model, examples, args):
     by_length = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
     micro_batches = own_micro_batches(by_length, args.micro_batch_size)
     total = torch.zeros((), device=model.device)
-    hidden = None if is_first() else True  # None: hidden where stderr is no terminal
-    for micro_batch in tqdm(micro_batches, desc="validation", leave=False, disable=hidden):
+    for micro_batch in passing_bar(micro_batches, "validation"):
         total += model.loss(*collate(micro_batch, model.device))
     model.train()
     return sum(gather(total.item())) / sum(len(response) for _, response in examples)
@@ -496,13 +506,16 @@ def parse_args(arguments=None):
 def check_args(args):
     """Fill in the method's defaults; refuse what does not go together."""
     kind = kind_of(args.method)
-    every_method = set().union(*METHODS.values())
-    for name in sorted(every_method - set(METHODS[kind])):
+    own = METHODS[kind]
+    of_all_methods = set()
+    for options in METHODS.values():
+        of_all_methods |= options.keys()
+    for name in sorted(of_all_methods - own.keys()):
         if hasattr(args, name):
             advice = ": give its own options with --peft-config FILE.json" if kind == "peft" else ""
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} is no option of --method {args.method}{advice}")
-    for name, value in METHODS[kind].items():
+    for name, value in own.items():
         vars(args).setdefault(name, value)
     if kind in ("rosa", "lora") and args.alpha is None:
         args.alpha = 2.0 * args.rank

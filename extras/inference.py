@@ -7,6 +7,7 @@ It calls model.hidden_states and model.logits as they are; its cache has the two
 model.py's own has."""
 
 import os
+import sys
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -25,18 +26,27 @@ LIKELIHOODS = {
     (Llama, "logits"): "3238416f55cf",
     (tasks, "tokens_and_labels"): "063d6cbeab9d",
 } | CACHE
-LOG_LIKELIHOOD = "a7972f53f1d1"  # of the function of that name in eval.py
+LOG_LIKELIHOOD = "a7972f53f1d1"  # the fingerprint of eval.py's function of that name
 
 
-def stand_ins(fingerprints):
-    """The method that this file stands for, the first of PLAIN or LIKELIHOODS; none where one of
-    them was edited."""
+def choose_engine(plain, score):
+    """(this module, the names of the methods of model.py that it replaces). Where one of them has
+    been edited it is (plain, []), and a line on the screen says so. plain: eval.py's OneByOne;
+    score: "generate" or "likelihood"."""
+    fingerprints = PLAIN
+    instead = "answering with Llama.generate, one prompt after the other"
+    if score == "likelihood":
+        scripts_own = {(sys.modules[plain.__module__], "log_likelihood"): LOG_LIKELIHOOD}
+        fingerprints = LIKELIHOODS | scripts_own
+        instead = "asking Llama.loss, one option after the other"
+    if is_edited(fingerprints, instead):
+        return plain, []
     owner, name = next(iter(fingerprints))
-    return [] if edited(fingerprints) else [f"{owner.__name__}.{name}"]
+    return sys.modules[__name__], [f"{owner.__name__}.{name}"]
 
 
-def stands_aside(fingerprints, instead):
-    """Whether what a function here stands for has been edited; then a line says what runs
+def is_edited(fingerprints, instead):
+    """Whether a method that this file stands for has been edited; then a line says what runs
     instead."""
     reason = edited(fingerprints)
     if reason:
@@ -59,7 +69,7 @@ def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=Non
     prompts take the slots of those answered, so that a long answer does not keep the slots beside
     it empty."""
     check_prompts(prompts, max_new_tokens, model.config)
-    if stands_aside(PLAIN, "answering with Llama.generate, one prompt after the other"):
+    if is_edited(PLAIN, "answering with Llama.generate, one prompt after the other"):
         for i, prompt in enumerate(prompts):
             yield i, model.generate([prompt], max_new_tokens, eos_id)[0]
         return

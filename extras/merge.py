@@ -43,7 +43,7 @@ SHARD = 5 * 10**9  # bytes of a file at most
 MERGED = {(rosa.RoAE, "forward"): "19f590aa9e30", (rosa, "merge"): "e814ae8f17db"}
 
 
-def merge_if_unedited(model):
+def merge_unless_edited(model):
     """rosa.merge(model) where that computes what the adapters compute; else they stay, and a line
     says so."""
     if reason := edited(MERGED):

@@ -29,10 +29,10 @@ class Predictions:
         stored = read_lines(self.path) if is_first() else None
         lines = gather(stored)[0]
         numbers = {}
-        for number, question in enumerate(questions):
+        for question in questions:
             answer = question.example["answer"]
             key = (question.test_set, question.index, hash_of(question.prompt), answer)
-            numbers[key] = number
+            numbers[key] = question.number
         self.lines = {}
         by_other_code = set()
         for line in lines:
@@ -71,10 +71,10 @@ class Predictions:
                     file.write(b"\n")
 
     def unanswered(self):
-        """The numbers of the questions that are to be asked. Long prompts come first, so that what
-        does not fit in memory fails at once."""
-        numbers = set(range(len(self.questions))) - set(self.lines)
-        return sorted(numbers, key=lambda number: (-len(self.questions[number].prompt), number))
+        """The questions that are to be asked. Long prompts come first, so that what does not fit in
+        memory fails at once."""
+        questions = [question for question in self.questions if question.number not in self.lines]
+        return sorted(questions, key=lambda question: (-len(question.prompt), question.number))
 
     def add(self, number, response, finish_reason, judged):
         """Add an answer, which is on disk at once. finish_reason: "stop", "length" (the answer was

@@ -86,7 +86,7 @@ class Run:
         self.best = math.inf  # validation loss, nats per token
         self.kept = "checkpoint" if args.method == "full" else "adapter"
         self.saved = 0  # the step of the state on disk
-        self.skipped = 0  # steps in a row that were not applied
+        self.skipped_in_a_row = 0  # the last steps, if they were not applied
         self.signals = []  # SIGINT and SIGTERM, as they come
 
     def resume(self):
@@ -124,9 +124,9 @@ class Run:
         """Whether a step can be applied: one that is not finite would spoil the weights for good.
         places: where the step's examples stand in the training data, "line 4", say."""
         if math.isfinite(loss) and math.isfinite(norm):
-            self.skipped = 0
+            self.skipped_in_a_row = 0
             return True
-        self.skipped += 1
+        self.skipped_in_a_row += 1
         args = self.args
         data = tasks.training_file(args.task, args.data_dir, args.train_file) or args.task
         self.culprits = f"loss {loss:.3g}, gradient {norm:.3g} in {', '.join(places)} of {data}"
@@ -151,7 +151,7 @@ class Run:
         one to layers.jsonl."""
         if not is_first():
             return
-        if self.skipped:
+        if self.skipped_in_a_row:
             record = record | {"skipped": True}
         write_log(self.out / "log.jsonl", record)
         if self.selector.selected:
@@ -171,7 +171,7 @@ class Run:
             or step % self.args.save_every == 0
             or step % self.args.eval_every == 0
         )
-        if is_due and not self.skipped:
+        if is_due and not self.skipped_in_a_row:
             self.save_state(step)
             self.saved = step
 

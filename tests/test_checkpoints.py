@@ -284,7 +284,7 @@ def test_early_spellings_are_those_of_now_and_model_py_refuses_them_by_name(tmp_
     expected, tokens = Llama.from_pretrained(tmp_path), random_tokens(1, 100)
     change_config(tmp_path, **early)
     assert torch.equal(load_model(tmp_path)(tokens), expected(tokens))
-    with pytest.raises(ValueError, match="LLaMAForCausalLM|rope_type None is not implemented"):
+    with pytest.raises(ValueError, match="LLaMAForCausalLM|has no rope_type"):
         Llama.from_pretrained(tmp_path)
 
 

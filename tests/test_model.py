@@ -213,7 +213,7 @@ REFUSED += [
         f"model_type 'gemma' is not implemented: only {', '.join(FAMILIES)} are",
     ),
     ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not implemented"),
-    ({"rope_scaling": {"factor": 2.0}}, "rope_type None is not implemented"),
+    ({"rope_scaling": {"factor": 2.0}}, "rope_scaling {'factor': 2.0} has no rope_type"),
     (
         {"num_key_value_heads": 3},
         "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
