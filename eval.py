@@ -100,6 +100,7 @@ def main(args):
     # number. Their responses are kept, and what a response is worth is judged anew.
     for number, line in predictions.lines.items():
         line.update(judge(questions[number], line["response"]))
+    # --long-is-wrong: these questions leave no room for an answer, and are not asked.
     for number in too_long - predictions.lines.keys():
         predictions.add(number, "", "no room", judge(questions[number], ""))
     right = sum(line["correct"] for line in predictions.lines.values())
@@ -140,7 +141,7 @@ def main(args):
     results = summary(correct) | origin
     results |= {"score": args.score, "max_new_tokens": limit, "ckpt": str(args.ckpt)}
     results["questions"] = {}
-    for name in correct:
+    for name in correct:  # by these hashes extras/compare.py knows the same questions again
         examples = [question.example for question in questions if question.test_set == name]
         results["questions"][name] = hash_of(examples)
     print_table(test_sets, results)
