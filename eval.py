@@ -66,15 +66,16 @@ def main(args):
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
     check_finite(model)
+    # Evaluation is made faster in two ways, each of which leaves alone what somebody has edited:
+    # extras/source.py compares the hash of a method's code with that of the original.
     if args.adapter and dtype == torch.float32:
-        # Merged, RoAE costs nothing. It stays unmerged in bfloat16, whose weights would round the
-        # update away, and where the code of RoAE or of merging is not the original any more.
+        # 1. The update of RoAE becomes part of the weights, by rosa.merge. Bfloat16 weights would
+        # round it away.
         merge.merge_unless_edited(model)
     gather()  # wait: no process begins before all of them are set up
     engine = OneByOne
     if not args.plain:
-        # Faster code takes the place of OneByOne and of formulas in model.py, but of no method that
-        # has been edited. A line on the screen says what takes whose place.
+        # 2. Code in extras/ replaces OneByOne and some methods of model.py, and says which.
         engine, replaced = inference.choose_engine(OneByOne, args.score)
         exchanged, _ = kernels.accelerate(model, inference=True)
         kernels.say_what_runs(exchanged, replaced)
@@ -92,7 +93,9 @@ def main(args):
     # --- the loop ---
     limit = args.max_new_tokens if args.score == "generate" else None
     respond = generate_responses if args.score == "generate" else choose_options
-    # An answer belongs to the code that gave it: once that is edited, the question is asked again.
+    # code: hashes of the code that makes an answer, that of model.py and of `own` here. origin: a
+    # dict that says by what an answer was made. Questions that have an answer of the same origin
+    # are not asked again.
     code = result_code(args.score, args.adapter, own=[respond, OneByOne])
     origin = origin_of(ckpt, args.adapter, [args.score, limit, dtype], code)
     predictions = Predictions(args.out, origin, questions)
@@ -117,13 +120,14 @@ def main(args):
     def answer(some_questions):
         return respond(args, engine, model, tokenizer, some_questions)
 
-    # Each process answers its share of the questions, and gets the answers of all processes. All
-    # keep count; the first one writes.
+    # share_out calls answer() once, with this process's share of the questions. It yields the
+    # answers of all processes, which exchange them every batch_size answers.
     for number, response, num_tokens in share_out(
         answer, predictions.unanswered(), at_a_time=args.batch_size
     ):
         judged = judge(questions[number], response)
-        finish_reason = "length" if num_tokens == limit else "stop"
+        is_cut = args.score == "generate" and num_tokens == limit
+        finish_reason = "length" if is_cut else "stop"
         predictions.add(number, response, finish_reason, judged)
         right += judged["correct"]
         new_tokens += num_tokens
@@ -201,13 +205,13 @@ def option_ids(question, option, tokenizer):
 
 
 class OneByOne:
-    """The plain engine: it answers one question after the other, by model.py's own methods.
-    extras/inference.py has two functions of the same names and arguments, which answer many
-    questions at a time."""
+    """The plain engine: it answers one question after the other, by model.py's own methods. The
+    other engine is the module extras/inference.py: it has two functions of the same names and
+    arguments, and answers many questions at a time."""
 
     @staticmethod
     def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=None):
-        """Yields (i, new ids of prompt i). The last two arguments are for extras/inference.py."""
+        """Yields (i, new ids of prompt i). This engine makes no use of the last two arguments."""
         for i, prompt in enumerate(prompts):
             yield i, model.generate([prompt], max_new_tokens, eos_id)[0]
 
@@ -236,7 +240,8 @@ def answer_prompt(args, engine, model, tokenizer):
     def show(_, ids):
         nonlocal shown
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd"):  # a character whose bytes have not all come yet
+        # The text ends in U+FFFD while the bytes of its last character have not all come.
+        if not text.endswith("\ufffd"):
             print(text[len(shown) :], end="", flush=True)
             shown = text
 
@@ -318,6 +323,7 @@ def answer_room(args, question, tokenizer):
     if args.score == "generate":
         return args.max_new_tokens
     options = tasks.options(question.test_set, question.example)
+    # Alone an option has as many ids as after the prompt, but for a space perhaps.
     return max(len(tokenizer.encode(option)) for option in options)
 
 

@@ -162,15 +162,17 @@ class LlamaConfig:
         architecture, defaults = FAMILIES[model_type]
         raw = defaults | raw  # a field that is in the file counts, even where it is null
         # transformers 4 writes rope_theta, and rope_scaling where RoPE is scaled. transformers 5
-        # writes one dict, rope_parameters, which holds rope_theta beside the scaling.
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        # writes one dict, rope_parameters, which holds rope_theta beside the scaling; where a file
+        # has both, it reads rope_scaling.
+        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in rope:
                 raw[name] = rope.pop(name)
-        # What is left is the scaling; {} and "default" mean that there is none.
-        raw["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+        # What is left in rope is the scaling.
         if rope and "rope_type" not in rope:
             raise ValueError(f"rope_scaling {rope!r} has no rope_type")
+        is_scaled = rope.get("rope_type", "default") != "default"
+        raw["rope_scaling"] = rope if is_scaled else None
 
         if raw.get("architectures") not in (None, [architecture]):
             raise ValueError(
@@ -224,14 +226,10 @@ class Llama(nn.Module):
         self.config = config
         # inv_freq is no buffer: `model.to(bfloat16)` would round a buffer.
         self.inv_freq = rope_inverse_frequencies(config)
-        # The loop below fills the embedding. nn.Embedding(V, D) would fill it here too, and of all
-        # tensors it is the largest: that takes time.
-        embedding = torch.empty(config.vocab_size, config.hidden_size)
+        layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         self.model = nn.ModuleDict()
-        self.model["embed_tokens"] = nn.Embedding.from_pretrained(embedding, freeze=False)
-        self.model["layers"] = nn.ModuleList(
-            DecoderLayer(config) for _ in range(config.num_hidden_layers)
-        )
+        self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model["layers"] = nn.ModuleList(layers)
         self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for module in self.modules():
@@ -268,8 +266,9 @@ class Llama(nn.Module):
         return self.lm_head(x)
 
     def hidden_states(self, tokens, cache=None):
-        """What `logits` reads: [B, T] -> [B, T, D]. With a cache the tokens follow those that it
-        holds; that all of them fit into the context, `check_prompts` has checked then."""
+        """What `logits` reads: [B, T] -> [B, T, D]. With a cache the new tokens follow those in the
+        cache. Here only the new tokens are counted against the context: callers with a cache have
+        called check_prompts."""
         T = tokens.shape[1]
         if T > self.config.context:
             raise ValueError(
@@ -277,9 +276,8 @@ class Llama(nn.Module):
             )
         positions = torch.arange(T, device=tokens.device)  # [T]
         if cache is not None:
-            # The new tokens follow those in the cache. The length of a KVCache is a number, and the
-            # positions stay [T]. The cache of extras/inference.py has a length for each row, [B],
-            # and the positions become [B, T].
+            # The length of a KVCache is a number: [1] + [T] gives [T]. The cache of
+            # extras/inference.py has a length for each row: [B, 1] + [T] gives [B, T].
             length = torch.as_tensor(cache.length, device=tokens.device)
             positions = length[..., None] + positions
         rope = rope_table(positions, self.inv_freq)
@@ -338,10 +336,11 @@ class Llama(nn.Module):
                 for name in stored.keys():
                     if not name.endswith("rotary_emb.inv_freq"):  # from before transformers 4.32
                         tensors[name] = stored.get_tensor(name)
+        # named_parameters() lists a tied weight once, as the embedding. So it is stored, too.
         check_tensors(directory, tensors, dict(model.named_parameters()), dtype)
         # copy: each tensor leaves its file and gets memory of its own.
         tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
-        # Not strict: a tied lm_head is in no file. All else check_tensors has found.
+        # strict=False accepts that a tied lm_head is missing; check_tensors has refused all else.
         model.load_state_dict(tensors, strict=False, assign=True)
         model.tie_weights()
         model.name_or_path = str(directory)
@@ -357,9 +356,9 @@ class Llama(nn.Module):
         for name, tensor in self.state_dict().items():
             if name not in expected:
                 raise ValueError(
-                    f"cannot save {name}, which Llama(config) does not have: rosa.merge(model) "
-                    "folds adapters in; a parameter of your own is made where a field of config "
-                    "says so"
+                    f"cannot save {name}, which Llama(config) does not have: call "
+                    "rosa.merge(model) if it is an adapter's; if you have added it, add a field to "
+                    "LlamaConfig by which Llama(config) makes it"
                 )
             tensors[name] = tensor.contiguous()
         if self.config.tie_word_embeddings:
@@ -424,7 +423,7 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, mask):
         """softmax(q k^T / sqrt(d)) v: [B, H, T, d]. mask: what each token sees, as `KVCache.update`
-        returns it, or [B, 1, T, S] where the rows of a cache differ."""
+        returns it."""
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
@@ -497,6 +496,7 @@ class KVCache:
         if self.length:
             k = torch.cat((self.keys[layer], k), 2)
             v = torch.cat((self.values[layer], v), 2)
+            # New token i sees the positions up to S - T + i.
             mask = torch.ones(1, 1, T, S, dtype=torch.bool, device=k.device).tril(S - T)
         self.keys[layer], self.values[layer] = k, v
         # The tokens of a forward pass begin at the same position in every layer, so the length

@@ -81,8 +81,8 @@ def adapted_rows(out_features, num_heads, low_freq_ratio, pairs="low"):
     first head, and 10, 11, 14, 15 of the second.
 
     pairs: "low" is the method, the last n pairs of every head. Its ablations have as many
-    parameters: "high", the first n pairs of every head, and "random", n pairs that are drawn for
-    each head, by the same draw in every layer."""
+    parameters: "high", the first n pairs of every head, and "random", n pairs that a fixed seed
+    draws for each head."""
     rows = torch.arange(out_features)
     if low_freq_ratio == 1:
         return rows
@@ -133,7 +133,7 @@ def attach(model, rank=64, alpha=128, low_freq_ratio=0.5, targets="q,k", pairs="
                 num_heads = linear.out_features // model.config.head_dim
                 adapter = RoAE(linear, num_heads, rank, alpha, low_freq_ratio, pairs)
             else:
-                adapter = RoAE(linear, 1, rank, alpha, 1.0, pairs)
+                adapter = RoAE(linear, 1, rank, alpha, low_freq_ratio=1.0)
             layer.set_submodule(TARGETS[target], adapter)
     return model
 
@@ -147,7 +147,7 @@ def adapters(model):
 def merge(model):
     """Fold every adapter into its base weight, in place, and remove it. Returns the model. The sum
     of weight and update is made in float32 and rounded once, to the weight's dtype. A bfloat16
-    weight has 8 bits: an update much smaller than the weight is partly lost.
+    weight has 8 significant bits: an update much smaller than the weight is partly lost.
 
     Raises FloatingPointError where a sum is not finite in the weight's dtype: that adapter and
     those after it stay."""
@@ -178,7 +178,8 @@ def attach_arguments(model):
             "first"
         )
     targets = [target for target, module in TARGETS.items() if module in adapted]
-    # q or k, where one of them adapts: the others have a low_freq_ratio of 1.
+    # q and k come first in TARGETS. The adapters of v, o and the MLP have a low_freq_ratio of 1,
+    # whatever `attach` was called with.
     first = adapted[TARGETS[targets[0]]]
     return {
         "rank": first.rank,
@@ -190,7 +191,7 @@ def attach_arguments(model):
 
 
 def lora_config(arguments):
-    """The adapter_config.json by which PEFT reads an adapter with these arguments of `attach`: as a
+    """The adapter_config.json that makes PEFT read an adapter with these arguments of `attach` as a
     LoRA."""
     return {
         "peft_type": "LORA",
@@ -334,28 +335,31 @@ class LayerSelector:
     """DLS, Dynamic Layer Selection (paper, Algorithm 1): train only the layers whose LayerNorms
     have large gradients.
 
-    Every `select_every` optimiser steps, the first included, a step is a probe: the adapters of
-    every layer get requires_grad, and so do each layer's two norm weights, which RoSA only
-    measures. A layer's score is the L2 norm of the gradients of its two norm weights, taken
-    together. The round(k_ratio * L) layers with the highest scores train until the next probe,
-    where L counts the layers that have something to train. The other layers lose this step's
-    gradient and their requires_grad; their adapters keep what they have learned and still act.
-    Between probes the backward pass stops at the lowest layer that trains. Where all layers train,
-    probes only record scores. Six layers, k_ratio 0.5, select_every 4:
+    Every `select_every` optimiser steps, the first included, a step is a probe. Its backward pass
+    reaches all layers, and gives each layer a score. The layers with the highest scores train until
+    the next probe. With six layers, k_ratio 0.5 and select_every 4:
 
         step                  0       1       2       3       4       5       6       7
                               probe   train   train   train   probe   train   train   train
         have requires_grad    ██████  ██···█  ██···█  ██···█  ██████  █··█·█  █··█·█  █··█·█
         are updated           ██···█  ██···█  ██···█  ██···█  █··█·█  █··█·█  █··█·█  █··█·█
 
-    The last row is what the progress bar of train.py shows. A probe fails if a score is not finite.
-    It then selects nothing: the selection before it stays (at the first probe that is all layers),
-    and the next step is a probe again. train.py applies no step whose loss or gradients are not
-    finite.
+    The last row is what the progress bar of train.py shows. The layers that are not selected lose
+    the gradient of the probe and their requires_grad. Their adapters keep what they have learned
+    and still act. Between probes the backward pass stops at the lowest layer that trains.
+
+    A layer's score is the L2 norm of the gradients of its two norm weights, taken together; RoSA
+    measures these gradients and never updates the norms. L layers have something to train, and
+    max(1, round(k_ratio * L)) of them are selected. If that is all of them, probes only record the
+    scores.
 
     The norms are a fair measure of a layer: every layer has the same two, of the same size, and all
     input of its attention and its MLP passes through them. The gradients of the adapters would say
     less: at step 0, where B is zero, every A has a gradient of zero.
+
+    A probe fails if a score is not finite. It then selects nothing, and the next step is a probe
+    again. The selection before it stays (at the first probe: all layers), and the step is still
+    applied to it, if the loss and the gradients of the adapters are finite; train.py looks at that.
 
     score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
     select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps
@@ -377,7 +381,9 @@ class LayerSelector:
         self.select = select
 
         self.parameters = []  # of each layer: the parameters that can train
-        self.norms = []  # of each layer: the weights of its two norms
+        # The weights of each layer's two norms. PEFT's LN tuning puts a norm into a wrapper, which
+        # then holds two weights, the original and a copy that trains.
+        self.norms = []
         for layer in model.model.layers:
             self.parameters.append([p for p in layer.parameters() if p.requires_grad])
             first, second = layer.input_layernorm, layer.post_attention_layernorm
@@ -386,17 +392,14 @@ class LayerSelector:
         for weights in self.norms:
             self.frozen_norms += [weight for weight in weights if not weight.requires_grad]
 
-        # The layers that can be selected are those in which something trains. Where there is none,
-        # as when PEFT adapts lm_head alone, all layers count as training.
-        num_layers = len(self.parameters)
-        self.candidates = [i for i in range(num_layers) if self.parameters[i]]
+        # The layers that can be selected are those in which something trains.
+        self.candidates = [i for i, parameters in enumerate(self.parameters) if parameters]
         selects = k_ratio < 1 and select != "all"
         if selects and not self.candidates:
             raise ValueError(
                 "nothing that trains belongs to a layer: layers cannot be selected, k_ratio "
                 "must be 1"
             )
-        self.candidates = self.candidates or list(range(num_layers))
         self.count = len(self.candidates)  # how many layers train at a time
         if selects:
             self.count = max(1, round(k_ratio * len(self.candidates)))
@@ -450,8 +453,8 @@ class LayerSelector:
         for parameters in self.parameters:
             for parameter in parameters:
                 parameter.requires_grad_(False)
-        # After the others, for some methods of PEFT have parameters that several layers share: such
-        # a parameter trains with any of its layers.
+        # This comes second because methods of PEFT may share a parameter between layers: it trains
+        # if one of these layers does.
         for i in self.active:
             for parameter in self.parameters[i]:
                 parameter.requires_grad_(True)
@@ -462,7 +465,7 @@ class LayerSelector:
 
 
 def gradient_norm(weights):
-    """The L2 norm of the gradients of these weights, taken together. Where PEFT's LN tuning trains
-    a norm, the weights are the norm's own, which gets no gradient, and the copy that is trained."""
+    """The L2 norm of the gradients of these weights, taken together, without the weights that have
+    no gradient."""
     gradients = [weight.grad.float() for weight in weights if weight.grad is not None]
     return torch.cat(gradients).norm()

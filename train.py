@@ -9,8 +9,8 @@ loop.
 Read first: `main`, from "the loop" to its end, then `collate` and `attach`. Skip at first reading:
 what main prints, and the options, from METHODS to the end.
 
-A run directory (--out) holds the best adapter (with --method full the whole model, which is a
---ckpt), and `args.json`. `log.jsonl` is only appended to: first {"step": 0, "val_loss": x}, the
+A run directory (--out) holds `args.json` and the best adapter (with --method full the whole model,
+in a form that --ckpt takes). `log.jsonl` is only appended to: first {"step": 0, "val_loss": x}, the
 model before training, then a line per optimiser step with step, loss, lr, tokens, seconds and
 active_layers, and for each validation a line {"step": n, "val_loss": x}. `layers.jsonl` has a line
 per selection of layers, with their scores. At its end the run adds its picture, `run.png`, and
@@ -66,8 +66,9 @@ def main(args):
     runs.check_out(args, ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # what "auto" has come to is part of the run
-    train_set, val_set, places, too_long = load_data(args, load_tokenizer(ckpt))
-    # With --shard the weights stay memory-mapped, in their files, until shard() reads them.
+    train_set, val_set, places_in_file, too_long = load_data(args, load_tokenizer(ckpt))
+    # With --shard the model is on the CPU first, whatever the device, and memory-mapped: the
+    # weights stay in their files until shard() reads them.
     model = load_model(ckpt, device, dtype, mapped=args.shard)
     if args.max_len > model.config.context:
         raise UserError(
@@ -116,8 +117,8 @@ def main(args):
     process_group = gradient_group(device)
     if args.shard:
         shard(model, process_group, device, dtype)
-        # Until here the model was on the CPU, and so are the moments that run.resume() has loaded.
-        # load_state_dict moves them to where their parameters are now.
+        # The moments that run.resume() has loaded are on the CPU still. load_state_dict moves them
+        # to where their parameters are now.
         optimizer.load_state_dict(optimizer.state_dict())
     if step is None:
         step = 0
@@ -137,8 +138,8 @@ def main(args):
     process, _ = processes()  # the index of this process
     epoch = None
     while True:
-        # Validate, first of all the model before training. If the run is killed meanwhile, it
-        # resumes here: before every validation, run.save and run.save_state have saved.
+        # Validate, first of all the model before training. The state was saved just before, so that
+        # a run that is killed meanwhile resumes with this validation.
         if step % args.eval_every == 0 or step == total_steps:
             run.keep_best(step, validate(model, val_set, args))
             bar.unpause()  # the bar estimates the time that is left from the steps alone
@@ -170,8 +171,8 @@ def main(args):
         # together.
         response_tokens = sum(len(response) for _, response in batch)
         loss = torch.zeros((), device=device)
-        # Each process computes an even share, in as many micro-batches as the others: the last may
-        # be empty.
+        # Each process computes an even share, in as many micro-batches as the others, since all
+        # must take part in each pass: the last micro-batch may be empty.
         for micro_batch in own_micro_batches(batch, args.micro_batch_size):
             tokens, labels = collate(micro_batch, device)
             micro_loss = model.loss(tokens, labels) / response_tokens
@@ -185,7 +186,7 @@ def main(args):
 
         # The step; one that is not finite is left out, and the run says which examples it was.
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
-        if run.can_apply(step + 1, loss, norm, [places[i] for i in indices]):
+        if run.can_apply(step + 1, loss, norm, [places_in_file[i] for i in indices]):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
@@ -200,9 +201,10 @@ def main(args):
         bar.set_postfix_str(f"{status}  {layer_bar(model, selector)}", refresh=False)
         bar.update()
 
-        # Save, and stop where there is a reason to.
+        # Save the state: every --save-every steps, before a validation, and before the run ends.
         stop_requested = signals > 0
         run.save(step, total_steps, stop_requested)
+        # Stop where there is a reason to.
         if run.skipped_in_a_row == 3:
             raise run.not_finite(step)
         if stop_requested and step < total_steps:
@@ -290,15 +292,14 @@ def load_data(args, tokenizer):
 def passing_bar(items, description):
     """The items, with a progress bar that goes away at their end. The first process shows it, and
     only in a terminal."""
-    only_in_terminal = None  # as tqdm calls it
-    hidden = only_in_terminal if is_first() else True
-    return tqdm(items, desc=description, leave=False, disable=hidden)
+    disable = None if is_first() else True  # None is tqdm's word for: if this is no terminal
+    return tqdm(items, desc=description, leave=False, disable=disable)
 
 
 def make_batches(lengths, batch_size, seed):
-    """The batches of an epoch, as lists of indices: examples of similar length share a batch, so
-    that little is padded, and the batches come in random order. Sorting within pools of 64 batches
-    groups them anew in each epoch."""
+    """The batches of an epoch, as lists of indices. Examples of similar length share a batch, so
+    that little is padded, and the batches come in random order. Only within pools of 64 random
+    batches are the examples sorted by length, so that in each epoch an example meets others."""
     rng = random.Random(seed)
     order = rng.sample(range(len(lengths)), len(lengths))
     pool_size = 64 * batch_size
@@ -388,7 +389,7 @@ def parse_args(arguments=None):
     add("--ckpt", default="tiny", help="directory, or a name such as llama2-7b or org/name")
     add(
         "--task",
-        help="toy, arithmetic, commonsense, or any test set with --train-file (default: toy)",
+        help="toy, arithmetic, or commonsense; beside --train-file only a name (default: toy)",
     )
     add("--data-dir", default=tasks.DATA_DIR, help="laid out as LLM-Adapters' repository")
     add("--train-file", help="JSON to train on, here or in --data-dir (default: the task's)")
@@ -526,6 +527,7 @@ def check_args(args):
     if args.method == "full":
         args.dtype = "float32"
     if args.out is None:
+        # A run is named after its task, else after its training file.
         trained_on = args.task or Path(args.train_file or "toy").stem
         ckpt_name = Path(args.ckpt).absolute().name
         args.out = Path("runs") / f"{ckpt_name}-{trained_on}-{args.method.replace(':', '-')}"

@@ -219,7 +219,7 @@ def translate_config(directory, raw, generation):
     raw = dict(raw)
     if raw.get("architectures"):
         raw["architectures"] = [usual_architecture(name) for name in raw["architectures"]]
-    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = dict(raw.get(key) or {})
     if "type" in rope:  # as transformers called it before 4.43
         rope.setdefault("rope_type", rope.pop("type"))
@@ -442,7 +442,7 @@ def check_config(raw, generation):
 
 
 def check_rope(raw):
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope_scaling must be an object, not {rope!r}")
     check_positive("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 1.0)))

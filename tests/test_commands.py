@@ -159,6 +159,7 @@ def test_the_bundled_checkpoint_is_what_make_tiny_makes(tmp_path, capsys):
         theirs.id_to_piece(i) for i in range(1024)
     ]
     tokens = torch.tensor([[1, *ours.encode("Tom has 3 pens. He buys 4 more. Now he has 7 pens.")]])
+    torch.manual_seed(0)  # as make_tiny begins
     before, after = (
         model.float().loss(tokens[:, :-1], tokens[:, 1:]) for model in (Llama(made.config), made)
     )

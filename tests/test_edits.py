@@ -132,7 +132,7 @@ EDITS = {
     "Attention.attend": Edit(
         "model.py",
         "mask is None, enable_gqa=True",
-        "mask is None, scale=2.0, enable_gqa=True",
+        "mask is None, scale=20.0, enable_gqa=True",
     ),
     "rotate": Edit(
         "model.py",

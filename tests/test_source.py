@@ -114,7 +114,7 @@ def reached_names(*starts):
 
 def test_what_an_answer_comes_from_is_found_and_nothing_else():
     """A trace of a real call shows what the plain path calls: all of it must be found."""
-    found = reached_names(Llama, Llama.generate)
+    found = reached_names(Llama, model.LlamaConfig, Llama.generate)
     config = model.LlamaConfig(
         vocab_size=9,
         hidden_size=8,

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 import rosa
 from data.tokenizer import HERE as DATA
 from data.tokenizer import load_tokenizer
+from extras import adapters
 from extras import merge as merge_file
+from extras.checkpoints import load_model
 from model import Llama, LlamaConfig
 
 transformers = pytest.importorskip("transformers")
@@ -131,9 +133,8 @@ def test_what_was_saved_without_its_lm_head_comes_in(tmp_path):
         transformers.LlamaConfig(**SMALL, tie_word_embeddings=True)
     ).save_pretrained(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert_close(
-        Llama.from_pretrained(tmp_path)(random_tokens(2, 40)), theirs(random_tokens(2, 40)).logits
-    )
+    tokens = random_tokens(2, 40)
+    assert_close(load_model(tmp_path)(tokens), theirs(tokens).logits)
 
 
 @torch.inference_mode()
@@ -144,7 +145,7 @@ def test_what_a_checkpoint_says_twice_counts_as_with_them(tmp_path, changes):
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     tokens = random_tokens(2, 40)
-    assert_close(Llama.from_pretrained(tmp_path)(tokens), theirs(tokens).logits)
+    assert_close(load_model(tmp_path)(tokens), theirs(tokens).logits)
 
 
 SWITCHED_ON = [
@@ -339,7 +340,7 @@ COMING += [{"dtype": torch.bfloat16}]
 def test_their_adapters_come_in(tmp_path, theirs, options):
     theirs.save_pretrained(tmp_path / "base")
     adapted, tokens = their_adapter(theirs, tmp_path / "adapter", **options), random_tokens(2, 20)
-    model = rosa.load_adapter(Llama.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    model = adapters.load_adapter(Llama.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     assert all(
         adapter.A.dtype == adapter.B.dtype == torch.float32
         for adapter in rosa.adapters(model).values()
@@ -348,7 +349,7 @@ def test_their_adapters_come_in(tmp_path, theirs, options):
         assert_close(model(tokens), adapted(tokens).logits)
         # Saved again, the adapter is a plain LoRA: the scaling of rsLoRA is part of alpha now
         rosa.save_adapter(model, tmp_path / "again")
-        again = rosa.load_adapter(Llama.from_pretrained(tmp_path / "base"), tmp_path / "again")
+        again = adapters.load_adapter(Llama.from_pretrained(tmp_path / "base"), tmp_path / "again")
         assert torch.equal(again(tokens), model(tokens))  # the same operations on the same values
         assert_close(rosa.merge(model)(tokens), adapted(tokens).logits)
 
@@ -378,7 +379,7 @@ def test_what_their_adapters_have_and_we_lack_is_refused_by_name(tmp_path, name)
     their_adapter(base, tmp_path / "adapter", **{name: LACKED[name]})
     model = Llama.from_pretrained(tmp_path / "base")
     with pytest.raises(ValueError) as error:
-        rosa.load_adapter(model, tmp_path / "adapter")
+        adapters.load_adapter(model, tmp_path / "adapter")
     message = str(error.value)
     assert INSTEAD.get(name, f"{name} = {LACKED[name]!r} is not implemented") in message
     assert "\n" not in message and str(tmp_path / "adapter") in message and not rosa.adapters(model)
