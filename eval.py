@@ -66,16 +66,17 @@ def main(args):
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
     check_finite(model)
-    # Evaluation is made faster in two ways, each of which leaves alone what somebody has edited:
-    # extras/source.py compares the hash of a method's code with that of the original.
+    classes = {type(module) for module in model.modules()}
+    # Two things make evaluation faster. If you edit a method that one of them would replace, your
+    # code runs: extras/source.py compares the hash of a method's code with that of the original.
     if args.adapter and dtype == torch.float32:
-        # 1. The update of RoAE becomes part of the weights, by rosa.merge. Bfloat16 weights would
-        # round it away.
+        # 1. rosa.merge makes RoAE's update part of the weights, so that RoAE.forward need not run.
+        # Bfloat16 weights would round the update away.
         merge.merge_unless_edited(model)
     gather()  # wait: no process begins before all of them are set up
     engine = OneByOne
     if not args.plain:
-        # 2. Code in extras/ replaces OneByOne and some methods of model.py, and says which.
+        # 2. Code in extras/ replaces OneByOne and methods of model.py; a line says which.
         engine, replaced = inference.choose_engine(OneByOne, args.score)
         exchanged, _ = kernels.accelerate(model, inference=True)
         kernels.say_what_runs(exchanged, replaced)
@@ -93,10 +94,10 @@ def main(args):
     # --- the loop ---
     limit = args.max_new_tokens if args.score == "generate" else None
     respond = generate_responses if args.score == "generate" else choose_options
-    # code: hashes of the code that makes an answer, that of model.py and of `own` here. origin: a
-    # dict that says by what an answer was made. Questions that have an answer of the same origin
-    # are not asked again.
-    code = result_code(args.score, args.adapter, own=[respond, OneByOne])
+    # code: hashes of the code in model.py that makes an answer, and of the functions and classes in
+    # `own`. origin: a dict that says by what an answer was made. Questions that have an answer of
+    # the same origin are not asked again.
+    code = result_code(args.score, args.adapter, own=[respond, OneByOne, *classes])
     origin = origin_of(ckpt, args.adapter, [args.score, limit, dtype], code)
     predictions = Predictions(args.out, origin, questions)
     # predictions.lines has the lines of the questions that are answered already, by the question's
@@ -120,8 +121,8 @@ def main(args):
     def answer(some_questions):
         return respond(args, engine, model, tokenizer, some_questions)
 
-    # share_out calls answer() once, with this process's share of the questions. It yields the
-    # answers of all processes, which exchange them every batch_size answers.
+    # share_out calls answer() once, with this process's share of the questions. In every process it
+    # yields the answers of all processes; they exchange their answers every batch_size answers.
     for number, response, num_tokens in share_out(
         answer, predictions.unanswered(), at_a_time=args.batch_size
     ):
@@ -145,7 +146,7 @@ def main(args):
     results = summary(correct) | origin
     results |= {"score": args.score, "max_new_tokens": limit, "ckpt": str(args.ckpt)}
     results["questions"] = {}
-    for name in correct:  # by these hashes extras/compare.py knows the same questions again
+    for name in correct:  # by these hashes extras/compare.py recognises the same questions
         examples = [question.example for question in questions if question.test_set == name]
         results["questions"][name] = hash_of(examples)
     print_table(test_sets, results)
@@ -313,7 +314,7 @@ def check_lengths(args, questions, config, tokenizer):
         raise UserError(
             f"{first.test_set}, record {first.index}: the prompt has {len(first.prompt)} tokens; "
             f"with {answer} it exceeds the model's context of {config.context} ({len(too_long)} of "
-            f"{len(questions)} prompts do; --long-is-wrong scores the others)"
+            f"{len(questions)} prompts do; --long-is-wrong counts them as wrong)"
         )
     return set(too_long)
 
@@ -323,8 +324,8 @@ def answer_room(args, question, tokenizer):
     if args.score == "generate":
         return args.max_new_tokens
     options = tasks.options(question.test_set, question.example)
-    # Alone an option has as many ids as after the prompt, but for a space perhaps.
-    return max(len(tokenizer.encode(option)) for option in options)
+    # One more, because after the prompt an option may begin with the id of a space.
+    return 1 + max(len(tokenizer.encode(option)) for option in options)
 
 
 # --- the table ---

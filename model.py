@@ -162,8 +162,8 @@ class LlamaConfig:
         architecture, defaults = FAMILIES[model_type]
         raw = defaults | raw  # a field that is in the file counts, even where it is null
         # transformers 4 writes rope_theta, and rope_scaling where RoPE is scaled. transformers 5
-        # writes one dict, rope_parameters, which holds rope_theta beside the scaling; where a file
-        # has both, it reads rope_scaling.
+        # writes one dict, rope_parameters, which holds rope_theta beside the scaling. If a file has
+        # both, rope_scaling counts, as it does for transformers.
         rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in rope:
@@ -336,7 +336,7 @@ class Llama(nn.Module):
                 for name in stored.keys():
                     if not name.endswith("rotary_emb.inv_freq"):  # from before transformers 4.32
                         tensors[name] = stored.get_tensor(name)
-        # named_parameters() lists a tied weight once, as the embedding. So it is stored, too.
+        # named_parameters() lists a tied weight once, as the embedding, and the files store it so.
         check_tensors(directory, tensors, dict(model.named_parameters()), dtype)
         # copy: each tensor leaves its file and gets memory of its own.
         tensors = {name: tensor.to(device, dtype, copy=True) for name, tensor in tensors.items()}
@@ -462,8 +462,8 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, the statistic in float32. The weight may be float32 where
-    x is bfloat16: when it is trained."""
+    """x / sqrt(mean(x^2) + eps) * weight, the statistic in float32. The weight is cast to the dtype
+    of x because it may be float32: `train.py --method peft:LN_TUNING` trains it so."""
 
     def __init__(self, size, eps):
         super().__init__()

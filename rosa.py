@@ -357,9 +357,10 @@ class LayerSelector:
     input of its attention and its MLP passes through them. The gradients of the adapters would say
     less: at step 0, where B is zero, every A has a gradient of zero.
 
-    A probe fails if a score is not finite. It then selects nothing, and the next step is a probe
-    again. The selection before it stays (at the first probe: all layers), and the step is still
-    applied to it, if the loss and the gradients of the adapters are finite; train.py looks at that.
+    A probe fails if a score is not finite. Then nothing is selected: the selection before the probe
+    stays (before the first probe that is all layers), and the next step is a probe again. The
+    scores do not decide whether the step itself is applied. train.py applies it if the loss and the
+    gradients of the adapters are finite, which in a failed probe they rarely are.
 
     score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
     select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps
@@ -465,7 +466,7 @@ class LayerSelector:
 
 
 def gradient_norm(weights):
-    """The L2 norm of the gradients of these weights, taken together, without the weights that have
-    no gradient."""
+    """The L2 norm of the gradients of these weights, taken together. A weight may have no gradient:
+    the original inside PEFT's wrapper has none."""
     gradients = [weight.grad.float() for weight in weights if weight.grad is not None]
     return torch.cat(gradients).norm()

@@ -67,8 +67,9 @@ def main(args):
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # what "auto" has come to is part of the run
     train_set, val_set, places_in_file, too_long = load_data(args, load_tokenizer(ckpt))
-    # With --shard the model is on the CPU first, whatever the device, and memory-mapped: the
-    # weights stay in their files until shard() reads them.
+    # --shard (FSDP2: each process holds a share of the frozen weights) starts from a model that is
+    # memory-mapped on the CPU, whatever the device: its weights stay in their files until shard()
+    # reads them.
     model = load_model(ckpt, device, dtype, mapped=args.shard)
     if args.max_len > model.config.context:
         raise UserError(
@@ -117,8 +118,9 @@ def main(args):
     process_group = gradient_group(device)
     if args.shard:
         shard(model, process_group, device, dtype)
-        # The moments that run.resume() has loaded are on the CPU still. load_state_dict moves them
-        # to where their parameters are now.
+        # shard() has moved the adapters to the device; they are still the parameters that the
+        # optimizer knows. The moments that run.resume() has loaded are on the CPU: load_state_dict
+        # moves them to their parameters.
         optimizer.load_state_dict(optimizer.state_dict())
     if step is None:
         step = 0
@@ -138,8 +140,8 @@ def main(args):
     process, _ = processes()  # the index of this process
     epoch = None
     while True:
-        # Validate, first of all the model before training. The state was saved just before, so that
-        # a run that is killed meanwhile resumes with this validation.
+        # Validate; at step 0 that is the model before training. The state was saved just before, so
+        # that a run that is killed meanwhile resumes with this validation.
         if step % args.eval_every == 0 or step == total_steps:
             run.keep_best(step, validate(model, val_set, args))
             bar.unpause()  # the bar estimates the time that is left from the steps alone
@@ -171,20 +173,22 @@ def main(args):
         # together.
         response_tokens = sum(len(response) for _, response in batch)
         loss = torch.zeros((), device=device)
-        # Each process computes an even share, in as many micro-batches as the others, since all
-        # must take part in each pass: the last micro-batch may be empty.
+        # Each process computes an even share, in as many micro-batches as the others; the last may
+        # be empty. With --shard all processes must take part in each pass, which needs the weights
+        # of all.
         for micro_batch in own_micro_batches(batch, args.micro_batch_size):
             tokens, labels = collate(micro_batch, device)
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
-        # Summed over processes: all gradients (at a probe those of the LayerNorms are among them),
-        # the loss, which is a plain number from here on, and how many times Ctrl-C was pressed.
+        # Sum over the processes: the gradients, at a probe those of the norms too (every process
+        # has all norms), the loss, and the number of signals such as Ctrl-C. loss is a float now.
         loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
         # A probe scores the layers and selects: the others lose this step's gradient.
         selector.after_backward()
 
-        # The step; one that is not finite is left out, and the run says which examples it was.
+        # The step. One that is not finite is left out: can_apply says which examples it was, and
+        # counts such steps in a row.
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
         if run.can_apply(step + 1, loss, norm, [places_in_file[i] for i in indices]):
             optimizer.step()
@@ -218,8 +222,8 @@ def print_overview(args, ckpt, model, device, selector, trainable):
     num_processes = processes()[1]
     note = f"; {num_processes} processes" if num_processes > 1 else ""
     print(
-        f"model      {ckpt}: {len(model.model.layers)} layers, {args.dtype} on {device}; what "
-        f"trains in float32{note}"
+        f"model      {ckpt}: {len(model.model.layers)} layers, {args.dtype} on {device}; "
+        f"trained parameters are float32{note}"
     )
     on_targets = f" on {args.targets}" if "targets" in args else ""
     print(
@@ -299,7 +303,8 @@ def passing_bar(items, description):
 def make_batches(lengths, batch_size, seed):
     """The batches of an epoch, as lists of indices. Examples of similar length share a batch, so
     that little is padded, and the batches come in random order. Only within pools of 64 random
-    batches are the examples sorted by length, so that in each epoch an example meets others."""
+    batches are the examples sorted by length, so that in each epoch an example shares its batch
+    with other examples."""
     rng = random.Random(seed)
     order = rng.sample(range(len(lengths)), len(lengths))
     pool_size = 64 * batch_size
@@ -319,8 +324,8 @@ def collate(examples, device):
         ([1, 5, 6], [7, 2])      tokens  1  5  6  7      labels  -100  -100     7     2
         ([1, 8], [9, 2])                 1  8  9  0              -100     9     2  -100
 
-    A process without examples gets one token and nothing to predict: every process must take part
-    in each pass."""
+    A process without examples gets one token and nothing to predict, so that it can take part in
+    the pass: its loss, a sum over nothing, is 0, and so are its gradients."""
     pairs = [tasks.tokens_and_labels(prompt, response) for prompt, response in examples]
     pairs = pairs or [([0], [-100])]
     tokens = pad_sequence([torch.tensor(tokens) for tokens, _ in pairs], batch_first=True)
@@ -347,7 +352,7 @@ def validate(model, examples, args):
 
 ADAPTER = {"targets": "q,k", "rank": 64, "alpha": None, "lr": 1e-3}  # alpha: twice the rank
 # method -> its own options and their defaults; another method refuses them. A new method goes here
-# and into `attach` above. How it is saved extras/runs.py decides (Run.kept): as a whole checkpoint,
+# and into `attach` above. extras/runs.py (Run.kept) decides how it is saved: as a whole checkpoint,
 # or as an adapter, by save_adapter and load_adapter of extras/adapters.py.
 METHODS = {
     "rosa": ADAPTER | {"low_freq_ratio": 0.5, "pairs": "low", "k_ratio": 0.5},
@@ -389,7 +394,7 @@ def parse_args(arguments=None):
     add("--ckpt", default="tiny", help="directory, or a name such as llama2-7b or org/name")
     add(
         "--task",
-        help="toy, arithmetic, or commonsense; beside --train-file only a name (default: toy)",
+        help="toy, arithmetic, or commonsense; with --train-file only a label (default: toy)",
     )
     add("--data-dir", default=tasks.DATA_DIR, help="laid out as LLM-Adapters' repository")
     add("--train-file", help="JSON to train on, here or in --data-dir (default: the task's)")
@@ -485,7 +490,7 @@ def parse_args(arguments=None):
     add(
         "--checkpoint-activations",
         action="store_true",
-        help="less memory, slower: compute layers again backwards",
+        help="less memory, slower: recompute each layer in the backward pass",
     )
     add(
         "--shard",

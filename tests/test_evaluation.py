@@ -199,7 +199,7 @@ def test_prompts_that_leave_no_room_are_counted_and_when_asked_to_score_as_wrong
     error = capsys.readouterr().err
     assert (
         "gsm8k, record 1: the prompt has" in error
-        and "(2 of 7 prompts do; --long-is-wrong scores" in error
+        and "(2 of 7 prompts do; --long-is-wrong counts" in error
     )
     lines, results = evaluate(f"{command} --long-is-wrong")
     assert [
