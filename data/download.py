@@ -5,10 +5,10 @@ repository's own layout.
     python data/download.py commonsense                 # commonsense_15k.json and 8 test sets
     python data/download.py all --dir LLM-Adapters      # both, and commonsense_170k.json
 
-Every file is pinned: to one commit, and to the id that git gives its content. Data arrives in
-`<file>.partial`, which takes the name `<file>` only when its id is right. What was cut is resumed,
-what is there stays, so the same command again gets what is missing. What the files mean is for
-`tasks.py` to know."""
+Every file is pinned to one commit, and to the id that git gives its content. Data arrives in
+`<file>.partial`, which is renamed to `<file>` once its id is right. The same command again resumes
+a download that was cut, keeps the files that are whole, and fetches those that are missing.
+`tasks.py` knows what the files mean."""
 
 import argparse
 import hashlib
@@ -25,8 +25,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import tasks
 
-URL = "https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/816657208af4db747803f87ba40a4c71383fed7a"
-TIMEOUT = 30  # seconds in which nothing arrives
+COMMIT = "816657208af4db747803f87ba40a4c71383fed7a"
+URL = f"https://raw.githubusercontent.com/AGI-Edgerunners/LLM-Adapters/{COMMIT}"
+TIMEOUT = 30  # seconds without a byte after which a connection counts as broken
 BLOB_IDS = {
     "ft-training_set/math_10k.json": "27dba77d6ed80aa118d78fbafa5cecd651f6d463",
     "ft-training_set/commonsense_15k.json": "3716afef6d384c475dba13f88a5a96c8032dafe2",
@@ -48,8 +49,8 @@ BLOB_IDS = {
     "dataset/winogrande/test.json": "21257263593dd4d00546e1918c88ca0f357b08ad",
 }
 
-# The tasks that are fetched: those whose training file is LLM-Adapters'. A task of one's own has
-# files of its own.
+# The tasks whose training file is in LLM-Adapters. A task that somebody adds to tasks.py has its
+# files elsewhere.
 FETCHED = [
     task for task, file in tasks.TRAIN_FILES.items() if f"ft-training_set/{file}" in BLOB_IDS
 ]
@@ -74,7 +75,7 @@ def parse_args(arguments=None):
 
 
 def fail(message):
-    """A user's mistake: one line, exit status 2."""
+    """Report a user's mistake in one line, and end with exit status 2."""
     complain(message)
     sys.exit(2)
 
@@ -84,13 +85,14 @@ def complain(message):
 
 
 def main(args):
-    files, failed = files_of(args.task), 0
+    files = files_of(args.task)
+    failed = 0
     for file in files:
         try:
             print(f"{file:<39}{fetch(file, args.dir, args.url.rstrip('/'))}")
-        # One file's trouble is not the others'
+        # A file that cannot be fetched does not keep the others from being fetched.
         except (ValueError, OSError, HTTPException) as error:
-            if type(error) is URLError:  # but for this one: no server has answered
+            if type(error) is URLError:  # no server has answered: no file can be fetched
                 complain(
                     f"{args.url} cannot be reached ({error.reason}): is there a network? --url "
                     "takes a mirror"
@@ -103,10 +105,10 @@ def main(args):
             f"{failed} of {len(files)} files failed; the same command again resumes what is missing"
         )
         sys.exit(1)
-    data_dir = (
-        "" if args.dir == Path(tasks.DATA_DIR) else f" --data-dir {shlex.quote(str(args.dir))}"
-    )
-    for task in FETCHED if args.task == "all" else [args.task]:
+    is_default = args.dir == Path(tasks.DATA_DIR)
+    data_dir = "" if is_default else f" --data-dir {shlex.quote(str(args.dir))}"
+    fetched = FETCHED if args.task == "all" else [args.task]
+    for task in fetched:
         print(f"next: python train.py --ckpt CHECKPOINT --task {task}{data_dir}")
 
 
@@ -114,26 +116,26 @@ def files_of(task):
     """The paths, within the repository, of a task's training file and test sets."""
     if task == "all":
         return list(BLOB_IDS)
-    return [
-        f"ft-training_set/{tasks.TRAIN_FILES[task]}",
-        *(f"dataset/{name}/test.json" for name in tasks.TASKS[task]),
-    ]
+    test_sets = [f"dataset/{name}/test.json" for name in tasks.TASKS[task]]
+    return [f"ft-training_set/{tasks.TRAIN_FILES[task]}", *test_sets]
 
 
 def fetch(file, directory, url):
-    """See to it that the directory has the file, and say how it came. Raises ValueError, OSError or
-    HTTPException."""
+    """Fetch a file unless the directory has it, and return what is to be printed about it. Raises
+    ValueError, OSError or HTTPException."""
     final = directory / file
     partial = final.with_name(final.name + ".partial")
     if final.exists():
-        if (found := blob_id(final)) != BLOB_IDS[file]:
+        found = blob_id(final)
+        if found != BLOB_IDS[file]:
             raise ValueError(
                 f"another version is there, with blob id {found}: delete it, or choose another "
                 "--dir"
             )
         return "already there"
     download(f"{url}/{file}", partial)
-    if (found := blob_id(partial)) != BLOB_IDS[file]:
+    found = blob_id(partial)
+    if found != BLOB_IDS[file]:
         partial.unlink()
         raise ValueError(
             f"what came is not the file: expected blob id {BLOB_IDS[file]}, found {found}; deleted"
@@ -143,20 +145,21 @@ def fetch(file, directory, url):
 
 
 def download(url, partial):
-    """Add to the file `partial` what it lacks of `url`. What has arrived stays there when the
-    connection breaks."""
+    """Add to the file `partial` the bytes of `url` that it lacks. The bytes that have arrived stay
+    in it when the connection breaks."""
     done = partial.stat().st_size if partial.exists() else 0  # bytes
+    headers = {"Range": f"bytes={done}-"} if done else {}
     try:
-        response = urlopen(
-            Request(url, headers={"Range": f"bytes={done}-"} if done else {}), timeout=TIMEOUT
-        )
+        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
     except HTTPError as error:
         if error.code != 416 or not done:
             raise
-        partial.unlink()  # 416: the file has no byte number `done`, so there is nothing to add
+        # 416 says that the server's file has no byte number `done`: the partial file is as long as
+        # that file, or longer, and nothing can be added to it.
+        partial.unlink()
         return download(url, partial)
     with response:
-        if response.status != 206:  # the server gives no ranges but the whole file
+        if response.status != 206:  # the server ignores ranges and sends the whole file
             done = 0
         length = response.headers["Content-Length"]
         total = None if length is None else done + int(length)
@@ -172,11 +175,12 @@ def download(url, partial):
         )
         partial.parent.mkdir(parents=True, exist_ok=True)
         with bar, open(partial, "ab" if done else "wb") as out:
-            # Read would lose the chunk in which the connection breaks
+            # read instead of read1 would lose the bytes that came just before a connection broke.
             while chunk := response.read1(1 << 16):
                 bar.update(out.write(chunk))
             done = out.tell()
-    if total is not None and done < total:  # the end of a connection looks like the end of the file
+    # The end of a broken connection looks like the end of the file.
+    if total is not None and done < total:
         raise ConnectionError(f"the connection was cut after {done:,} of {total:,} bytes")
 
 
@@ -188,7 +192,7 @@ def blob_id(path):
 
 
 def run(arguments=None):
-    """`main` with these command-line arguments, or the process's own."""
+    """Run `main` with these command-line arguments, or with those of the process."""
     try:
         main(parse_args(arguments))
     except KeyboardInterrupt:

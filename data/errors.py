@@ -1,5 +1,5 @@
-"""What is refused about arguments, files and data: the scripts print a UserError as one line, exit
-status 2.
+"""UserError: a mistake in a user's arguments, files or data. The scripts print it as one line, and
+end with exit status 2.
 
 Every other exception is a mistake in the code. It ends in a traceback to the line that holds the
 mistake."""
@@ -11,14 +11,14 @@ from safetensors import SafetensorError
 
 
 class UserError(ValueError):
-    """A mistake in what a user has typed or in a file. The message says what is wrong, where, and
-    what to do."""
+    """A mistake in what a user has typed or in a user's file. The message says what is wrong, where
+    it is, and what to do."""
 
 
 @contextmanager
 def user_file(path):
-    """Around the reading or writing of a file that a user has named: what the disk refuses becomes
-    a UserError."""
+    """Enclose code that reads or writes a file that the user has named: an error of the disk or of
+    safetensors becomes a UserError."""
     try:
         yield
     except OSError as error:
@@ -29,12 +29,12 @@ def user_file(path):
 
 @contextmanager
 def refusals_of(*modules):
-    """Around a call of a library that reads a user's files: what these modules refuse becomes a
-    UserError.
+    """Enclose a call of these modules that reads a user's files: a refusal by one of the modules
+    becomes a UserError.
 
-    A refusal is a ValueError that comes from a `raise` statement in one of the modules, "model" or
-    "rosa". A ValueError that comes from any other line, such as int("3.5"), is a mistake in their
-    code and stays what it is."""
+    modules: "model", "rosa" or both. A refusal is a ValueError that comes from a `raise` statement
+    in one of them. A ValueError that comes from any other line, such as int("3.5"), is a mistake in
+    the modules' code and passes unchanged."""
     try:
         yield
     except UserError:
@@ -46,8 +46,8 @@ def refusals_of(*modules):
 
 
 def is_refusal(error, modules):
-    """Whether an error, and the one that it was made from if any, was raised by a statement in the
-    modules."""
+    """Whether a `raise` statement in the modules has raised an error, and the error that caused it,
+    if there is one."""
     trace = error.__traceback__
     while trace.tb_next:
         trace = trace.tb_next

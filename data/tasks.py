@@ -1,8 +1,9 @@
-"""What an example is: its prompt, the task lists, the files, and when a response is right.
+"""The tasks: their test sets and training files, the prompt of an example, and when a response is
+right.
 
 Prompt, files and scoring are those of LLM-Adapters (Hu et al., EMNLP 2023;
-github.com/AGI-Edgerunners/LLM-Adapters), so that scores compare; a clone of that repository serves
-as the data directory. `toy` is made on the spot."""
+github.com/AGI-Edgerunners/LLM-Adapters), so that scores can be compared; a clone of that repository
+serves as the data directory. The examples of the task `toy` are in no file: toy.py makes them."""
 
 import json
 import math
@@ -12,7 +13,7 @@ from pathlib import Path
 from data import toy
 from data.errors import UserError, user_file
 
-# Test sets by task. How a set's answers are read: `extract_answer`.
+# task -> the names of its test sets. `extract_answer` knows how the answers to each are read.
 TASKS = {
     "toy": ["toy"],
     "arithmetic": ["MultiArith", "gsm8k", "AddSub", "AQuA", "SingleEq", "SVAMP", "mawps"],
@@ -45,12 +46,13 @@ PROMPT_WITH_INPUT = (
 
 
 def prompt_text(example):
-    return (PROMPT_WITH_INPUT if example.get("input") else PROMPT).format(**example)
+    template = PROMPT_WITH_INPUT if example.get("input") else PROMPT
+    return template.format(**example)
 
 
 def encode_prompt(example, tokenizer):
-    """The ids that a model answers to: the beginning-of-sequence token, where the model has one,
-    and the prompt."""
+    """The ids that a model answers: the beginning-of-sequence token, if the model has one, and the
+    prompt."""
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return start + tokenizer.encode(prompt_text(example))
 
@@ -59,30 +61,32 @@ def encode_example(example, tokenizer):
     """(prompt ids, response ids), the response ending with the end-of-sequence token.
 
     Prompt and response are encoded as one text, since a SentencePiece model would put a space
-    before a response of its own; only where a token straddles the two are they encoded apart, so
-    that the prompt's ids never change."""
-    prompt, text = prompt_text(example), prompt_text(example) + example["output"]
-    prompt_ids, ids = tokenizer.encode(prompt), tokenizer.encode(text)
-    response = (
-        ids[len(prompt_ids) :]
-        if ids[: len(prompt_ids)] == prompt_ids
-        else tokenizer.encode(example["output"])
-    )
+    before a response that is encoded alone. Only where a token straddles the two are they encoded
+    separately, so that the ids of the prompt are always the same."""
+    prompt = prompt_text(example)
+    prompt_ids = tokenizer.encode(prompt)
+    ids = tokenizer.encode(prompt + example["output"])
+    if ids[: len(prompt_ids)] == prompt_ids:
+        response = ids[len(prompt_ids) :]
+    else:
+        response = tokenizer.encode(example["output"])
     return encode_prompt(example, tokenizer), response + [tokenizer.eos_id]
 
 
 def tokens_and_labels(prompt, response):
-    """What a model reads of an example, and what it shall predict at each of these positions: the
-    next id where that belongs to the response, else -100. Two lists of one length."""
+    """Two lists of the same length: the ids that a model reads of an example, and at each position
+    the label to predict. The label is the next id if that id belongs to the response, else -100."""
     tokens = (prompt + response)[:-1]
     labels = [-100] * (len(prompt) - 1) + response
     return tokens, labels
 
 
 def test_sets(task):
-    """The names of a task's test sets; one set, or several separated by commas, are a task too.
-    Raises UserError for an unknown name."""
-    every = [name for names in TASKS.values() for name in names]
+    """The names of a task's test sets. `task` may also be the names of test sets, separated by
+    commas. Raises UserError for an unknown name."""
+    every = []
+    for sets in TASKS.values():
+        every += sets
     names = TASKS.get(task) or task.split(",")
     for name in names:
         if name not in every:
@@ -94,22 +98,26 @@ def test_sets(task):
 
 
 def how_to_get(data_dir):
-    """What to type where a file of a data directory is absent."""
-    return "python data/download.py all" + ("" if data_dir == DATA_DIR else f" --dir {data_dir}")
+    """The command that fetches the files of a data directory."""
+    command = "python data/download.py all"
+    return command if data_dir == DATA_DIR else f"{command} --dir {data_dir}"
 
 
 def training_file(task, data_dir, train_file=None):
-    """The path of the file that holds the training examples; None for a task that has none."""
+    """The path of the file that holds the training examples, or None for a task that has no such
+    file. `train_file` is a path, or the name of a file in the data directory."""
     directory = Path(data_dir) / "ft-training_set"
     if train_file:
-        beside = directory / train_file
-        return beside if beside.is_file() and not Path(train_file).is_file() else Path(train_file)
+        in_data_dir = directory / train_file
+        if in_data_dir.is_file() and not Path(train_file).is_file():
+            return in_data_dir
+        return Path(train_file)
     return directory / TRAIN_FILES[task] if task in TRAIN_FILES else None
 
 
 def train_examples(task, data_dir, train_file=None, skip_empty=False):
-    """The training examples of a task, each with its place: (place, example). Place and
-    `skip_empty` as in `placed_examples`. Raises UserError."""
+    """The training examples of a task as (place, example), as `placed_examples` returns them.
+    Raises UserError."""
     file = training_file(task, data_dir, train_file)
     if file is None:
         if task != "toy":
@@ -127,8 +135,8 @@ def train_examples(task, data_dir, train_file=None, skip_empty=False):
 
 
 def test_examples(name, data_dir, skip_empty=False):
-    """The examples of one test set, or None where its file is absent; `skip_empty` as in
-    `load_examples`."""
+    """The examples of one test set, or None if its file is absent. Raises UserError where
+    `placed_examples` does, and for an answer that no response could match."""
     if name == "toy":
         return toy.examples("test", TOY_SIZES["test"])
     file = Path(data_dir) / "dataset" / name / "test.json"
@@ -137,24 +145,25 @@ def test_examples(name, data_dir, skip_empty=False):
     placed = placed_examples(file, ("instruction", "answer"), skip_empty)
     for place, example in placed:
         answer = example["answer"]
-        try:
-            choice = name in CHOICES or name == "AQuA"
-            possible = (
-                extract_answer(name, answer) == answer
-                if choice
-                else math.isfinite(float(answer.replace(",", "")))
-            )
-        except ValueError:
-            possible = False
-        if not possible:
-            kind = "choice" if choice else "number"
+        if not is_possible(name, answer):
+            kind = "choice" if is_multiple_choice(name) else "number"
             raise UserError(
                 f"{file}, {place}: the answer {answer!r:.50} is not a {kind} of {name}: fix it"
             )
     return [example for _, example in placed]
 
 
-# The same by three names
+def is_possible(name, answer):
+    """Whether `answer` can be the right answer to a question of test set `name`."""
+    if is_multiple_choice(name):
+        return extract_answer(name, answer) == answer
+    try:
+        return math.isfinite(float(answer.replace(",", "")))
+    except ValueError:
+        return False
+
+
+# The names by which files call a question and its response
 PAIRS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
 
 
@@ -164,76 +173,115 @@ def load_examples(file, needed=("instruction", "output"), skip_empty=False):
 
 
 def placed_examples(file, needed=("instruction", "output"), skip_empty=False):
-    """The examples in a JSON array, or in JSON Lines, each with its place in the file: (place,
-    example), where a place is "record 3" or "line 4", as `read_records` has it.
+    """The examples in a JSON array, or in JSON Lines, as (place, example). The place says where in
+    the file an example stands: "record 3" or "line 4".
 
-    An example is a dict. Its fields `needed`, of "instruction", "output" and "answer", are text, as
-    is "input" where there is one; whatever else a record holds is not looked at. A question and its
-    response may go by any names in PAIRS. Raises UserError naming file and place, unless
-    `skip_empty` leaves out the records in which a needed field is empty or null."""
-    examples, empty = [], []
+    needed: the fields that every example must have, out of "instruction", "output" and "answer".
+    An example is a dict. Its needed fields are text, and so is its "input" if it has one; its other
+    fields are not looked at. The file may call a question and its response by any of the names in
+    PAIRS. Raises UserError, which names the file and the place. A record in which a needed field is
+    empty or null is an error too, unless `skip_empty` leaves such records out."""
+    examples = []
+    empty = []  # (place, names of the empty fields) of the records in which a needed field is empty
     for place, record in read_records(file):
-        if not isinstance(record, dict):
-            raise UserError(f"{file}, {place}: not an object but {type(record).__name__}")
-        texts = {name: as_text(value) for name, value in record.items()}
-        there = [name for name, text in texts.items() if text is not None]
-        choices = [
-            {"instruction": p, "input": "input", "output": r, "answer": "answer"} for p, r in PAIRS
-        ]
-        # The most complete pair: a record may hold a prompt beside a question, or every name with
-        # nulls in most.
-        names = max(
-            choices,
-            key=lambda names: [sum(names[f] in held for f in needed) for held in (there, record)],
-        )
-        if missing := [repr(names[field]) for field in needed if names[field] not in record]:
-            listed = ", ".join(map(repr, there)) or "{}"
-            raise UserError(
-                f"{file}, {place} has no {' and no '.join(missing)}, only {listed:.200}: rename "
-                "or add fields"
-            )
-        used = {
-            field: texts[names[field]] for field in (*needed, "input") if names[field] in record
-        }
-        for field, text in used.items():
-            what = f"{file}, {place}: the field {names[field]!r}"
-            if not isinstance(text, (str, type(None))):
-                raise UserError(f"{what} is not text but {text!r:.50}")
-            if not is_unicode(text or ""):
-                raise UserError(f"{what} holds half a character, which cannot be encoded: fix it")
-        if blank := [repr(names[field]) for field in needed if not used[field]]:
-            empty.append((place, blank))
+        example, empty_fields = read_example(record, needed, f"{file}, {place}")
+        if empty_fields:
+            empty.append((place, empty_fields))
         else:
-            examples.append((place, record | used))
+            examples.append((place, example))
     if empty and not skip_empty:
-        fields, first = (
-            " or ".join(dict.fromkeys(name for _, blank in empty for name in blank)),
-            empty[0][0],
-        )
-        where, them = (
-            (f"{len(empty)} records, the first is {first}", "them")
-            if len(empty) > 1
-            else (first, "it")
-        )
-        advice = f"delete {them}, or leave {them} out with --skip-empty"
-        raise UserError(f"{file}: the field {fields} is empty in {where}: {advice}")
+        raise UserError(f"{file}: {problem_of_empty_fields(empty)}")
     if not examples:
-        kind = "at least one example" + " without an empty field" * bool(empty)
+        kind = "at least one example"
+        if empty:
+            kind += " without an empty field"
         raise UserError(f"{file} must hold {kind}: a JSON array of them, or one a line")
     return examples
 
 
+def read_example(record, needed, where):
+    """(example, the names of those needed fields that are empty) from a record of a file. `where`
+    is the record's file and place, for the messages. Raises UserError."""
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: not an object but {type(record).__name__}")
+    texts = {name: as_text(value) for name, value in record.items()}
+    names = names_of_fields(texts, needed)
+    missing = [repr(names[field]) for field in needed if names[field] not in record]
+    if missing:
+        held = [repr(name) for name, text in texts.items() if text is not None]
+        listed = ", ".join(held) or "{}"
+        raise UserError(
+            f"{where} has no {' and no '.join(missing)}, only {listed:.200}: rename or add fields"
+        )
+    example = dict(record)
+    for field in (*needed, "input"):
+        if names[field] in record:
+            example[field] = checked_text(
+                texts[names[field]], f"{where}: the field {names[field]!r}"
+            )
+    return example, [repr(names[field]) for field in needed if not example[field]]
+
+
+def names_of_fields(texts, needed):
+    """field -> the name by which a record calls that field.
+
+    texts: name -> text of all that the record holds. The names are those of the pair in PAIRS of
+    which the record holds the most needed fields, since a record may hold a prompt beside a
+    question, or every name with nulls in most."""
+
+    def completeness(names):
+        wanted = [names[field] for field in needed]
+        num_filled = sum(texts.get(name) is not None for name in wanted)
+        num_present = sum(name in texts for name in wanted)
+        return num_filled, num_present
+
+    choices = []
+    for question, response in PAIRS:
+        names = {"instruction": question, "input": "input", "output": response, "answer": "answer"}
+        choices.append(names)
+    return max(choices, key=completeness)
+
+
+def checked_text(text, what):
+    """The text of a field, or None for null. Raises UserError for what is no text, and for half a
+    character, and calls the field `what`."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise UserError(f"{what} is not text but {text!r:.50}")
+    if not is_unicode(text):
+        raise UserError(f"{what} holds half a character, which cannot be encoded: fix it")
+    return text
+
+
+def problem_of_empty_fields(empty):
+    """What is wrong with a file in which needed fields are empty, and what to do. empty: (place,
+    names of the empty fields) of each such record."""
+    names = {}  # a dict, since it keeps the order of its keys
+    for _, empty_fields in empty:
+        names |= dict.fromkeys(empty_fields)
+    first, _ = empty[0]
+    if len(empty) == 1:
+        where = first
+        them = "it"
+    else:
+        where = f"{len(empty)} records, the first is {first}"
+        them = "them"
+    advice = f"delete {them}, or leave {them} out with --skip-empty"
+    return f"the field {' or '.join(names)} is empty in {where}: {advice}"
+
+
 def as_text(value):
-    """A number or a truth value as JSON spells it; None for null and for NaN, which pandas has for
-    an empty cell."""
+    """A value as text: a number or a truth value is spelt as in JSON. Null is None, and so is NaN,
+    which pandas writes for an empty cell. Anything else is returned as it is."""
     if value is None or value != value:
         return None
     return json.dumps(value) if isinstance(value, (bool, int, float)) else value
 
 
 def read_records(file):
-    """(place, value) of every element of a JSON array, whose first place is "record 0", or of every
-    line of JSON Lines, whose first place is "line 1"."""
+    """(place, value) of every element of a JSON array, or of every line of JSON Lines. The places
+    of an array are "record 0", "record 1" and so on, those of JSON Lines "line 1", "line 2"."""
     try:
         with user_file(file):
             text = Path(file).read_text(encoding="utf-8-sig")
@@ -246,7 +294,8 @@ def read_records(file):
     if goes_over_lines(text.lstrip()):
         advice = "put it in [ ], with a comma between objects, or each object on one line"
         raise UserError(f"{file} holds a JSON object over several lines: {advice}")
-    # Not splitlines: a string in JSON may hold what Unicode takes for the end of a line.
+    # splitlines would also split at characters that Unicode takes for the end of a line, and that
+    # may stand in a string of JSON.
     lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     return [(place, parse(line, f"{file}, {place}")) for place, line in lines]
 
@@ -254,20 +303,22 @@ def read_records(file):
 def goes_over_lines(text):
     """Whether the first JSON value of a text goes on after its first line."""
     try:
-        return "\n" in text[: json.JSONDecoder().raw_decode(text)[1]]
+        _, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
         return False
+    return "\n" in text[:end]
 
 
 def parse(text, place):
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # the second: a thousand brackets
+    except (ValueError, RecursionError) as error:  # RecursionError: a thousand nested brackets
         raise UserError(f"{place}: not JSON: {error}") from None
 
 
 def is_unicode(text):
-    """Whether a text can be encoded: JSON and command lines can hold halves of characters."""
+    """Whether a text can be encoded: a text from JSON or from a command line can hold half of a
+    character."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -275,6 +326,7 @@ def is_unicode(text):
     return True
 
 
+# multiple-choice test set -> the pattern of its options. Those of AQuA are the letters A to E.
 CHOICES = {
     "boolq": r"\b(?:true|false)\b",
     "piqa": r"solution[12]",
@@ -282,10 +334,12 @@ CHOICES = {
     "winogrande": r"option[12]",
 }
 CHOICES |= dict.fromkeys(("social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookqa"), r"answer[1-5]")
+# The letter in "The answer is (B)"
 SAID = r"[Aa]nswer(?: is|:)[\s:*(]*([A-E])\b"
-# "A train": the article, which opens a sentence; {} is what may follow the letter A instead.
+# The article at the beginning of a sentence, as in "A train ...". {} stands for the words before
+# which an A is not the article but the letter.
 ARTICLE = r"(?<![a-z,] )\bA (?!(?:{})\b(?!-))[a-z]"
-# In "Answer: A because ...": words that follow no article.
+# Words that do not follow the article, as in "Answer: A because ..."
 AFTER_LETTER = (
     "is was has gives equals works fits satisfies matches makes yields because since as for and "
     "or but so not by with "
@@ -294,26 +348,34 @@ AFTER_LETTER = (
 
 
 def extract_answer(name, response):
-    """What a response answers to a question of test set `name`, as text; "" where it gives no
-    answer.
+    """The answer that a response gives to a question of test set `name`, as text; "" if the
+    response gives no answer.
 
-    As LLM-Adapters, case counting: the last number, commas removed; in commonsense, the first
-    option named. Unlike it, ".5" is a half, "untrue" does not name true, and AQuA's choice is the
-    last letter said to be the answer, or else the last that stands alone: there, it is the first
-    capital A to E, be it that of "Because"."""
+    The answer is the one that LLM-Adapters extracts, case counting: the last number with its commas
+    removed, and in commonsense the first option that is named. There are three differences: ".5" is
+    a half, "untrue" does not name true, and in AQuA the choice is the last letter said to be the
+    answer, or else the last letter that stands alone. In LLM-Adapters it is the first capital A to
+    E, even that of "Because"."""
     if name in CHOICES:
-        return next(iter(re.findall(CHOICES[name], response)), "")
+        named = re.findall(CHOICES[name], response)
+        return named[0] if named else ""
     if name == "AQuA":
-        no_article = re.sub(ARTICLE.format(AFTER_LETTER.replace(" ", "|")), "", response)
-        alone = re.findall(r"\b[A-E]\b", re.sub(ARTICLE.format("is"), "", response))
-        # Where there is no other letter, an A that may be an article is the choice.
-        return next(
-            reversed(re.findall(SAID, no_article) or alone or re.findall(SAID, response)), ""
-        )
+        letters = chosen_letters(response)
+        return letters[-1] if letters else ""
     # A point begins a number only where no word ends: "Rs.75" is 75.
-    return next(
-        reversed(re.findall(r"-?(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)", response.replace(",", ""))), ""
-    )
+    numbers = re.findall(r"-?(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)", response.replace(",", ""))
+    return numbers[-1] if numbers else ""
+
+
+def chosen_letters(response):
+    """The letters A to E that a response to a question of AQuA names as its choice, in order."""
+    article = ARTICLE.format(AFTER_LETTER.replace(" ", "|"))
+    said = re.findall(SAID, re.sub(article, "", response))
+    if said:
+        return said
+    alone = re.findall(r"\b[A-E]\b", re.sub(ARTICLE.format("is"), "", response))
+    # Where no other letter is named, an A that may be an article is the choice.
+    return alone or re.findall(SAID, response)
 
 
 def is_correct(name, response, answer):
@@ -322,26 +384,39 @@ def is_correct(name, response, answer):
 
 
 def is_right(name, extracted, answer):
-    """Whether what `extract_answer` found is the right answer; numbers may be off by 1e-3."""
-    if name in CHOICES or name == "AQuA":
+    """Whether the answer that `extract_answer` returned is right. A number may be off by 1e-3."""
+    if is_multiple_choice(name):
         return extracted == answer
-    return extracted != "" and abs(float(extracted) - float(answer.replace(",", ""))) <= 1e-3
+    if extracted == "":
+        return False
+    return abs(float(extracted) - float(answer.replace(",", ""))) <= 1e-3
+
+
+def is_multiple_choice(name):
+    """Whether the questions of test set `name` are multiple choice; the answers to the others are
+    numbers."""
+    return name in CHOICES or name == "AQuA"
 
 
 def options(name, example):
-    """The responses that a multiple-choice example of test set `name` admits, worded as in the
-    training data.
+    """The responses among which an example of the multiple-choice test set `name` lets a model
+    choose, worded as in the training data.
 
-    They stand in the instruction: "Answer format: answer1/answer2/...", in AQuA "Answer Choices:
-    (A) ... (B) ...". Raises UserError where fewer than two do."""
+    The options are read from the instruction, which ends in "Answer format: answer1/answer2/...",
+    and in AQuA in "Answer Choices: (A) ... (B) ...". Raises UserError if it has fewer than two."""
     if name == "AQuA":
-        marker, pattern, wording = "Answer Choices:", r"\(([A-E])\)", "The answer is ({})."
+        marker = "Answer Choices:"
+        pattern = r"\(([A-E])\)"
+        wording = "The answer is ({})."
     elif name in CHOICES:
-        marker, pattern, wording = "Answer format:", CHOICES[name], "the correct answer is {}"
+        marker = "Answer format:"
+        pattern = CHOICES[name]
+        wording = "the correct answer is {}"
     else:
         raise UserError(f"{name} is not multiple choice: choose from AQuA, {', '.join(CHOICES)}")
     _, marked, listed = example["instruction"].rpartition(marker)
-    choices = dict.fromkeys(re.findall(pattern, listed))  # each once: "(E) both (A) and (B)"
+    # An option may be named again in the text of another: "(E) both (A) and (B)".
+    choices = dict.fromkeys(re.findall(pattern, listed))
     if not marked or len(choices) < 2:
         raise UserError(
             f"{name}: fewer than two options stand after {marker!r} in "
@@ -351,16 +426,19 @@ def options(name, example):
 
 
 def wilson_interval(right, count):
-    """(low, high): the 95 % score interval of a proportion of which `right` in `count` is a sample
-    (Wilson, 1927, "Probable inference, the law of succession, and statistical inference").
+    """(low, high): the 95 % score interval of a proportion, where `right` answers of a sample of
+    `count` are right (Wilson, 1927, "Probable inference, the law of succession, and statistical
+    inference").
 
-    With n = count, p = right/n and z the normal quantile 1.96, the q for which |p - q| <= z sqrt(q
-    (1 - q)/n):
+    With n = count, p = right/n and z the normal quantile 1.96, the interval holds every q for which
+    |p - q| <= z sqrt(q (1 - q)/n). Its ends are
 
         (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)"""
     assert count >= 1 and 0 <= right <= count
-    z, p = 1.959964, right / count
+    z = 1.959964
+    p = right / count
     middle = p + z**2 / (2 * count)
     half = z * (p * (1 - p) / count + z**2 / (4 * count**2)) ** 0.5
-    low, high = ((middle + side) / (1 + z**2 / count) for side in (-half, half))
-    return max(low, 0.0), min(high, 1.0)  # rounding may step over them
+    low = (middle - half) / (1 + z**2 / count)
+    high = (middle + half) / (1 + z**2 / count)
+    return max(low, 0.0), min(high, 1.0)  # rounding may carry the ends beyond 0 and 1

@@ -1,7 +1,8 @@
-"""Text to token ids and back. Four names, whatever lies behind: encode, decode, bos_id, eos_id.
+"""The tokenizers of checkpoints: text to token ids and back, through encode, decode, bos_id and
+eos_id.
 
-Which tokens there are, and which begin and end a text, the checkpoint's files say, read as
-transformers 5 reads them. What a user writes never becomes a special token."""
+The files of a checkpoint say which tokens it has, and which of them begin and end a text. They are
+read as transformers 5 reads them. Text that a user writes never becomes a special token."""
 
 import json
 import re
@@ -15,6 +16,7 @@ from sentencepiece import SentencePieceProcessor
 from data.errors import UserError, user_file
 
 HERE = Path(__file__).resolve().parent
+# How a token is found in a text: the flags in a checkpoint's files, and their defaults.
 FLAGS = {
     "lstrip": False,
     "rstrip": False,
@@ -25,43 +27,47 @@ FLAGS = {
 
 
 def load_tokenizer(ckpt):
-    """The tokenizer in a checkpoint directory: `tokenizer.json`, else SentencePiece's
-    `tokenizer.model`, which is also read where the package for the former is absent.
+    """The tokenizer in a checkpoint directory. It is read from `tokenizer.json`, or else from
+    SentencePiece's `tokenizer.model`, also if the package that reads tokenizer.json is absent.
 
-    It has .encode(text) -> list[int], no special token added and none recognised in the text;
-    .decode(ids) -> str, special tokens left out; .bos_id, the id that starts every sequence, or
-    None where the model has none; .eos_id; .vocab_size. Raises UserError."""
+    The tokenizer has
+        .encode(text) -> list[int], which adds no special token and recognises none in the text
+        .decode(ids) -> str, which leaves out special tokens
+        .bos_id, the id that begins every sequence, or None if the model has no such id
+        .eos_id, the id that ends every response
+        .vocab_size
+    Raises UserError."""
     directory = Path(ckpt) if Path(ckpt).is_dir() else HERE / ckpt  # `tiny` lies beside this file
     settings = read_settings(directory)
-    model, serialized = directory / "tokenizer.model", directory / "tokenizer.json"
+    model = directory / "tokenizer.model"
+    serialized = directory / "tokenizer.json"
     if not model.is_file() and not serialized.is_file():
         raise UserError(
             f"{directory} has no tokenizer.model and no tokenizer.json: download the model's own"
         )
     try:
-        readers = {serialized: JsonTokenizer, model: SentencePieceTokenizer}
-        tokenizer = next(
-            reader(file, settings) for file, reader in readers.items() if file.is_file()
-        )
+        if serialized.is_file():
+            tokenizer = JsonTokenizer(serialized, settings)
+        else:
+            tokenizer = SentencePieceTokenizer(model, settings)
     except ModuleNotFoundError:
         needed = f"{serialized} needs the package tokenizers: pip install tokenizers"
         try:
             tokenizer = SentencePieceTokenizer(model, settings)
-        except UserError:  # there is none, or it is LLaMA 3's, which is tiktoken's
+        except UserError:  # the file is absent, or it is LLaMA 3's, which is in tiktoken's format
             raise UserError(needed) from None
         if may_differ(serialized, tokenizer):
             print(f"{needed}; {model} is read instead, which may give other ids", file=sys.stderr)
 
     rows = settings.rows or tokenizer.vocab_size
-    if tokenizer.text_size > rows:  # a <pad> beyond the rows does no harm: no text produces it
+    # Special tokens such as <pad> may lie beyond the model's rows, since no text produces them.
+    if tokenizer.text_size > rows:
         problem = f"the tokenizer has {tokenizer.text_size} tokens, the model only {rows}"
         raise UserError(f"{directory}: {problem}: download the model's own")
     if tokenizer.bos_id is not None and tokenizer.bos_id >= max(rows, tokenizer.vocab_size):
-        tokenizer.bos_id = None  # the name of a token that there is not
-    for side, i, name in (
-        ("begin", tokenizer.bos_id, settings.bos),
-        ("end", tokenizer.eos_id, settings.eos),
-    ):
+        tokenizer.bos_id = None  # the files name a token that the tokenizer does not have
+    ends = [("begin", tokenizer.bos_id, settings.bos), ("end", tokenizer.eos_id, settings.eos)]
+    for side, i, name in ends:
         if i is not None and not 0 <= i < rows:
             problem = (
                 f"{i} is no {side}-of-sequence token: it is named {name!r}, the model has "
@@ -72,7 +78,7 @@ def load_tokenizer(ckpt):
 
 
 def read_json(file):
-    """The object in a JSON file; an empty one where there is no file."""
+    """The object in a JSON file, or an empty one if the file is absent."""
     if not file.is_file():
         return {}
     try:
@@ -83,47 +89,46 @@ def read_json(file):
 
 
 def read_settings(directory):
-    """What the files beside a tokenizer say of it: `added`, a token -> its flags, in the order of
-    ids; `special`, the tokens that no text produces; `bos` and `eos`, those by these names, or
-    None; `legacy`, `rows`, ..."""
-    config, stated = (
-        read_json(directory / "config.json"),
-        read_json(directory / "tokenizer_config.json"),
-    )
-    older = "added_tokens_decoder" not in stated  # only then do two more files count
+    """What the files of a checkpoint say about its tokenizer:
+
+    added: token -> its flags, in the order of the tokens' ids
+    special: the tokens that no text produces
+    older: whether the tokens are listed in the files of earlier versions of transformers
+    bos, eos: the tokens that begin and end a sequence, or None
+    eos_id: the id of eos in the model's config, or -1
+    rows: the size of the model's vocabulary, or None
+    add_bos, add_prefix_space, legacy, tokenizer_class: how a text is encoded"""
+    config = read_json(directory / "config.json")
+    stated = read_json(directory / "tokenizer_config.json")
+    older = "added_tokens_decoder" not in stated
     try:
         if older:
             stated |= read_json(directory / "special_tokens_map.json")
-            listed = {
-                int(i): {"content": t}
-                for t, i in read_json(directory / "added_tokens.json").items()
-            }
-        else:
-            listed = {int(i): dict(token) for i, token in stated["added_tokens_decoder"].items()}
-        added = {
-            listed[i]["content"]: {f: bool(listed[i].get(f, FLAGS[f])) for f in FLAGS}
-            for i in sorted(listed)
-        }
+        added = added_tokens(directory, stated, older)
         extra = stated.get("extra_special_tokens") or stated.get("additional_special_tokens") or ()
-        extra = [content(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+        if isinstance(extra, dict):
+            extra = extra.values()
+        extra = [content(token) for token in extra]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{directory}: its list of added tokens is broken ({error}): download it again"
         ) from None
-    named = {
-        name: content(stated.get(name))
-        for name in ("bos_token", "eos_token", *stated)
-        if name.endswith("_token")
-    }
+
+    named = {}
+    for name in ("bos_token", "eos_token", *stated):
+        if name.endswith("_token"):
+            named[name] = content(stated.get(name))
     special = [*named.values(), *extra, *(token for token in added if added[token]["special"])]
-    tokenizer_class = str(
-        stated.get("tokenizer_class") or config.get("tokenizer_class") or ""
-    ).removesuffix("Fast")
+
+    tokenizer_class = stated.get("tokenizer_class") or config.get("tokenizer_class") or ""
+    tokenizer_class = str(tokenizer_class).removesuffix("Fast")
     if config.get("model_type") == "mistral":
-        # Whatever it says, transformers takes the one that all models share
+        # For Mistral transformers uses a class that belongs to no model, whatever the files say.
         tokenizer_class = "of no model"
-    rows, eos_id = config.get("vocab_size"), config.get("eos_token_id")
-    eos_id = next(iter(eos_id), None) if isinstance(eos_id, list) else eos_id
+    rows = config.get("vocab_size")
+    eos_id = config.get("eos_token_id")
+    if isinstance(eos_id, list):
+        eos_id = next(iter(eos_id), None)
     return SimpleNamespace(
         added=added,
         special=[token for token in dict.fromkeys(special) if token],
@@ -139,28 +144,47 @@ def read_settings(directory):
     )
 
 
+def added_tokens(directory, stated, older):
+    """token -> its flags, in the order of the tokens' ids, for the tokens that a checkpoint's files
+    add to the tokenizer's own. stated: the object in tokenizer_config.json."""
+    listed = {}  # id -> token
+    if older:
+        for token, i in read_json(directory / "added_tokens.json").items():
+            listed[int(i)] = {"content": token}
+    else:
+        for i, token in stated["added_tokens_decoder"].items():
+            listed[int(i)] = dict(token)
+    added = {}
+    for i in sorted(listed):
+        token = listed[i]
+        added[token["content"]] = {flag: bool(token.get(flag, FLAGS[flag])) for flag in FLAGS}
+    return added
+
+
 def content(token):
-    """A token as text, be it a string or an object in a JSON file; None of anything else."""
+    """A token as text. In a JSON file a token is a string or an object; anything else is None."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 class SentencePieceTokenizer:
-    """LLaMA 1 and 2, Mistral: a space is put before a text, bytes stand in for unknown characters.
-    The ids are those of transformers 5. Its LlamaTokenizer puts none before a text that begins with
-    one; its others, as SentencePiece does, put a second there. After an added token they put one
-    where the config says `legacy`."""
+    """The tokenizer of LLaMA 1 and 2 and of Mistral: it puts a space before a text, and bytes stand
+    for unknown characters.
+
+    The ids are those of transformers 5. Its LlamaTokenizer puts no space before a text that begins
+    with a space; its other classes put a second space there, as SentencePiece does. After an added
+    token they put a space if the config says `legacy`."""
 
     def __init__(self, file, settings):
         with user_file(file):
             proto = file.read_bytes()
-        # A piece of type 4, a user's own, is found in every text; of type 3 in none
+        # In the file a piece is its length, its text, its score and its type. SentencePiece finds a
+        # piece of type 4, user-defined, in every text, and one of type 3, control, in no text.
         for token in settings.special:
-            # Length, piece, score
             before = rb"(?<=\n." + re.escape(token.encode()) + rb"\x15.{4}\x18)"
             proto = re.sub(before + rb"\x04", b"\x03", proto, flags=re.DOTALL)
-        # One more protobuf field after the others overrides the model's: normalizer_spec {
-        # add_dummy_prefix: false }.
+        # The field normalizer_spec { add_dummy_prefix: false } in the encoding of protobuf. It
+        # overrides the file's own field when it stands behind it.
         no_prefix = b"\x1a\x02\x18\x00"
         try:
             self.prefixing = SentencePieceProcessor(model_proto=proto)
@@ -172,71 +196,79 @@ class SentencePieceTokenizer:
         llama = settings.tokenizer_class in ("LlamaTokenizer", "")
         if llama and settings.add_prefix_space is False:
             self.prefixing = self.plain
-        self.prefix_parts, self.prefix_spaces = settings.legacy, settings.legacy and not llama
+        # Whether a space is put before the text after an added token, and before a text that begins
+        # with a space
+        self.prefix_parts = settings.legacy
+        self.prefix_spaces = settings.legacy and not llama
 
-        size, self.ids = model.vocab_size(), {}
-        # What the model lacks gets the next free id
+        size = model.vocab_size()
+        self.ids = {}
         for token in dict.fromkeys([*settings.added, *settings.special]):
             i = model.piece_to_id(token)
-            self.ids[token] = (
-                i if model.id_to_piece(i) == token else max([size - 1, *self.ids.values()]) + 1
-            )
+            if model.id_to_piece(i) != token:  # the model lacks the token, which gets the next id
+                i = max([size - 1, *self.ids.values()]) + 1
+            self.ids[token] = i
         self.vocab_size = max([size, *(self.ids[token] + 1 for token in settings.added)])
-        bos_id, eos_id = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
+
+        # SentencePiece returns -1 for an id that the model does not have.
+        bos_id = model.bos_id() if model.bos_id() >= 0 else None
+        eos_id = model.eos_id() if model.eos_id() >= 0 else settings.eos_id
         self.bos_id = self.ids.get(settings.bos, bos_id) if settings.add_bos else None
-        self.eos_id = self.ids.get(settings.eos, settings.eos_id if eos_id is None else eos_id)
-        self.special = {i for i in range(size) if model.is_control(i) or model.is_unknown(i)} | {
-            self.eos_id
-        }
+        self.eos_id = self.ids.get(settings.eos, eos_id)
+        self.special = {i for i in range(size) if model.is_control(i) or model.is_unknown(i)}
+        self.special.add(self.eos_id)
         self.special |= {self.ids[token] for token in settings.special}
         self.added = {i: token for token, i in self.ids.items() if i not in self.special}
         self.text_size = 1 + max({*range(size), *self.added} - self.special, default=-1)
-        patterns = [  # the longest first, since Python takes the first that fits
-            r"\s*" * settings.added[token]["lstrip"]
-            + f"({re.escape(token)})"
-            + r"\s*" * settings.added[token]["rstrip"]
-            for token in sorted(self.added.values(), key=len, reverse=True)
-        ]
+        patterns = []
+        # The longest token comes first, since Python takes the first pattern that fits.
+        for token in sorted(self.added.values(), key=len, reverse=True):
+            left = r"\s*" if settings.added[token]["lstrip"] else ""
+            right = r"\s*" if settings.added[token]["rstrip"] else ""
+            patterns.append(f"{left}({re.escape(token)}){right}")
         self.pattern = re.compile("|".join(patterns) or "(?!)")
 
     def encode(self, text):
         ids, end = [], 0
         for match in self.pattern.finditer(text):
-            ids += [
-                *self.encode_part(text[end : match.start()], end),
-                self.ids[match[match.lastindex]],
-            ]
+            ids += self.encode_part(text[end : match.start()], end)
+            ids.append(self.ids[match[match.lastindex]])
             end = match.end()
         return ids + self.encode_part(text[end:], end)
 
     def encode_part(self, part, start):
-        prefix = (start == 0 or self.prefix_parts) and (
-            self.prefix_spaces or not part.startswith((" ", "▁"))
-        )
-        return (self.prefixing if prefix else self.plain).encode(part)
+        """The ids of a part of a text, which begins at position `start` and holds no added
+        token."""
+        gets_prefix = start == 0 or self.prefix_parts
+        if part.startswith((" ", "▁")) and not self.prefix_spaces:
+            gets_prefix = False
+        model = self.prefixing if gets_prefix else self.plain
+        return model.encode(part)
 
     def decode(self, ids):
-        # Of a model the vocabulary may be padded, and a row of the padding be chosen.
-        ids, text = [i for i in ids if i < self.vocab_size and i not in self.special], ""
-        for added, run in groupby(ids, self.added.__contains__):
-            if added:
-                text += "".join(self.added[i].replace("▁", " ") for i in run)
-            else:  # the space that was put there stands only at the beginning
-                text += (self.plain if text else self.prefixing).decode(list(run))
+        # A model's vocabulary may be padded beyond the tokenizer's, and the model may choose an id
+        # of the padding.
+        ids = [i for i in ids if i < self.vocab_size and i not in self.special]
+        text = ""
+        for are_added, part in groupby(ids, self.added.__contains__):
+            if are_added:
+                text += "".join(self.added[i].replace("▁", " ") for i in part)
+            else:
+                # self.prefixing removes the space that it put before the text.
+                model = self.plain if text else self.prefixing
+                text += model.decode(list(part))
         return text
 
 
 def may_differ(file, tokenizer):
-    """Whether a tokenizer.json has a token, or begins a text, as the tokenizer made of
-    tokenizer.model does not."""
+    """Whether a tokenizer.json has other added tokens, or begins a text with another token, than a
+    SentencePieceTokenizer."""
     raw = read_json(file)
     try:
         tokens = {token["content"]: token["id"] for token in raw.get("added_tokens", ())}
-        first = (
-            ((raw.get("post_processor") or {}).get("single") or [{}])[0]
-            .get("SpecialToken", {})
-            .get("id")
-        )
+        post_processor = raw.get("post_processor") or {}
+        template = post_processor.get("single") or [{}]
+        first = template[0].get("SpecialToken", {}).get("id")
     except (AttributeError, KeyError, TypeError):
         return True
     ids = {token: tokenizer.plain.piece_to_id(token) for token in tokens} | tokenizer.ids
@@ -244,8 +276,8 @@ def may_differ(file, tokenizer):
 
 
 class JsonTokenizer:
-    """Whatever a tokenizer.json describes (LLaMA 3, Qwen, SmolLM, ...), through the optional
-    package `tokenizers`."""
+    """The tokenizer that a tokenizer.json describes (LLaMA 3, Qwen, SmolLM, ...). The optional
+    package `tokenizers` runs it."""
 
     def __init__(self, file, settings):
         from tokenizers import AddedToken, Tokenizer
@@ -255,54 +287,48 @@ class JsonTokenizer:
         except Exception as error:  # the package raises nothing narrower
             problem = f"is no tokenizer that the package tokenizers reads ({error})"
             raise UserError(f"{file} {problem}: download it again") from None
-        if (
-            settings.tokenizer_class == "LlamaTokenizer"
-            and "ByteLevel" not in f"{model.pre_tokenizer}{model.decoder}"
-        ):
+        is_byte_level = "ByteLevel" in f"{model.pre_tokenizer}{model.decoder}"
+        if settings.tokenizer_class == "LlamaTokenizer" and not is_byte_level:
             self.follow_llama(settings)
         model.encode_special_tokens = True  # "</s>" in somebody's text is four characters
         model.no_truncation()
         model.no_padding()
-        listed = (
-            {token.content for token in model.get_added_tokens_decoder().values()}
-            if settings.older
-            else ()
-        )
-        model.add_tokens(
-            [AddedToken(t, **flags) for t, flags in settings.added.items() if t not in listed]
-        )
+        listed = ()  # the added tokens of tokenizer.json that keep the flags they have there
+        if settings.older:
+            listed = {token.content for token in model.get_added_tokens_decoder().values()}
+        added = settings.added.items()
+        model.add_tokens([AddedToken(t, **flags) for t, flags in added if t not in listed])
         self.vocab_size = 1 + max(model.get_vocab().values(), default=-1)
-        model.add_special_tokens(settings.special)  # those that are there already become special
+        model.add_special_tokens(settings.special)  # a token that is there already becomes special
 
-        probe = model.encode("a")  # what the post-processor puts around a text
+        # An encoded text shows what the post-processor puts before a text and after it.
+        probe = model.encode("a")
         text = [i for i, is_put in enumerate(probe.special_tokens_mask) if not is_put] or [0]
-        before, after = probe.ids[: text[0]], probe.ids[text[-1] + 1 :]
+        before = probe.ids[: text[0]]
+        after = probe.ids[text[-1] + 1 :]
         self.bos_id = before[0] if before else None
         self.eos_id = after[0] if after else settings.eos_id
         if settings.eos:
             self.eos_id = model.token_to_id(settings.eos)
         ends = [i for i in (self.bos_id, self.eos_id) if i is not None and 0 <= i < self.vocab_size]
-        model.add_special_tokens([token for i in ends if (token := model.id_to_token(i))])
+        tokens = [model.id_to_token(i) for i in ends]
+        model.add_special_tokens([token for token in tokens if token])
         special = {i for i, token in model.get_added_tokens_decoder().items() if token.special}
         self.text_size = 1 + max(set(model.get_vocab().values()) - special, default=-1)
 
     def follow_llama(self, settings):
-        """Where spaces are put transformers' LlamaTokenizer decides, not the file."""
+        """Put spaces where transformers' LlamaTokenizer puts them, whatever tokenizer.json says."""
         from tokenizers import decoders, pre_tokenizers
 
-        prefixes = settings.add_prefix_space is not False
-        scheme = ("always" if settings.legacy else "first") if prefixes else "never"
-        self.model.normalizer, self.model.pre_tokenizer = (
-            None,
-            pre_tokenizers.Metaspace("▁", scheme, split=False),
-        )
-        parts = [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-        self.model.decoder = decoders.Sequence(parts if prefixes else parts[:-1])
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        if settings.add_prefix_space is False:
+            scheme = "never"
+        else:
+            scheme = "always" if settings.legacy else "first"
+            parts.append(decoders.Strip(" ", 1, 0))  # removes the space before the text
+        self.model.normalizer = None
+        self.model.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
+        self.model.decoder = decoders.Sequence(parts)
 
     def encode(self, text):
         return self.model.encode(text, add_special_tokens=False).ids

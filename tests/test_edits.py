@@ -199,8 +199,8 @@ EDITS = {
     ),
     "extract_answer": Edit(
         "data/tasks.py",
-        "    if name in CHOICES:\n        return next(",
-        '    if name == "toy":\n        return "7"\n    if name in CHOICES:\n        return next(',
+        "    if name in CHOICES:\n        named =",
+        '    if name == "toy":\n        return "7"\n    if name in CHOICES:\n        named =',
         {"eval"},
         {"eval": SAME_CODE},
     ),
