@@ -45,7 +45,8 @@ class Question(NamedTuple):
 
     number: int  # among all questions
     test_set: str
-    index: int  # of the record in its file
+    index: int  # among the questions of the test set
+    place: str  # in the file of the test set, such as "record 3"
     example: dict
     prompt: list
 
@@ -277,15 +278,15 @@ def load_questions(args, test_sets, tokenizer):
     questions = []
     absent = []
     for name in test_sets:
-        examples = tasks.test_examples(name, args.data_dir, args.skip_empty)
-        if examples is None:
+        placed = tasks.test_examples(name, args.data_dir, args.skip_empty)
+        if placed is None:
             absent.append(name)
             continue
-        for i, example in enumerate(examples[: args.limit]):
+        for i, (place, example) in enumerate(placed[: args.limit]):
             if args.score == "likelihood":
                 tasks.options(name, example)  # raises UserError for what is no multiple choice
             prompt = tasks.encode_prompt(example, tokenizer)
-            questions.append(Question(len(questions), name, i, example, prompt))
+            questions.append(Question(len(questions), name, i, place, example, prompt))
     if not questions:
         raise UserError(
             f"{args.data_dir} has no test set of {args.task}. To get them: "
@@ -312,7 +313,7 @@ def check_lengths(args, questions, config, tokenizer):
         if args.score == "generate":
             answer = f"--max-new-tokens {args.max_new_tokens}"
         raise UserError(
-            f"{first.test_set}, record {first.index}: the prompt has {len(first.prompt)} tokens; "
+            f"{first.test_set}, {first.place}: the prompt has {len(first.prompt)} tokens; "
             f"with {answer} it exceeds the model's context of {config.context} ({len(too_long)} of "
             f"{len(questions)} prompts do; --long-is-wrong counts them as wrong)"
         )

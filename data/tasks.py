@@ -135,10 +135,12 @@ def train_examples(task, data_dir, train_file=None, skip_empty=False):
 
 
 def test_examples(name, data_dir, skip_empty=False):
-    """The examples of one test set, or None if its file is absent. Raises UserError where
-    `placed_examples` does, and for an answer that no response could match."""
+    """The examples of one test set as (place, example), or None if its file is absent. Place and
+    `skip_empty` are as in `placed_examples`. Raises UserError where that does, and for an answer
+    that no response could match."""
     if name == "toy":
-        return toy.examples("test", TOY_SIZES["test"])
+        examples = toy.examples("test", TOY_SIZES["test"])
+        return [(f"example {i}", example) for i, example in enumerate(examples)]
     file = Path(data_dir) / "dataset" / name / "test.json"
     if not file.is_file():
         return None
@@ -150,7 +152,7 @@ def test_examples(name, data_dir, skip_empty=False):
             raise UserError(
                 f"{file}, {place}: the answer {answer!r:.50} is not a {kind} of {name}: fix it"
             )
-    return [example for _, example in placed]
+    return placed
 
 
 def is_possible(name, answer):

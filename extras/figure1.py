@@ -30,7 +30,7 @@ def load_prompts(args, tokenizer):
     """The ids of the prompts of the first --limit test examples of a task."""
     prompts = []
     for name in tasks.test_sets(args.task):
-        for example in tasks.test_examples(name, args.data_dir) or ():
+        for _, example in tasks.test_examples(name, args.data_dir) or ():
             prompts.append(tasks.encode_prompt(example, tokenizer))
             if len(prompts) == args.limit:
                 return prompts

@@ -105,7 +105,7 @@ def test_null_is_absent_and_a_number_is_its_text(tmp_path):
     test_set = tmp_path / "dataset" / "boolq" / "test.json"
     test_set.parent.mkdir(parents=True)
     test_set.write_text('[{"instruction": "a", "input": null, "output": null, "answer": false}]')
-    assert tasks.test_examples("boolq", tmp_path)[0]["answer"] == "false"
+    assert tasks.test_examples("boolq", tmp_path)[0][1]["answer"] == "false"
 
 
 @pytest.mark.parametrize("unused", [None, 7, "", [1], {"a": 1}, "\ud800"])
@@ -165,7 +165,7 @@ def test_a_test_set_leaves_out_empty_examples_and_names_the_place_of_a_wrong_ans
     ):
         tasks.test_examples("gsm8k", tmp_path)
     examples = tasks.test_examples("gsm8k", tmp_path, skip_empty=True)
-    assert [example["answer"] for example in examples] == ["0", "2.5"]
+    assert [example["answer"] for _, example in examples] == ["0", "2.5"]
     test_set.write_text("\n".join(lines))
     with pytest.raises(
         ValueError, match="test.json, line 4: the answer 'two' is not a number of gsm8k"

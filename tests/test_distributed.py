@@ -572,7 +572,7 @@ def test_a_mistake_ends_all_in_one_line_whatever_the_number_of_processes(
 def test_several_processes_answer_what_one_answers(ckpt):
     prompts = [
         tasks.encode_prompt(example, load_tokenizer("ckpt"))
-        for example in tasks.test_examples("toy", "")
+        for _, example in tasks.test_examples("toy", "")
     ]
     model = decisive_model(
         prompts, 12, vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256

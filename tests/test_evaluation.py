@@ -191,14 +191,15 @@ def test_prompts_that_leave_no_room_are_counted_and_when_asked_to_score_as_wrong
     file = Path("data/dataset/gsm8k/test.json")
     first, *others = json.loads(file.read_text())
     long = first | {"instruction": "word " * 300}
-    file.write_text(json.dumps([first, long, *others, long]))
-    command = "--task gsm8k --data-dir data --max-new-tokens 3"
+    empty = first | {"instruction": ""}  # what is left out keeps its place in the file
+    file.write_text(json.dumps([empty, first, long, *others, long]))
+    command = "--task gsm8k --data-dir data --max-new-tokens 3 --skip-empty"
     with pytest.raises(SystemExit) as stopped:
         eval_script.run(["--ckpt", "ckpt", *command.split()])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert (
-        "gsm8k, record 1: the prompt has" in error
+        "gsm8k, record 2: the prompt has" in error
         and "(2 of 7 prompts do; --long-is-wrong counts" in error
     )
     lines, results = evaluate(f"{command} --long-is-wrong")

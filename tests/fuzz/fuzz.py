@@ -265,7 +265,7 @@ def read_train_file(directory, content):
 
 
 def read_test_set(directory, content):
-    examples = tasks.test_examples("gsm8k", directory)
+    examples = [example for _, example in tasks.test_examples("gsm8k", directory)]
     check_examples(examples, content, ("instruction", "answer"))
     assert all(math.isfinite(float(example["answer"].replace(",", ""))) for example in examples), (
         "no number"
