@@ -67,17 +67,18 @@ def main(args):
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
     check_finite(model)
+    # The classes whose code computes an answer; taken before rosa.merge removes RoAE.
     classes = {type(module) for module in model.modules()}
-    # Two things make evaluation faster. If you edit a method that one of them would replace, your
-    # code runs: extras/source.py compares the hash of a method's code with that of the original.
     if args.adapter and dtype == torch.float32:
-        # 1. rosa.merge makes RoAE's update part of the weights, so that RoAE.forward need not run.
+        # rosa.merge makes RoAE's update part of the weights, so that RoAE.forward need not run.
         # Bfloat16 weights would round the update away.
         merge.merge_unless_edited(model)
     gather()  # wait: no process begins before all of them are set up
     engine = OneByOne
     if not args.plain:
-        # 2. Code in extras/ replaces OneByOne and methods of model.py; a line says which.
+        # Faster code with the same results replaces OneByOne and methods of model.py; a line says
+        # which. Here as in merging, a method that has been edited is not replaced, so that an edit
+        # is what runs: extras/source.py compares the hash of its code with that of the original.
         engine, replaced = inference.choose_engine(OneByOne, args.score)
         exchanged, _ = kernels.accelerate(model, inference=True)
         kernels.say_what_runs(exchanged, replaced)
@@ -95,9 +96,9 @@ def main(args):
     # --- the loop ---
     limit = args.max_new_tokens if args.score == "generate" else None
     respond = generate_responses if args.score == "generate" else choose_options
-    # code: hashes of the code in model.py that makes an answer, and of the functions and classes in
-    # `own`. origin: a dict that says by what an answer was made. Questions that have an answer of
-    # the same origin are not asked again.
+    # code: hashes of all code that makes an answer, in model.py, in rosa.py, and in `own`. origin: a
+    # dict of hashes of what determines an answer: the checkpoint, the adapter, three options, and
+    # this code. Questions that have an answer of the same origin are not asked again.
     code = result_code(args.score, args.adapter, own=[respond, OneByOne, *classes])
     origin = origin_of(ckpt, args.adapter, [args.score, limit, dtype], code)
     predictions = Predictions(args.out, origin, questions)
@@ -119,11 +120,11 @@ def main(args):
     )
     start = time.perf_counter()
 
-    def answer(some_questions):
+    def answer(some_questions):  # a generator
         return respond(args, engine, model, tokenizer, some_questions)
 
-    # share_out calls answer() once, with this process's share of the questions. In every process it
-    # yields the answers of all processes; they exchange their answers every batch_size answers.
+    # share_out runs answer() on this process's share of the questions, and exchanges answers with
+    # the other processes after every batch_size of them: so each process gets all answers.
     for number, response, num_tokens in share_out(
         answer, predictions.unanswered(), at_a_time=args.batch_size
     ):
@@ -240,6 +241,7 @@ def answer_prompt(args, engine, model, tokenizer):
     shown = ""
 
     def show(_, ids):
+        """Called with all ids so far, whenever there is a new one; OneByOne does not call it."""
         nonlocal shown
         text = tokenizer.decode(ids)
         # The text ends in U+FFFD while the bytes of its last character have not all come.
@@ -325,7 +327,7 @@ def answer_room(args, question, tokenizer):
     if args.score == "generate":
         return args.max_new_tokens
     options = tasks.options(question.test_set, question.example)
-    # One more, because after the prompt an option may begin with the id of a space.
+    # One more, because some tokenizers encode "A" after a prompt as a space and an "A".
     return 1 + max(len(tokenizer.encode(option)) for option in options)
 
 
@@ -396,7 +398,7 @@ def parse_args(arguments=None):
         "--score",
         default="generate",
         choices=("generate", "likelihood"),
-        help="by its answer, or its likeliest option",
+        help="judge the answer that is generated, or the option that is likeliest",
     )
     add = parser.add_argument_group("more").add_argument
     add("--skip-empty", action="store_true", help="leave out examples with an empty field")
@@ -427,7 +429,8 @@ def go_on(arguments):
 
 
 def run(arguments=None):
-    """`main` with these command-line arguments, or the process's own."""
+    """`main` with these command-line arguments, or the process's own. run_script also joins the
+    processes that torchrun has started, and makes one line of a user's mistake."""
     run_script("eval.py", parse_args, main, arguments, go_on)
 
 

@@ -94,7 +94,8 @@ class LlamaConfig:
             raise ValueError(
                 f"model_type {self.model_type!r} is not implemented: only {', '.join(FAMILIES)} are"
             )
-        # transformers ignores these fields of the other families, and so do we.
+        # For the other families transformers ignores these fields. (A qwen2 that switches its
+        # window on is refused: see IMPLEMENTED.)
         if self.model_type != "llama":
             self.attention_bias = False
             self.mlp_bias = False
@@ -125,8 +126,8 @@ class LlamaConfig:
 
     @property
     def context(self):
-        """The longest sequence, in tokens. A sliding window is not implemented: up to its length it
-        changes nothing, so it limits the context."""
+        """The longest sequence, in tokens. A sliding window is not implemented. A sequence that is
+        no longer than the window is not affected by it, so longer ones are not allowed."""
         if self.sliding_window is None:
             return self.max_position_embeddings
         return min(self.max_position_embeddings, self.sliding_window)
@@ -160,7 +161,8 @@ class LlamaConfig:
         if model_type not in FAMILIES:
             return cls(model_type=model_type)  # __post_init__ refuses it
         architecture, defaults = FAMILIES[model_type]
-        raw = defaults | raw  # a field that is in the file counts, even where it is null
+        # Null in the file is not the default: Mistral's sliding_window is null if it has none.
+        raw = defaults | raw
         # transformers 4 writes rope_theta, and rope_scaling where RoPE is scaled. transformers 5
         # writes one dict, rope_parameters, which holds rope_theta beside the scaling. If a file has
         # both, rope_scaling counts, as it does for transformers.
@@ -276,8 +278,9 @@ class Llama(nn.Module):
             )
         positions = torch.arange(T, device=tokens.device)  # [T]
         if cache is not None:
-            # The length of a KVCache is a number: [1] + [T] gives [T]. The cache of
-            # extras/inference.py has a length for each row: [B, 1] + [T] gives [B, T].
+            # The length of a KVCache is a number, a tensor of shape [], and [1] + [T] gives [T]. In
+            # extras/inference.py each row of a cache has its length, [B], and [B, 1] + [T] gives
+            # [B, T].
             length = torch.as_tensor(cache.length, device=tokens.device)
             positions = length[..., None] + positions
         rope = rope_table(positions, self.inv_freq)
@@ -430,9 +433,9 @@ class Attention(nn.Module):
 
 
 def rope_table(positions, inv_freq):
-    """The two tables for `rotate`, of positions [.., T]: (cos, cos) and (-sin, sin), each of them
-    [.., 1, T, d] in float32, with the angles of the d/2 pairs. They are the same for every head and
-    layer."""
+    """The tables (cos, cos) and (-sin, sin) of the angles of the d/2 pairs at positions [.., T],
+    each [.., 1, T, d] in float32, the same for every head and layer. For the halves (a, b) of a
+    head `rotate` computes (a, b) * (cos, cos) + (b, a) * (-sin, sin)."""
     angles = positions[..., None].float() * inv_freq.to(positions.device)  # [.., T, d/2]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).unsqueeze(-3), torch.cat((-sin, sin), -1).unsqueeze(-3)

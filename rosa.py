@@ -115,9 +115,9 @@ def check_arguments(rank, alpha, low_freq_ratio, pairs):
 def attach(model, rank=64, alpha=128, low_freq_ratio=0.5, targets="q,k", pairs="low"):
     """Freeze the model and wrap the target projections of every layer. Returns the model.
 
-    targets: of q, k, v, o, gate, up, down. Queries and keys get `low_freq_ratio` of their pairs,
-    the low-frequency ones or the `pairs` of an ablation; the others are not rotated and get every
-    row, as in LoRA."""
+    targets: of q, k, v, o, gate, up, down. In q and k `low_freq_ratio` of the pairs adapt, the
+    low-frequency ones or the `pairs` of an ablation. RoPE does not rotate the other targets (v, o,
+    gate, up, down): in these every row adapts, as in LoRA."""
     targets = targets.split(",") if isinstance(targets, str) else list(targets)
     for target in targets:
         if target not in TARGETS:
@@ -358,9 +358,9 @@ class LayerSelector:
     less: at step 0, where B is zero, every A has a gradient of zero.
 
     A probe fails if a score is not finite. Then nothing is selected: the selection before the probe
-    stays (before the first probe that is all layers), and the next step is a probe again. The
-    scores do not decide whether the step itself is applied. train.py applies it if the loss and the
-    gradients of the adapters are finite, which in a failed probe they rarely are.
+    stays (before the first probe that is all layers), and the next step is a probe again. In
+    most failed probes the loss or the gradients of the adapters are not finite either, and train.py
+    does not apply such a step.
 
     score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
     select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps

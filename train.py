@@ -105,6 +105,8 @@ def main(args):
 
     # --- faster, and where to begin ---
     if not args.plain:
+        # Faster code with the same results replaces RMSNorm, attention, MLP, loss and RoAE.forward,
+        # each unless it has been edited; a line says which were replaced.
         exchanged, _ = kernels.accelerate(model)
         kernels.say_what_runs(exchanged)
     if args.compile:
@@ -118,9 +120,8 @@ def main(args):
     process_group = gradient_group(device)
     if args.shard:
         shard(model, process_group, device, dtype)
-        # shard() has moved the adapters to the device; they are still the parameters that the
-        # optimizer knows. The moments that run.resume() has loaded are on the CPU: load_state_dict
-        # moves them to their parameters.
+        # This moves AdamW's moments, which run.resume() has loaded on the CPU, to the device, where
+        # shard() has moved their parameters.
         optimizer.load_state_dict(optimizer.state_dict())
     if step is None:
         step = 0
@@ -173,22 +174,23 @@ def main(args):
         # together.
         response_tokens = sum(len(response) for _, response in batch)
         loss = torch.zeros((), device=device)
-        # Each process computes an even share, in as many micro-batches as the others; the last may
-        # be empty. With --shard all processes must take part in each pass, which needs the weights
-        # of all.
+        # Each process computes an even share of the batch. All compute as many micro-batches, the
+        # last of which may be empty: with --shard they gather the weights from one another in each
+        # pass.
         for micro_batch in own_micro_batches(batch, args.micro_batch_size):
             tokens, labels = collate(micro_batch, device)
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
-        # Sum over the processes: the gradients, at a probe those of the norms too (every process
-        # has all norms), the loss, and the number of signals such as Ctrl-C. loss is a float now.
+        # Sum the gradients over the processes, and with them the loss, which is a float from here
+        # on, and the number of signals such as Ctrl-C. At a probe the gradients of the norms are
+        # among those that are summed: every process has whole norms, with --shard as well.
         loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
         # A probe scores the layers and selects: the others lose this step's gradient.
         selector.after_backward()
 
-        # The step. One that is not finite is left out: can_apply says which examples it was, and
-        # counts such steps in a row.
+        # The step. If it is not finite, can_apply prints which examples were in it, counts it, and
+        # returns False.
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
         if run.can_apply(step + 1, loss, norm, [places_in_file[i] for i in indices]):
             optimizer.step()
@@ -247,7 +249,7 @@ def layer_bar(model, selector):
 
 
 def attach(args, model):
-    """Let train what --method says, and nothing else."""
+    """Make the parameters trainable that --method names, and no others."""
     if args.method == "rosa":
         ratio, pairs = args.low_freq_ratio, args.pairs
         if pairs == "all":
@@ -296,7 +298,8 @@ def load_data(args, tokenizer):
 def passing_bar(items, description):
     """The items, with a progress bar that goes away at their end. The first process shows it, and
     only in a terminal."""
-    disable = None if is_first() else True  # None is tqdm's word for: if this is no terminal
+    # With disable=None tqdm shows nothing where the output is no terminal.
+    disable = None if is_first() else True
     return tqdm(items, desc=description, leave=False, disable=disable)
 
 
@@ -378,7 +381,7 @@ def kind_of(method):
 
 
 def default_of(option):
-    """The default of an option, for its help, by method: "default: rosa 0.5, lora 1, full 1"."""
+    """The default of an option by method, for its help: "default: rosa 0.5, lora 1, ..."."""
     defaults = [
         f"{method} {options[option]:g}" for method, options in METHODS.items() if option in options
     ]
@@ -386,7 +389,8 @@ def default_of(option):
 
 
 def parse_args(arguments=None):
-    parser = script_parser("train.py", "\n".join(__doc__.split("\n")[:4]))
+    title_and_first_command = "\n".join(__doc__.split("\n")[:4])
+    parser = script_parser("train.py", title_and_first_command)
     # These options are absent unless given: check_args fills in the method's own default.
     of_method = {"default": argparse.SUPPRESS}
 
@@ -582,7 +586,8 @@ def go_on(arguments):
 
 
 def run(arguments=None):
-    """`main` with these command-line arguments, or the process's own."""
+    """`main` with these command-line arguments, or the process's own. run_script also joins the
+    processes that torchrun has started, and makes one line of a user's mistake."""
     run_script("train.py", parse_args, main, arguments, go_on)
 
 

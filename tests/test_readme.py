@@ -255,9 +255,9 @@ DIFFS = {
 
 
 def apply(diff, root):
-    """Change the files of a copy as a diff says. Each text that the diff replaces must be in its
-    file exactly once, unless the diff was applied before."""
-    for part in re.split(r"^--- a/.*\n\+\+\+ b/", diff, flags=re.M)[1:]:
+    """Change the files of a copy as a diff says. A new file is written. Each text that the diff
+    replaces must be in its file exactly once, unless the diff was applied before."""
+    for part in re.split(r"^--- (?:a/.*|/dev/null)\n\+\+\+ b/", diff, flags=re.M)[1:]:
         file, *hunks = re.split(r"^@@.*\n|\n(?=@@)", part, flags=re.M)
         path = root / file.strip()
         for hunk in filter(str.strip, hunks):
@@ -265,6 +265,9 @@ def apply(diff, root):
             old, new = (
                 "\n".join(line[1:] for line in lines if line[0] in f" {sign}") for sign in "-+"
             )
+            if not old:
+                path.write_text(new + "\n")
+                continue
             text = path.read_text()
             if text.count(new + "\n") == 1:
                 continue
@@ -283,6 +286,67 @@ train.run("--method norms --max-steps 3 --val-size 9 --out n".split())
 eval.run("--ckpt n --limit 2 --max-new-tokens 2".split())
 from extras.records import read_log; from pathlib import Path
 log = read_log(Path("n/log.jsonl")); assert log[-1]["val_loss"] < log[0]["val_loss"]""",
+    "adapter": """import json, shutil, torch, rosa, row_scale, train, eval
+from pathlib import Path
+from extras import adapters, checkpoints, merge
+train.run("--method scale --max-steps 3 --val-size 9 --out s --dtype bfloat16".split())
+eval.run("--adapter s --limit 2 --max-new-tokens 2".split())
+(probe,) = [json.loads(line) for line in Path("s/layers.jsonl").read_text().splitlines()]
+assert len(probe["active_layers"]) == 3  # of 6: DLS selects among the new adapters
+shutil.copytree("data/tiny", "base")
+model = checkpoints.load_model("base", dtype=torch.float32)
+model.save_pretrained("base")
+tokens = torch.randint(5, 1000, (2, 30))
+before = model(tokens)
+row_scale.attach(model)
+for module in row_scale.scales(model).values():
+    module.scale.data = 1 + torch.rand(module.scale.shape)
+adapters.save_adapter(model, "a")
+again = adapters.load_adapter(checkpoints.load_model("base"), "a")
+assert torch.equal(again(tokens), model(tokens))
+merge.run("--ckpt base --adapter a --out merged".split())
+merged = checkpoints.load_model("merged")
+assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+torch.testing.assert_close(merged(tokens), model(tokens), rtol=1e-3, atol=1e-3)
+assert (merged(tokens) - before).abs().max() > 0.1""",
+    "data": """import json, train
+chat = [{"role": "user", "content": f"Say {i}."} for i in range(2)]
+chat = [[chat[0], {"role": "assistant", "content": str(i)}, chat[1],
+         {"role": "assistant", "content": "Yes"}] for i in range(20)]
+text = "".join(json.dumps({"messages": messages}) + chr(10) for messages in chat)
+open("mine.jsonl", "w").write(text)
+from data import tasks
+(place, example), *_ = tasks.placed_examples("mine.jsonl")
+assert (place, example["output"]) == ("line 1", "Yes")
+assert example["instruction"] == "user: Say 0.\\nassistant: 0\\nuser: Say 1."
+train.run("--train-file mine.jsonl --max-steps 1 --val-size 2".split())""",
+    "stored": """import json, shutil, torch, rosa
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from extras import checkpoints, merge
+shutil.copytree("data/tiny", "phi")
+expected = checkpoints.load_model("phi")
+tensors = load_file("phi/model.safetensors")
+for i in range(6):
+    for whole, parts in (("self_attn.qkv_proj", "qkv"), ("mlp.gate_up_proj", ("gate", "up"))):
+        block = whole.split(".")[0]
+        names = [f"model.layers.{i}.{block}.{part}_proj.weight" for part in parts]
+        tensors[f"model.layers.{i}.{whole}.weight"] = torch.cat([tensors.pop(n) for n in names])
+save_file(tensors, "phi/model.safetensors")
+config = json.loads(Path("phi/config.json").read_text())
+config |= {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "sliding_window": 900}
+Path("phi/config.json").write_text(json.dumps(config))
+model, tokens = checkpoints.load_model("phi"), torch.randint(5, 1000, (2, 30))
+assert model.config.context == 900 and torch.equal(model(tokens), expected(tokens))
+rosa.attach(model)
+for adapter in rosa.adapters(model).values():
+    adapter.B.data.normal_(0, 0.02)
+rosa.save_adapter(model, "a")
+merge.run("--ckpt phi --adapter a --out merged".split())
+assert json.loads(Path("merged/config.json").read_text()) == config
+assert load_file("merged/model.safetensors").keys() == tensors.keys()
+merged = checkpoints.load_model("merged")
+assert torch.equal(merged(tokens), rosa.merge(model)(tokens))""",
     "task": """from data import tasks; assert tasks.test_sets("strategy") == ["strategyqa"]
 assert tasks.is_correct("strategyqa", "I say yes, not no", "yes")
 assert not tasks.is_correct("strategyqa", "So no.", "yes")""",
@@ -308,14 +372,17 @@ assert not tasks.is_correct("capitals", "The answer is Rome.", "Paris")""",
 @pytest.mark.parametrize("kind", TRIED)
 def test_a_change_of_each_kind_is_a_short_diff_that_runs(tmp_path, kind):
     (diff,) = [text for text in DIFFS.values() if f"# {kind}" in text.split("\n")[0]]
-    assert len(diff.strip().split("\n")) < 30
+    # An adapter of a new kind is a class of some sixty lines.
+    assert len(diff.strip().split("\n")) < (110 if kind == "adapter" else 30)
     for name in ("model.py", "rosa.py", "train.py", "eval.py", "data", "extras"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, tmp_path / name)
     apply(diff, tmp_path)
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     (try_it,) = re.findall(r"^# try: python (.*)", diff, re.M)
-    for arguments in (["-c", TRIED[kind]], shlex.split(try_it.replace("Qwen/Qwen3-0.6B", "tiny"))):
+    needs_download = kind in ("family", "stored")
+    try_it = re.sub(r"--ckpt \S+/\S+", "--ckpt tiny", try_it)
+    for arguments in (["-c", TRIED[kind]], shlex.split(try_it)):
         done = subprocess.run(
             [sys.executable, *arguments],
             cwd=tmp_path,
@@ -325,7 +392,7 @@ def test_a_change_of_each_kind_is_a_short_diff_that_runs(tmp_path, kind):
         )
         assert done.returncode == 0, done.stderr
     (shown,) = re.findall("^# shows: (.*)", diff, re.M)
-    pattern = r"\d" if kind == "family" else rf"^{re.escape(shown)}\d*$"
+    pattern = r"\d" if needs_download else rf"^{re.escape(shown)}\d*$"
     assert re.search(pattern, done.stdout, re.M)
 
 
@@ -346,7 +413,7 @@ def test_with_every_diff_applied_the_suite_is_green(tmp_path):
 def test_the_diffs_fit_the_files(tmp_path):
     assert len(DIFFS) == len(TRIED)
     for diff in DIFFS.values():
-        for name in set(re.findall(r"^\+\+\+ b/(.*)", diff, re.M)):
+        for name in set(re.findall(r"^--- a/(.*)", diff, re.M)):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, tmp_path / name)
         apply(diff, tmp_path)
