@@ -96,7 +96,7 @@ def main(args):
     # --- the loop ---
     limit = args.max_new_tokens if args.score == "generate" else None
     respond = generate_responses if args.score == "generate" else choose_options
-    # code: hashes of all code that makes an answer, in model.py, in rosa.py, and in `own`. origin: a
+    # code: hashes of all code that makes an answer, in model.py, rosa.py, and in `own`. origin: a
     # dict of hashes of what determines an answer: the checkpoint, the adapter, three options, and
     # this code. Questions that have an answer of the same origin are not asked again.
     code = result_code(args.score, args.adapter, own=[respond, OneByOne, *classes])
