@@ -1,5 +1,5 @@
-"""How scripts and commands are called: their help, their options' values, one-line errors, exit
-statuses.
+"""How scripts and commands are called: their help, the values of their options, one-line errors,
+exit statuses.
 A mistake ends in one line that says what to type instead, and `--help` fits on a screen.
 Without it: argparse alone, and a traceback for a mistake.
 """
@@ -21,8 +21,8 @@ from extras.source import is_library
 
 
 class Stop(Exception):
-    """A run has to end before its time: Stop(what happened), with an exit status. What it has saved
-    is whole."""
+    """Raised where a run has to end early: Stop(what happened), with an exit status. What the run
+    has saved is whole."""
 
     def __init__(self, message, status=1):
         super().__init__(message)
@@ -30,12 +30,12 @@ class Stop(Exception):
 
 
 def run_script(name, parse_args, main, arguments=None, go_on=None):
-    """main(parse_args(arguments)), and every way in which it can end. arguments None: those of the
-    process.
+    """Call main(parse_args(arguments)), and see to every way in which it can end.
 
-    A UserError is one line on stderr, exit status 2. A mistake in the code is a traceback.
-    go_on(arguments): a sentence on what is kept, or what to type, where the script ends before its
-    time."""
+    arguments: the words of a command line; None stands for those of the process. A UserError ends
+    in one line on stderr and exit status 2, a mistake in the code ends in a traceback. If the
+    script ends early, go_on(arguments) is the last sentence of its message, which says what is
+    kept or what to type."""
     arguments = sys.argv[1:] if arguments is None else arguments
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -46,20 +46,20 @@ def run_script(name, parse_args, main, arguments=None, go_on=None):
     try:
         join_processes()
         main(parse_args(arguments))
-        gather()  # nobody leaves before all are done
+        gather()  # no process leaves before all are done
     except UserError as error:
         fail(name, error)
     except Stop as stop:
         end(name, and_how_to_go_on(stop), stop.status)
-    except FloatingPointError as error:  # what is not finite, perhaps in one process alone
+    except FloatingPointError as error:  # a number is not finite, perhaps in this process alone
         fail(name, and_how_to_go_on(error), 1)
     except KeyboardInterrupt:
         end(name, and_how_to_go_on("interrupted"), 130)
-    except BrokenPipeError:  # as `| head` leaves it
+    except BrokenPipeError:  # the reader of the output has ended, as `| head` does
         sys.stdout = open(os.devnull, "w")
         end(name, and_how_to_go_on("what it prints is read no longer"), 1)
     except Exception as error:
-        # What was typed as the name of a file
+        # Some text was typed where the name of a file belongs.
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             fail(name, f"{error.filename}: {error.strerror}")
         if died(error):
@@ -68,39 +68,44 @@ def run_script(name, parse_args, main, arguments=None, go_on=None):
         add_innermost_line(error)
         raise
     finally:
-        for number, handler in handlers.items():  # as they were, where another program has called
+        # A program that has called run_script gets its own handlers back.
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def add_innermost_line(error):
-    """Where a traceback ends inside a library, or in a line that raises anew what another line has
-    raised, have it say last in which line outside of libraries the mistake came up."""
+    """Make the traceback of an error end with the innermost line that is not a library's, unless it
+    ends there anyway. It does not if a library has raised the error, or if one of our lines has
+    raised it anew."""
     first = error
     while first.__cause__ is not None:
         first = first.__cause__
     frames = traceback.extract_tb(first.__traceback__)
     own = [frame for frame in frames if not is_library(frame.filename)]
-    if own and (own[-1] is not frames[-1] or first is not error):
+    if not own:
+        return
+    ends_there_anyway = own[-1] is frames[-1] and first is error
+    if not ends_there_anyway:
         error.add_note("The innermost line that is not a library's:")
         error.add_note("".join(traceback.format_list(own[-1:])).rstrip())
 
 
 def show_what_can_be_shown():
-    """Where a terminal or a file is not in UTF-8, what it has no character for becomes a question
-    mark, no error."""
+    """Print a question mark for a character that the terminal or file cannot show, and raise no
+    error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
 
 
 def fail(name, message, status=2):
-    """One line on stderr, and the end of all processes, whichever of them it was; status 2: by a
-    user's mistake."""
+    """Print one line on stderr and end all processes, in whichever of them the problem came up.
+    Status 2 says that it is a user's mistake."""
     close_bars()
     line = one_line(message)
     try:
         gather(problem=(name, line, status))
-    except RuntimeError as error:  # the others did not come: they have ended by now
+    except RuntimeError as error:  # the other processes have ended already
         if not died(error):
             raise
         print(f"{name}: process {processes()[0]}: {line}", file=sys.stderr)
@@ -108,7 +113,7 @@ def fail(name, message, status=2):
 
 
 def end(name, message, status):
-    """One line, by the first process, and the end."""
+    """End this process; the first process prints one line on stderr."""
     close_bars()
     if is_first():
         print(f"{name}: {one_line(message)}", file=sys.stderr)
@@ -116,25 +121,29 @@ def end(name, message, status):
 
 
 def one_line(message):
-    """A message, an exception say, as one line for a terminal, whatever the names and values that
-    it quotes hold."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(str(message).split()))
-    # The end says what to do
+    """A message or an exception as one line for a terminal, whatever characters the names and
+    values that it quotes hold."""
+    text = ""
+    for c in " ".join(str(message).split()):
+        shown = c if c.isprintable() else ascii(c)[1:-1]
+        text += shown
+    # The end of a long message is kept, since it says what to do.
     return text if len(text) <= 600 else f"{text[:400]} ... {text[-180:]}"
 
 
 def resume_command(script, arguments):
-    """What goes on with the run of these arguments."""
-    arguments = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
+    """The command that resumes the run of a script with these arguments."""
+    kept = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
     launcher = "python" if processes()[1] == 1 else "torchrun ..."
-    return f"{launcher} {shlex.join([os.path.relpath(script), *arguments, '--resume'])}"
+    command = shlex.join([os.path.relpath(script), *kept, "--resume"])
+    return f"{launcher} {command}"
 
 
 # --- help ---
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """A line an option, with "(default: x)" where there is one."""
+    """Help with one line for each option, which ends in "(default: x)" if there is a default."""
 
     def __init__(self, prog):
         super().__init__(prog, max_help_position=28, width=100)
@@ -149,28 +158,31 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 class ShortHelp(argparse.Action):
-    """--help: the options that people use. --help-all: the others too."""
+    """The action of --help, which shows the options that people use, and of --help-all, which shows
+    every option."""
 
     def __init__(self, option_strings, dest, help):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
 
     def __call__(self, parser, namespace, values, option_string=None):
-        for group in parser._action_groups if option_string != "--help-all" else ():
-            for action in group._group_actions if group.title == "more" else ():
-                action.help = argparse.SUPPRESS
+        for group in parser._action_groups:
+            if group.title == "more" and option_string != "--help-all":
+                for action in group._group_actions:
+                    action.help = argparse.SUPPRESS
         parser.print_help()
         parser.exit()
 
 
 def script_parser(name, documentation):
-    """A parser for train.py or eval.py. The options of its group "more" are those that --help-all
-    alone shows."""
+    """A parser for train.py or eval.py. --help does not show the options of its group "more",
+    --help-all does."""
+    names = textwrap.fill(
+        f"names of checkpoints: tiny, {', '.join(NAMES)}", 100, break_on_hyphens=False
+    )
     parser = argparse.ArgumentParser(
         usage=f"python {name} [options]",
         description=documentation,
-        epilog=textwrap.fill(
-            f"names of checkpoints: tiny, {', '.join(NAMES)}", 100, break_on_hyphens=False
-        ),
+        epilog=names,
         formatter_class=Help,
         add_help=False,
     )
@@ -182,8 +194,8 @@ def script_parser(name, documentation):
 
 
 def refuse(name):
-    """What a parser does with a mistake: argparse's "argument --rank: must be ..." as "--rank must
-    be ..."."""
+    """The method `error` of a parser. It prints argparse's "argument --rank: must be ..." as
+    "--rank must be ..."."""
 
     def error(message):
         if message.startswith("argument "):
@@ -194,8 +206,8 @@ def refuse(name):
 
 
 def command_parser(name, documentation):
-    """A parser for `python -m extras.<name>`. documentation: the command's own docstring, an
-    example in it."""
+    """A parser for `python -m extras.<name>`. documentation: the docstring of the command's file,
+    which holds an example."""
     parser = argparse.ArgumentParser(
         prog=f"python -m extras.{name}",
         description=documentation,
@@ -206,7 +218,7 @@ def command_parser(name, documentation):
 
 
 def add_model_arguments(parser):
-    """The options by which a command chooses a model: --ckpt, --adapter, --device, --dtype."""
+    """Add the options by which a command chooses a model: --ckpt, --adapter, --device, --dtype."""
     parser.add_argument(
         "--ckpt", default="tiny", help="checkpoint, as train.py takes it (default: tiny)"
     )
@@ -253,7 +265,8 @@ def seed(text):
 
 
 def names_of(allowed, kind):
-    """The type of an option whose value is names of that kind, separated by commas."""
+    """The type of an option whose value is a list of names out of `allowed`, separated by commas.
+    kind: what the names stand for."""
 
     def names(text):
         for name in text.split(","):
@@ -267,6 +280,8 @@ def names_of(allowed, kind):
 
 
 def checked(kind, text, valid, requirement):
+    """The number that a text stands for. kind: int or float. Raises ArgumentTypeError, which states
+    the requirement, unless valid(number)."""
     try:
         value = kind(text)
     except ValueError:

@@ -1,6 +1,6 @@
-"""The table of runs side by side: what trained, validation loss, scores with their intervals,
+"""A table of runs side by side: what was trained, validation loss, scores with their intervals,
 speed, memory.
-It is Markdown, which goes into a report as it is.
+The table is Markdown, which can be pasted into a report.
 Without it one reads args.json, summary.json, results.json and losses.json of each run directory.
 
     python -m extras.compare runs/*
@@ -38,7 +38,7 @@ ARGUMENTS = (
 
 
 def row_of(run):
-    """Column -> cell for what a run directory holds. Raises UserError."""
+    """The row of a run directory in the table, as column -> cell. Raises UserError."""
     options = read_json(run / "args.json", missing={})
     summary = read_json(run / "summary.json", missing={})
     held = {name: stored_results(run / f"{name}.json") for name in ("results", "losses")}
@@ -86,17 +86,17 @@ def row_of(run):
 
 
 def score_cells(result):
-    """Column -> cell for one evaluation. What cannot be compared has columns of its own: other ways
-    to score, other lengths of answers, other questions. A column is (title, what is added where it
-    is not alone, what it is of)."""
+    """The cells of one evaluation, as column -> cell. Scores that cannot be compared go into
+    separate columns: scores of another kind, of answers of another length, of other questions. A
+    column is (title, detail, hash of the questions). `titles_of` adds the detail to the title if it
+    differs between columns of this title."""
     note = note_on_code(result, result.get("score", "generate"))
     by_likelihood = result.get("score") == "likelihood"
     limit = result.get("max_new_tokens")
     cells = {}
     for name, score in result["scores"].items():
-        title = (
-            f"{name} (n = {result['counts'][name]:,}{', by likelihood' if by_likelihood else ''})"
-        )
+        way = ", by likelihood" if by_likelihood else ""
+        title = f"{name} (n = {result['counts'][name]:,}{way})"
         detail = f"answers of up to {limit} tokens" if limit else ""
         questions = result.get("questions", {}).get(name)
         low, high = result["intervals"][name]
@@ -105,8 +105,10 @@ def score_cells(result):
 
 
 def loss_cells(result):
+    """The cells of one result of extras.forgetting, as column -> cell."""
     note = note_on_code(result, "loss")
-    alone, tokens = result.get("losses_alone", {}), result.get("tokens", {})
+    alone = result.get("losses_alone", {})  # the losses without the adapter
+    tokens = result.get("tokens", {})
     cells = {}
     for name, loss in result["losses"].items():
         size = f" ({tokens[name]:,} tokens)" if name in tokens else ""
@@ -117,42 +119,41 @@ def loss_cells(result):
 
 
 def short(value):
-    """128.0 as 128, and what is no number as it is."""
+    """A number without the zeros behind its point, 128.0 as 128. Another value is returned as it
+    is."""
     return f"{value:g}" if isinstance(value, float) else value
 
 
 def note_on_code(result, kind):
-    """What a number is marked with where the code has been edited since it was made."""
+    """The mark of a result if the code has been edited since the result was made, else ""."""
     return " (other code)" if is_by_other_code(result, kind) else ""
 
 
 def shown(run, options, file, results):
-    """Those results in a run directory that are of its own checkpoint and adapter; a line for the
-    others."""
+    """Those of the results in a file of a run directory that were made by the run's own checkpoint
+    and adapter. Print a line about the others."""
     own = [result for result in results if is_own(result, run, options, results)]
     if len(own) < len(results):
         others = [result for result in results if result not in own]
-        names = ", ".join(
-            dict.fromkeys(str(result.get("ckpt", "an unknown one")) for result in others)
-        )
+        checkpoints = [str(result.get("ckpt", "an unknown one")) for result in others]
+        names = ", ".join(dict.fromkeys(checkpoints))
         problem = (
             f"of another adapter or checkpoint ({names}) than this run's, or do not say of which"
         )
-        which = (
-            f"{len(others)} of the {len(results)} results in {run / file} are"
-            if own
-            else f"{run / file} is"
-        )
+        which = f"{run / file} is"
+        if own:
+            which = f"{len(others)} of the {len(results)} results in {run / file} are"
         print(f"{which} not shown: {problem}")
     return own
 
 
 def is_own(result, run, options, results):
-    """Whether a result was made by the checkpoint and the adapter of the run. Where the directory
-    holds no run, they are those of the latest result; where the run's checkpoint is no longer
-    there, it is known by its name."""
+    """Whether a result was made by the checkpoint and the adapter of the run.
+
+    If the directory holds no run, the checkpoint and the adapter of the latest result take their
+    place. If the run's checkpoint is no longer there, checkpoints of the same name are the same."""
     if "adapter" not in result or "checkpoint" not in result:
-        return False  # as an early version has left it
+        return False  # results of early versions do not name them
     if not options:
         latest = results[-1]
         adapter = adapter_hash(run) or latest["adapter"]
@@ -168,8 +169,9 @@ def is_own(result, run, options, results):
 
 
 def table(rows):
-    """The rows as lines of Markdown. Columns of one title say how they differ."""
-    columns = {}  # the columns of all rows, in the order of the fullest row; a dict keeps it
+    """The rows as lines of Markdown."""
+    # The columns of all rows, beginning with those of the fullest row. A dict keeps their order.
+    columns = {}
     for row in sorted(rows, key=len, reverse=True):
         columns |= dict.fromkeys(row)
     full = []
@@ -182,8 +184,8 @@ def table(rows):
 
 
 def titles_of(columns):
-    """The title of each column (title, detail, what it is of): with its detail where the title
-    alone is not its own, and with a number where both are not."""
+    """The title of each column (title, detail, hash): followed by its detail if columns of the same
+    title have different details, and by a number if the two are still the same as another's."""
     titles = []
     for title, detail, _ in columns:
         details = {other for name, other, _ in columns if name == title}
@@ -197,7 +199,8 @@ def titles_of(columns):
 
 def main(args):
     """Print the table, and a line for each directory that has no row."""
-    rows, problems = [], []
+    rows = []
+    problems = []
     for run in args.runs:
         try:
             rows.append(row_of(run))

@@ -1,5 +1,5 @@
 """Figure 1 of the paper: how large Q and K are in each dimension of a head, layer by layer.
-It shows, for a model of one's own, whether the slow pairs that RoAE adapts are the large ones.
+It shows, for any model, whether the slow pairs that RoAE adapts are the large ones.
 Without it: a forward hook on q_proj and k_proj, and a norm over the tokens.
 
     python -m extras.figure1 figure1.png --ckpt tiny --task toy
@@ -44,59 +44,62 @@ def load_prompts(args, tokenizer):
 
 @torch.inference_mode()
 def mean_norms(model, prompts):
-    """name -> [L, d], q and k: the L2 norm over the tokens of a prompt of each dimension before the
-    rotation, averaged over prompts and heads."""
-    norms = {"q": [], "k": []}  # of every prompt and layer in turn, [d]
+    """How large each dimension of a head is before the rotation, as {"q": [L, d], "k": [L, d]}: the
+    L2 norm over the tokens of a prompt, averaged over prompts and heads."""
+    norms = {"q": [], "k": []}  # the norms [d] of each layer, for one prompt after the other
 
     def record(name):
+        """A hook that adds the norms of a projection's output to norms[name]."""
+
         def hook(module, inputs, states):  # [1, T, heads * d]
             heads = states[0].float().unflatten(-1, (-1, model.config.head_dim))  # [T, heads, d]
             norms[name].append(heads.norm(dim=0).mean(0).cpu())
 
         return hook
 
-    hooks = [
-        layer.self_attn.get_submodule(f"{name}_proj").register_forward_hook(record(name))
-        for layer in model.model.layers
-        for name in norms
-    ]
+    hooks = []
+    for layer in model.model.layers:
+        hooks.append(layer.self_attn.q_proj.register_forward_hook(record("q")))
+        hooks.append(layer.self_attn.k_proj.register_forward_hook(record("k")))
     for prompt in tqdm(prompts, unit="example", leave=False):
         model.hidden_states(torch.tensor([prompt], device=model.device))
     for hook in hooks:
         hook.remove()
-    return {
-        name: torch.stack(found).unflatten(0, (len(prompts), -1)).mean(0).numpy()
-        for name, found in norms.items()
-    }
+    means = {}
+    for name in norms:
+        by_prompt = torch.stack(norms[name]).unflatten(0, (len(prompts), -1))  # [prompts, L, d]
+        means[name] = by_prompt.mean(0).numpy()
+    return means
 
 
 def first_low_frequency_pair(model):
-    """Where the pairs begin that RoAE adapts, in this model or by default."""
-    default = inspect.signature(rosa.attach).parameters["low_freq_ratio"].default
-    ratio = rosa.attach_arguments(model)["low_freq_ratio"] if rosa.adapters(model) else default
+    """The first of the pairs that RoAE adapts: in this model if it has an adapter, else by
+    default."""
+    if rosa.adapters(model):
+        ratio = rosa.attach_arguments(model)["low_freq_ratio"]
+    else:
+        ratio = inspect.signature(rosa.attach).parameters["low_freq_ratio"].default
     return int(rosa.adapted_rows(model.config.head_dim, 1, ratio).min())
 
 
 def draw(path, means, first_low, count):
-    """The figure, if the package matplotlib is there."""
+    """Draw the figure, if the package matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        return print(f"{path} needs the package matplotlib: pip install matplotlib")
+        print(f"{path} needs the package matplotlib: pip install matplotlib")
+        return
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     for axes, (name, mean) in zip(figure.subplots(1, 2), means.items()):
         half = mean.shape[1] // 2
         image = axes.imshow(
             mean, origin="lower", aspect="auto", cmap="magma", vmax=np.percentile(mean, 99.5)
         )
-        for left in (first_low, half + first_low):  # the two bands of low-frequency dimensions
-            axes.axvspan(
-                left - 0.5,
-                left - first_low + half - 0.5,
-                fill=False,
-                edgecolor="cyan",
-                linewidth=1.5,
-            )
+        # The two bands of low-frequency dimensions end with the two halves of a head.
+        for end in (half, 2 * half):
+            left = end - half + first_low
+            frame = {"fill": False, "edgecolor": "cyan", "linewidth": 1.5}
+            axes.axvspan(left - 0.5, end - 0.5, **frame)
         axes.set(
             xlabel="head dimension (i and i + d/2 are a RoPE pair; low frequencies framed)",
             ylabel="layer",
@@ -109,13 +112,14 @@ def draw(path, means, first_low, count):
 
 
 def main(args):
-    """Print the norms by quarter of the pairs, write them beside the picture as .npz, q and k [L,
-    d], and draw them."""
+    """Print the norms of Q by quarters of the pairs, write the norms of Q and K, [L, d] each, into
+    an .npz file beside the picture, and draw the picture."""
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     prompts = load_prompts(args, load_tokenizer(ckpt))
     model = load_model(ckpt, device, dtype)
-    if (longest := max(map(len, prompts))) > model.config.context:
+    longest = max(map(len, prompts))
+    if longest > model.config.context:
         raise UserError(
             f"{args.task}: a prompt has {longest} tokens, more than the model's context of "
             f"{model.config.context}"
@@ -124,15 +128,13 @@ def main(args):
         adapters.load_adapter(model, args.adapter)
     checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
-    means, first_low = mean_norms(model, prompts), first_low_frequency_pair(model)
+    means = mean_norms(model, prompts)
+    first_low = first_low_frequency_pair(model)
     half = model.config.head_dim // 2
-    quarters = np.array_split(
-        np.sqrt(means["q"][:, :half] ** 2 + means["q"][:, half:] ** 2).mean(0), 4
-    )
-    print(
-        "mean norm of Q by quarter of the pairs, high to low frequency: "
-        + ", ".join(f"{part.mean():.1f}" for part in quarters)
-    )
+    norms_of_pairs = np.sqrt(means["q"][:, :half] ** 2 + means["q"][:, half:] ** 2)  # [L, d/2]
+    quarters = np.array_split(norms_of_pairs.mean(0), 4)
+    shown = ", ".join(f"{part.mean():.1f}" for part in quarters)
+    print(f"mean norm of Q by quarter of the pairs, high to low frequency: {shown}")
     numbers = args.png.with_suffix(".npz")
     with user_file(args.png):
         args.png.parent.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Answers to many prompts at a time: a cache of many rows, continuous batching, likelihoods of
+"""Answers to many prompts at a time: a cache of many rows, continuous batching, the likelihoods of
 options.
-With it evaluation is ten times as fast, and an answer can be shown token by token.
+With this file evaluation is ten times as fast, and an answer can be shown token by token.
 Without it: model.generate(prompts, max_new_tokens, eos_id), one prompt after the other, or --plain.
 
-It calls model.hidden_states and model.logits as they are; its cache has the two names that
-model.py's own has."""
+It calls model.hidden_states and model.logits, whatever they are. Its cache has the two names,
+length and update, that the cache in model.py has."""
 
 import os
 import sys
@@ -17,8 +17,9 @@ from extras.kernels import PLAIN_ATTEND
 from extras.source import edited
 from model import KVCache, Llama, check_prompts
 
-# What `stream` and `log_likelihoods` stand for, as it was written; the method itself stands first.
-# Where one of these has been edited, model.py's own methods answer.
+# `stream` stands for the first method of PLAIN, and `log_likelihoods` for the first of LIKELIHOODS;
+# the other functions are those that they rely on. Where one of these has been edited, the methods
+# of model.py answer.
 CACHE = {(KVCache, "__init__"): "bb55c656be18", (KVCache, "update"): "82839ece389f"}
 PLAIN = {(Llama, "generate"): "fba9f1ec7526"} | CACHE
 LIKELIHOODS = {
@@ -55,19 +56,22 @@ def is_edited(fingerprints, instead):
 
 
 def generate(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=None):
-    """What model.generate returns, `batch_size` prompts at a time (None: all). In float32 an answer
-    does not depend on the others; in bfloat16 rounding, which depends on the batch's shape, may tip
-    the choice between two alike tokens. on_token(i, ids) is called with the ids of answer i so far
-    as each comes."""
+    """The answers that model.generate returns, computed for `batch_size` prompts at a time, or for
+    all at once if it is None.
+
+    In float32 an answer does not depend on the other prompts. In bfloat16 rounding depends on the
+    shape of the batch, and may decide between two tokens of nearly the same probability.
+    on_token(i, ids) is called after each new token, with the ids of answer i so far."""
     answers = dict(stream(model, prompts, max_new_tokens, eos_id, batch_size, on_token))
     return [answers[i] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
 def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=None):
-    """What `generate` returns, each answer as it ends: yields (i, new ids of prompt i). The next
-    prompts take the slots of those answered, so that a long answer does not keep the slots beside
-    it empty."""
+    """Yield the answers of `generate` as they end, as (i, new ids of prompt i).
+
+    A slot is a row of the cache, which holds one prompt and its answer. When an answer ends, the
+    next prompt takes its slot, so that the slots beside a long answer do not stay empty."""
     check_prompts(prompts, max_new_tokens, model.config)
     if is_edited(PLAIN, "answering with Llama.generate, one prompt after the other"):
         for i, prompt in enumerate(prompts):
@@ -80,17 +84,18 @@ def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=Non
     answers = [[] for _ in prompts]
     num_slots = min(batch_size or len(prompts), len(prompts))
     cache = shared_prefix_cache(model, prompts, num_slots, max_new_tokens)
-    # running[slot]: the prompt that this row of the cache belongs to
-    waiting, running = list(range(len(prompts))), []
+    waiting = list(range(len(prompts)))  # the numbers of the prompts that have no slot yet
+    running = []  # running[slot]: the number of the prompt in this slot
     x = torch.empty(0, model.config.hidden_size, device=model.device, dtype=model.dtype)
     while waiting or running:
         free = num_slots - len(running)
-        # Several at a time: one alone is slow
+        # Prompts are taken when a quarter of the slots is free, since one prompt alone is slow.
         if waiting and free >= min(len(waiting), max(1, num_slots // 4)):
-            new, waiting = waiting[:free], waiting[free:]
+            new = waiting[:free]
+            waiting = waiting[free:]
             x = torch.cat((x, prefill(model, [prompts[i] for i in new], cache, len(running))))
             running += new
-        # [n] each; float: on a CPU this is slow in bfloat16
+        # In float32, since on a CPU the maximum in bfloat16 is slow. Both results are [n].
         highest, next_ids = model.logits(x).float().max(-1)
         if not highest.isfinite().all():
             raise FloatingPointError("the model's logits are not finite: try --dtype float32")
@@ -113,50 +118,60 @@ def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=Non
 
 @torch.inference_mode()
 def log_likelihoods(model, prompts, continuations):
-    """Summed log-probability, in nats, of each of a prompt's continuations: continuations[i] is a
-    list of lists of ids that may follow prompts[i], and so many numbers come back for it. A prompt
-    is computed once for all of its own.
+    """The log-probabilities of continuations, in nats, each summed over the continuation's ids.
 
-    Raises ValueError for a text beyond the model's context."""
-    longest = max(
-        len(prompt) + len(ids) for prompt, options in zip(prompts, continuations) for ids in options
-    )
+    continuations[i] is a list of the continuations of prompts[i], each a list of ids. The result
+    has a number in the place of each continuation. A prompt is computed once, for all its
+    continuations. Raises ValueError for a text that is longer than the model's context."""
+    flat = []  # the continuations of all prompts, one after the other
+    numbers = []  # for each of these the number of its prompt
+    text_lengths = []  # for each of these the number of its tokens and those of its prompt
+    for i, options in enumerate(continuations):
+        for ids in options:
+            flat.append(ids)
+            numbers.append(i)
+            text_lengths.append(len(prompts[i]) + len(ids))
+    longest = max(text_lengths)
     if longest > model.config.context:
         raise ValueError(
             f"{longest} tokens are more than the model's context of {model.config.context}"
         )
-    prompt_of = torch.tensor(
-        [i for i, options in enumerate(continuations) for _ in options], device=model.device
-    )  # [N]
-    ids, lengths = pad([ids for options in continuations for ids in options])  # [N, T]
-    ids, lengths = ids.to(model.device), lengths.to(model.device)
+    prompt_of = torch.tensor(numbers, device=model.device)  # [N]
+    ids, lengths = pad(flat)  # [N, T], [N]
+    ids = ids.to(model.device)
+    lengths = lengths.to(model.device)
     cache = shared_prefix_cache(model, prompts, len(prompts), ids.shape[1])
     x = prefill(model, prompts, cache)
     cache.select(prompt_of)
-    x = x[prompt_of, None]  # [N, 1, D]: what sees all before the first id
+    x = x[prompt_of, None]  # [N, 1, D]: the states that predict the first id
     if ids.shape[1] > 1:
         x = torch.cat((x, model.hidden_states(ids[:, :-1], cache)), 1)  # [N, T, D]
     totals = torch.zeros(len(ids), device=model.device)
-    for t in range(ids.shape[1]):  # an id at a time: [N, V] logits in memory, not [N, T, V]
+    # One position at a time, so that the logits in memory are [N, V] and not [N, T, V].
+    for t in range(ids.shape[1]):
         log_probs = model.logits(x[:, t]).float().log_softmax(-1).gather(1, ids[:, t, None])[:, 0]
         totals += torch.where(t < lengths, log_probs, 0)
-    totals = iter(totals.tolist())
-    return [[next(totals) for _ in options] for options in continuations]
+    results = [[] for _ in continuations]
+    for i, total in zip(numbers, totals.tolist()):
+        results[i].append(total)
+    return results
 
 
 @torch.inference_mode()
 def shared_prefix_cache(model, prompts, num_rows, room):
-    """A cache of so many rows, each of which holds what all the prompts, lists of ids, begin with,
-    computed once, and has space for the longest of them and `room` more positions."""
-    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    """A cache of `num_rows` rows, each with space for the longest prompt and `room` more positions.
+    Every row holds the ids that all prompts begin with, which are computed once."""
+    shortest = min(map(len, prompts))
+    longest = max(map(len, prompts))
     cache = BatchedCache(model, num_rows, longest + room)
-    # commonprefix serves any sequences; of each prompt at least a token is left to be computed on
-    # its own.
-    prefix = min(len(os.path.commonprefix(prompts)), shortest - 1) if len(prompts) > 1 else 0
+    prefix = 0
+    if len(prompts) > 1:
+        # commonprefix is for paths, and takes any lists. At least one token of each prompt is not
+        # shared, so that the prompt's last state is computed.
+        prefix = min(len(os.path.commonprefix(prompts)), shortest - 1)
     if prefix:
-        model.hidden_states(
-            torch.tensor([prompts[0][:prefix]], device=model.device), cache.use(slice(0, 1))
-        )
+        tokens = torch.tensor([prompts[0][:prefix]], device=model.device)
+        model.hidden_states(tokens, cache.use(slice(0, 1)))
         for tensor in cache.keys + cache.values:
             tensor[1:, :, :prefix] = tensor[:1, :, :prefix]
     cache.prefix = prefix
@@ -165,10 +180,11 @@ def shared_prefix_cache(model, prompts, num_rows, room):
 
 @torch.inference_mode()
 def prefill(model, prompts, cache, first=0):
-    """Prompts through the model into the rows of a `shared_prefix_cache` from `first` on; all rows
-    so far come next. Returns the hidden state of each one's last token, [n, D]."""
-    # On a CPU a few at a time: what one operation writes is still in the processor's cache when the
-    # next one reads it.
+    """Compute prompts, and fill the rows of a `shared_prefix_cache` from `first` on with them. Then
+    let the cache use all rows that are filled. Returns the hidden states of the prompts' last
+    tokens, [n, D]."""
+    # On a CPU a few prompts are computed at a time, since the numbers that one operation writes are
+    # then still in the processor's cache when the next operation reads them.
     group = 8 if model.device.type == "cpu" else len(prompts)
     last = []
     for i in range(0, len(prompts), group):
@@ -177,48 +193,49 @@ def prefill(model, prompts, cache, first=0):
         cache.lengths[rows] = cache.prefix
         x = model.hidden_states(tokens.to(model.device), cache.use(rows))  # [n, T, D]
         last.append(x[torch.arange(len(x)), ends - 1])
-        # Padding lies beyond: hidden, then overwritten
+        # The padding lies behind these lengths: it is hidden, and then overwritten.
         cache.lengths[rows] = cache.prefix + ends.to(model.device)
     cache.use(slice(0, first + len(prompts)))
     return torch.cat(last)
 
 
 def pad(rows):
-    """Lists of ids as one LongTensor [B, T], padded on the right with 0, and their lengths [B]."""
+    """Lists of ids as one LongTensor [B, T], padded with 0 on the right, and their lengths [B]."""
     lengths = torch.tensor([len(row) for row in rows])
     tokens = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
     return tokens, lengths
 
 
 class BatchedCache:
-    """Keys (rotated) and values of every layer for many rows, of which `lengths[row]` positions are
-    filled. A forward pass concerns the rows that `use` was called with."""
+    """The rotated keys and the values of every layer, for many rows. In a row `lengths[row]`
+    positions are filled. A forward pass reads and fills the rows that `use` was called with."""
 
     def __init__(self, model, num_rows, num_positions):
         config = model.config
-        n, K, S, d = num_rows, config.num_key_value_heads, num_positions, config.head_dim
+        K = config.num_key_value_heads
+        d = config.head_dim
 
-        # Not whatever memory held: a hidden position still meets its weight of 0, and 0 * nan is
-        # nan.
         def zeros(*shape):
-            return [
-                torch.zeros(shape, device=model.device, dtype=model.dtype)
-                for _ in model.model.layers
-            ]
+            """A tensor for each layer. It must not hold nan, since a hidden value is multiplied by
+            a weight of 0, and 0 * nan is nan."""
+            layers = model.model.layers
+            return [torch.zeros(shape, device=model.device, dtype=model.dtype) for _ in layers]
 
-        # On a CPU keys lie in memory as [n, K, d, S]: so a few queries multiply them faster.
-        on_cpu = model.device.type == "cpu"
-        self.keys = (
-            [keys.transpose(2, 3) for keys in zeros(n, K, d, S)] if on_cpu else zeros(n, K, S, d)
-        )
-        self.values = zeros(n, K, S, d)
+        if model.device.type == "cpu":
+            # In memory keys are [rows, K, d, positions]: a CPU multiplies a few queries by them
+            # faster.
+            transposed = zeros(num_rows, K, d, num_positions)
+            self.keys = [keys.transpose(2, 3) for keys in transposed]
+        else:
+            self.keys = zeros(num_rows, K, num_positions, d)
+        self.values = zeros(num_rows, K, num_positions, d)
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=model.device)
-        self.prefix = 0  # so many positions are filled alike in every row
-        # As KVCache's are, of which a reader's attend knows
+        self.prefix = 0  # the number of positions that hold the same ids in every row
+        # An edited Attention.attend gets masks of the dtype that the masks of KVCache have.
         self.masks_are_bool = edited(PLAIN_ATTEND) is not None
 
     def use(self, rows):
-        """Let the next tokens be those of these rows, a slice. Returns the cache."""
+        """Let the next forward passes read and fill these rows, a slice. Returns the cache."""
         self.rows = rows
         return self
 
@@ -227,7 +244,8 @@ class BatchedCache:
         return self.lengths[self.rows]  # [n]
 
     def update(self, layer, k, v):
-        """As KVCache.update; the mask is [n, 1, T, S], S as far as any row reaches."""
+        """KVCache.update for many rows. The mask is [n, 1, T, S]: the longest row has S filled
+        positions, those of the new tokens included."""
         if layer == 0:
             self.locate(k.shape[2])
         self.keys[layer][self.index] = k.transpose(1, 2)
@@ -240,8 +258,8 @@ class BatchedCache:
         return self.keys[layer][self.rows, :, :S], self.values[layer][self.rows, :, :S], self.mask
 
     def locate(self, T):
-        """Once a forward pass, for all layers: where the T new tokens of each row go, and what they
-        see."""
+        """Set the positions of the T new tokens of each row, and the mask of what they see. This is
+        done once in a forward pass, for all layers."""
         device = self.lengths.device
         positions = self.length[:, None] + torch.arange(T, device=device)  # [n, T]
         self.index = (
@@ -250,10 +268,11 @@ class BatchedCache:
             positions,
         )
         S = int(positions.max()) + 1
-        self.mask = None  # nothing lies before the tokens
+        self.mask = None  # right if nothing lies before the tokens
         if S > T:
             seen = torch.arange(S, device=device) <= positions[..., None]  # [n, T, S]
-            # Added to the scores, it need not be made a mask of numbers in every layer
+            # A mask of numbers is made here once, since the kernel adds it to the scores in every
+            # layer.
             if not self.masks_are_bool:
                 seen = torch.zeros(
                     seen.shape, device=device, dtype=self.keys[0].dtype
@@ -261,7 +280,8 @@ class BatchedCache:
             self.mask = seen[:, None]
 
     def select(self, rows):
-        """Let row i be what row rows[i] was; a row may be taken several times."""
+        """Put row rows[i] in the place of row i, for all i at once. The same row may be taken more
+        than once."""
         for tensors in (self.keys, self.values):
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = tensor[rows]
@@ -269,8 +289,9 @@ class BatchedCache:
         self.use(slice(0, len(rows)))
 
     def keep(self, slots):
-        """Drop all rows but `slots` (ascending). Returns the slot that each remaining row comes
-        from: the last rows move into the holes, so that no more is copied than was dropped."""
+        """Drop all rows but `slots`, which are in ascending order. The last rows move into the
+        holes, so that no more rows are copied than were dropped. Returns for each row the slot in
+        which it was before."""
         count = len(slots)
         movers = [slot for slot in slots if slot >= count]
         holes = sorted(set(range(count)) - set(slots))

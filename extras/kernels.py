@@ -1,13 +1,13 @@
 """Faster or smaller versions of the formulas in model.py and rosa.py, put in by one line:
 `accelerate(model)`.
-Training is a quarter faster with them (SmolLM2, bfloat16, a CPU), and keeps two thirds as much for
+With them training is a quarter faster (SmolLM2, bfloat16, a CPU), and keeps two thirds as much for
 the backward pass.
 Without it: leave the line out, or type --plain; model.py and rosa.py compute the same.
 
-A kernel trusts nothing. It stands for one method as it was written: its fingerprint is a hash of
-that method's tokens, and where the method has been edited, or its source can't be found, the method
-runs as it is and one line says so. What PyTorch does not document is tried on a few numbers first;
-where this PyTorch or this processor has it not, likewise."""
+A kernel stands for one method as it was when the kernel was written, and knows it by a fingerprint,
+a hash of the method's tokens. If the method has been edited, or its source cannot be found, it is
+left as written, and a line says so. An operator that PyTorch does not document is tried on a few
+numbers first; if this PyTorch or this processor lacks it, a plain formula takes its place."""
 
 import functools
 import platform
@@ -27,14 +27,13 @@ from rosa import RoAE
 
 
 class Kernel(NamedTuple):
-    """function stands for the method `name` of a class. fingerprints: of that method, and of what
-    else it relies on."""
+    """A function that stands for the method `name` of a class."""
 
     cls: type
     name: str
     function: FunctionType
-    fingerprints: dict
-    # Whether it can stand for the method of this very module
+    fingerprints: dict  # the fingerprint of the method, and those of other code it relies on
+    # Whether the kernel can stand for the method in a certain module of this class
     fits: FunctionType = lambda module: True
 
     @property
@@ -43,39 +42,32 @@ class Kernel(NamedTuple):
 
 
 def accelerate(model, inference=False):
-    """Exchange the plain methods of the model's modules for kernels, after `attach`, `load_adapter`
-    or `merge`.
+    """Exchange the methods of the model's modules for kernels. Call it after `attach`,
+    `load_adapter` or `merge`.
 
-    inference: linear layers' weights are laid out anew where that makes them faster; the model can
-    then no longer be trained, merged or saved. Returns (the methods exchanged, {method left plain:
-    why}), and prints a line for each of the latter; under torchrun what one process leaves out all
-    leave out."""
+    inference: whether to lay out the weights of linear layers anew where that makes them faster.
+    The model can then no longer be trained, merged or saved. Returns (the methods that were
+    exchanged, {method that is left as written: why}), and prints a line for each method that is
+    left. Under torchrun a method that one process leaves is left by all."""
     Operators.look_up()
     left = {}
     for kernel in KERNELS:
         if reason := edited(kernel.fingerprints):
             left[kernel.stands_for] = reason
-    if (
-        not Operators.onednn
-        and platform.machine() in ("x86_64", "AMD64")
-        and model.device.type == "cpu"
-    ):
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    if is_x86 and model.device.type == "cpu" and not Operators.onednn:
         left["Linear.forward"] = "this PyTorch or processor has no oneDNN product"
-    left = {name: reason for each in gather(left) for name, reason in each.items()}
-    for name, reason in left.items():
+    left_by_any = {}
+    for left_by_one in gather(left):
+        left_by_any |= left_by_one
+    for name, reason in left_by_any.items():
         print(f"kernels    {reason}: running {name} as written")
-    # A linear layer inside a wrapper of another kind, such as one of peft, stays: its weight may be
-    # read there.
-    parents = (Llama, Attention, MLP, RoAE)
-    linears = {
-        child
-        for parent in model.modules()
-        if type(parent) in parents
-        for child in parent.children()
-    }
+    linears = children_of_known_kinds(model)
     exchanged = set()
     for kernel in KERNELS:
-        for module in model.modules() if kernel.stands_for not in left else ():
+        if kernel.stands_for in left_by_any:
+            continue
+        for module in model.modules():
             if type(module) is not kernel.cls or has_hooks(module) or kernel.name in vars(module):
                 continue
             if kernel.cls is nn.Linear and module not in linears:
@@ -85,18 +77,28 @@ def accelerate(model, inference=False):
             if kernel.fits(module):
                 setattr(module, kernel.name, MethodType(kernel.function, module))
                 exchanged.add(kernel.stands_for)
-    return sorted(exchanged), left
+    return sorted(exchanged), left_by_any
+
+
+def children_of_known_kinds(model):
+    """The modules inside the model's own modules. A linear layer inside another wrapper, such as
+    one of peft, is not among them and is left as written, since the wrapper may read its weight."""
+    children = set()
+    for parent in model.modules():
+        if type(parent) in (Llama, Attention, MLP, RoAE):
+            children |= set(parent.children())
+    return children
 
 
 def has_hooks(module):
+    """Whether a module has hooks, which are other code that PyTorch calls with the module."""
     return any(value for name, value in vars(module).items() if name.endswith("_hooks"))
 
 
 def say_what_runs(exchanged, from_inference=()):
-    """One line: what runs from extras/kernels.py and extras/inference.py in the place of which
-    methods."""
-    places = {"extras/kernels.py": exchanged, "extras/inference.py": from_inference}
-    parts = [f"{place} stands for {', '.join(names)}" for place, names in places.items() if names]
+    """Print a line that says for which methods extras/kernels.py and extras/inference.py stand."""
+    files = {"extras/kernels.py": exchanged, "extras/inference.py": from_inference}
+    parts = [f"{file} stands for {', '.join(names)}" for file, names in files.items() if names]
     if parts:
         print(f"kernels    {'; '.join(parts)}. --plain runs them as written")
 
@@ -110,8 +112,8 @@ def linear_forward(self, x):
 
 @torch.no_grad()
 def pack(module):
-    """Lay the weight of a linear layer out as an x86 CPU multiplies by it fastest; elsewhere
-    nothing happens."""
+    """Lay out the weight of a linear layer so that an x86 CPU multiplies by it fastest. On other
+    devices nothing happens."""
     if is_onednn(module.weight) and not module.weight.is_mkldnn:
         module.weight = nn.Parameter(reordered(module.weight.detach()), requires_grad=False)
 
@@ -124,8 +126,8 @@ def rms_norm_forward(self, x):
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """Keeps x and one number a token for the backward pass, where autograd would keep every
-    intermediate."""
+    """RMSNorm that keeps x and one number for each token for the backward pass. Autograd would keep
+    every intermediate result."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -155,7 +157,7 @@ def mlp_forward(self, x):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping only its two inputs for the backward pass."""
+    """silu(gate) * up that keeps only its two inputs for the backward pass."""
 
     @staticmethod
     def forward(ctx, gate, up):
@@ -171,19 +173,19 @@ class SwiGLU(torch.autograd.Function):
 
 # --- Attention.attend ---
 
-SHORT = 512  # tokens: so far all scores of a head are held at once where that is faster
+# Up to so many tokens all scores of a head are held in memory at once where that is faster.
+SHORT = 512
 
 
 def attend(self, q, k, v, mask):
-    """The plain method's inputs and result. Heads that share a key/value head stand in for a longer
-    sequence, so that no key is repeated."""
+    """Attention.attend, with the same inputs and the same result. The heads that share a key/value
+    head are computed as one head with a longer sequence of queries, so that no key is repeated."""
     B, H, T, d = q.shape
     K, S = k.shape[1:3]
     if mask is not None:
         q = q.reshape(B, K, -1, d)  # [B, K, H/K * T, d]
         if q.device.type == "cpu" and q.shape[2] <= SHORT:
-            # In plain matrix products: for a few queries PyTorch's own kernel takes half as long
-            # again.
+            # For a few queries PyTorch's kernel takes half as long again as these matrix products.
             scores = ((q.float() * d**-0.5) @ k.float().transpose(2, 3)).view(B, K, H // K, T, S)
             if mask.dtype == torch.bool:
                 mask = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, -torch.inf)
@@ -194,33 +196,37 @@ def attend(self, q, k, v, mask):
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT:
         return CausalAttention.apply(q, k, v)
     dtype = q.dtype
-    # PyTorch's backward pass there takes twice as long in bfloat16
+    # On a CPU PyTorch's backward pass takes twice as long in bfloat16 as in float32.
     if q.requires_grad and q.device.type == "cpu":
-        q, k, v = q.float(), k.float(), v.float()
+        q = q.float()
+        k = k.float()
+        v = v.float()
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).to(dtype)
 
 
 class CausalAttention(torch.autograd.Function):
-    """Causal attention in plain matrix products: in bfloat16 on a CPU three times as fast as
-    PyTorch's kernel, backward pass included, for texts that are SHORT: it keeps their [T, T]
-    probabilities. q [B, H, T, d]; k, v [B, K, T, d]."""
+    """Causal attention in plain matrix products. In bfloat16 on a CPU it is three times as fast as
+    PyTorch's kernel, backward pass included. It is for texts of up to SHORT tokens, since it keeps
+    their probabilities, [T, T] for each head. q [B, H, T, d]; k, v [B, K, T, d]."""
 
     @staticmethod
     def forward(ctx, q, k, v):
         B, H, T, d = q.shape
         K = k.shape[1]
-        q, k, v = q.reshape(B * K, -1, d), k.reshape(B * K, T, d), v.reshape(B * K, T, d)
-        # What is taken from all keys alike changes all scores of a query alike, and softmax does
-        # not see it. Scores come out in bfloat16, finest near zero: without their mean keys give
-        # smaller ones (Qwen2.5's bias is large).
+        q = q.reshape(B * K, -1, d)
+        k = k.reshape(B * K, T, d)
+        v = v.reshape(B * K, T, d)
+        # A vector that is subtracted from every key changes all scores of a query by one number,
+        # and softmax does not depend on it. The scores are rounded to bfloat16, which is finest
+        # near zero, and keys without their mean give smaller scores (Qwen2.5's bias is large).
         centred = (k.float() - k.float().mean(1, keepdim=True)).to(k.dtype)
         # [H/K * T, T]
         mask = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1).repeat(H // K, 1)
         # [B * K, H/K * T, T]
         scores = torch.baddbmm(mask, q, centred.transpose(1, 2), alpha=d**-0.5)
-        # A score of 64 is off by an eighth: of such, seen in a sample of rows, bfloat16 has too few
-        # digits.
-        # Which knows no numbers
+        # In bfloat16 a score below 64 is off by an eighth at most, and a larger score by more. If a
+        # sample of the rows has a larger score, all scores are computed again in float32. Compiled
+        # code cannot branch on the numbers in a tensor.
         checked = q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
         if checked and scores[:, ::16].amax(-1).abs().amax() > 64:
             scores = torch.baddbmm(
@@ -239,7 +245,8 @@ class CausalAttention(torch.autograd.Function):
         grad_scores = Operators.softmax_backward(grad @ v.transpose(1, 2), probabilities).mul_(
             d**-0.5
         )
-        grad_q, grad_k = grad_scores @ k, grad_scores.transpose(1, 2) @ q
+        grad_q = grad_scores @ k
+        grad_k = grad_scores.transpose(1, 2) @ q
         return grad_q.view(B, H, T, d), grad_k.view(B, -1, T, d), grad_v.view(B, -1, T, d)
 
 
@@ -254,10 +261,11 @@ def loss(self, tokens, labels):
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of -log softmax(hidden @ weight.T)[label], some rows at a time.
+    """The sum over rows of -log softmax(hidden @ weight.T)[label], computed some rows at a time.
 
-    The gradients are made in the forward pass, slice by slice, while the logits are at hand: what
-    is kept for the backward pass is [N, D], never [N, V]."""
+    The gradients are computed in the forward pass too, while the logits of these rows are in
+    memory. What is kept for the backward pass is the gradient, [N, D], and never the logits,
+    [N, V]."""
 
     SLICE = 2**23  # float32 logits held at once: 32 MiB
 
@@ -274,7 +282,7 @@ class SummedCrossEntropy(torch.autograd.Function):
             loss -= at_label.sum()
             if grad_hidden is None and grad_weight is None:
                 continue
-            # Softmax - 1
+            # The gradient of a row's logits is their softmax, less 1 at the label.
             grad = log_probs.exp_().scatter_add_(1, label, -torch.ones_like(at_label)).to(h.dtype)
             if grad_hidden is not None:
                 grad_hidden[start : start + rows] = linear(grad, weight.T)
@@ -285,7 +293,12 @@ class SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return *(None if grad is None else grad * grad_loss for grad in ctx.saved_tensors), None
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss
+        if grad_weight is not None:
+            grad_weight = grad_weight * grad_loss
+        return grad_hidden, grad_weight, None
 
 
 # --- RoAE.forward ---
@@ -303,15 +316,16 @@ def roae_forward(self, x):
 
 
 def pairs_slice(adapter):
-    """The pairs of every head that adapt, a slice of its d/2: the first n or the last n."""
+    """The pairs that are adapted in every head, as a slice of the head's d/2 pairs: the first n or
+    the last n."""
     half = adapter.linear.out_features // adapter.num_heads // 2
     n = len(adapter.rows) // adapter.num_heads // 2
     return slice(0, n) if adapter.pairs == "high" else slice(half - n, half)
 
 
 def adds_to_its_rows(adapter):
-    """Whether the kernel adds to the very rows that the plain method adds to: they may have been
-    chosen otherwise."""
+    """Whether the kernel adds to the same rows as RoAE.forward. An edit of rosa.adapted_rows may
+    have chosen other rows."""
     rows = torch.arange(adapter.linear.out_features)
     if adapter.low_freq_ratio != 1 and adapter.pairs != "random":
         rows = rows.view(adapter.num_heads, 2, -1)[..., pairs_slice(adapter)].flatten()
@@ -320,7 +334,7 @@ def adds_to_its_rows(adapter):
 
 class AddToPairs(torch.autograd.Function):
     """Adds the update, [.., rows], to the pairs `columns` of every head of y, [.., out], in place.
-    The gradient passes as it is: autograd alone would copy all of it."""
+    The gradient of y passes unchanged, where autograd would copy it."""
 
     @staticmethod
     def forward(ctx, y, update, num_heads, columns):
@@ -337,30 +351,27 @@ class AddToPairs(torch.autograd.Function):
 
 
 def is_plain(linear):
-    """Whether nothing but the weight and bias of a linear layer decides what it computes."""
+    """Whether a linear layer computes what its weight and bias say, and nothing else."""
     forward = getattr(vars(linear).get("forward"), "__func__", vars(linear).get("forward"))
     return type(linear) is nn.Linear and not has_hooks(linear) and forward in (None, linear_forward)
 
 
 def reads_lm_head(model):
-    """Whether the logits of a model are its lm_head's product and no more."""
+    """Whether the logits of a model are the product with its lm_head, and nothing else."""
     return is_plain(model.lm_head) and model.lm_head.bias is None and "logits" not in vars(model)
+
+
+def is_faster(linear):
+    """Whether linear_forward is faster than PyTorch's own for a linear layer."""
+    if linear.weight.is_mkldnn:
+        return True
+    return is_onednn(linear.weight) and linear.weight.dtype == torch.float32
 
 
 PLAIN_ATTEND = {(Attention, "attend"): "91e7c2b1d9ef"}
 PLAIN_LINEAR = {(nn.Linear, "forward"): "bc032567e395"}
 KERNELS = [
-    Kernel(
-        nn.Linear,
-        "forward",
-        linear_forward,
-        PLAIN_LINEAR,
-        fits=lambda module: (
-            module.weight.is_mkldnn
-            or is_onednn(module.weight)
-            and module.weight.dtype == torch.float32
-        ),
-    ),
+    Kernel(nn.Linear, "forward", linear_forward, PLAIN_LINEAR, fits=is_faster),
     Kernel(RMSNorm, "forward", rms_norm_forward, {(RMSNorm, "forward"): "4e383c7b4692"}),
     Kernel(MLP, "forward", mlp_forward, {(MLP, "forward"): "b66865aa8eb3"}),
     Kernel(Attention, "attend", attend, PLAIN_ATTEND),
@@ -385,27 +396,26 @@ KERNELS = [
 
 
 def checkpoint_activations(model):
-    """Keep one tensor a layer for the backward pass and compute the rest again: slower, in less
-    memory."""
+    """Let every layer keep one tensor for the backward pass and compute the others again. Training
+    is then slower, and needs less memory."""
     for layer in model.model.layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def compile_layers(model):
-    """Have every layer compiled at its first call, if anything can be compiled here."""
+    """Let every layer be compiled at its first call, if this machine can compile."""
     try:
         torch.compile(torch.square)(torch.ones(2, device=model.device))
-    # No C++ compiler, no Triton, a Python that is not supported: each its own class
+    # PyTorch raises errors of different classes if there is no C++ compiler or no Triton, or if it
+    # does not support this Python.
     except Exception as error:
-        reason = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
-        return print(
-            f"compile    nothing can be compiled here ({reason.strip()}): going on without"
-        )
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        print(f"compile    nothing can be compiled here ({reason}): going on without")
+        return
     if hasattr(torch._dynamo.config, "recompile_limit"):
-        # A layer that trains, is probed, is frozen, runs without gradients: each is compiled code
-        # of its own.
+        # A layer is compiled once for training, once for a probe, once frozen and once without
+        # gradients.
         torch._dynamo.config.recompile_limit = 64
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)

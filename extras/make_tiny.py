@@ -1,18 +1,19 @@
-"""How the bundled checkpoint `data/tiny` was made: a SentencePiece tokenizer, a LLaMA of 2.3
+"""How the bundled checkpoint `data/tiny` was made: a SentencePiece tokenizer, and a LLaMA of 2.3
 million parameters.
-Thanks to it the first command needs no download.
+Thanks to this checkpoint the first command needs no download.
 Without it: any other checkpoint.
 
     python -m extras.make_tiny OUT_DIR --minutes 30
 
-It is pretrained on synthetic prose about quantities: little stories in which people gain, lose and
-share things, with the sums written out, and lists of sums. No text has the form of an instruction
-and its response, and no story has the numbers of a test problem of `toy.py`. So the model knows the
-words and the arithmetic, and cannot do the task."""
+The model is pretrained on synthetic prose about quantities: little stories in which people gain,
+lose and share things, with the sums written out, and lists of sums. No text has the form of an
+instruction and its response, and no story has the numbers of a test problem of `toy.py`. So the
+model knows the words and the arithmetic, and cannot do the task."""
 
 import io
 import math
 import random
+import string
 import time
 from pathlib import Path
 
@@ -24,17 +25,21 @@ from data.errors import user_file
 from extras.commands import command_parser, run_script
 from model import Llama, LlamaConfig
 
-CONTEXT, ROWS = 256, 16  # tokens a training row, rows a step
+CONTEXT = 256  # tokens in a training row
+ROWS = 16  # training rows in a step
+PUNCTUATION = "#:?!,.'\"$%&()*;<>[]{}@_/=+-"  # the characters of this kind that get pieces
 
 
 def story(rng):
     """A problem of the training split told as prose."""
-    while toy.split_of((parts := toy.problem(rng))[0]) != "train":
-        pass
-    _, setup, question, steps, conclusion = parts
+    key, setup, question, steps, conclusion = toy.problem(rng)
+    while toy.split_of(key) != "train":
+        key, setup, question, steps, conclusion = toy.problem(rng)
     if rng.random() < 0.25:
         setup += f" {question}"
-    work = "" if rng.random() < 0.2 else rng.choice([" ", " ", "\n", "\n\n"]) + " ".join(steps)
+    work = ""
+    if rng.random() >= 0.2:
+        work = rng.choice([" ", " ", "\n", "\n\n"]) + " ".join(steps)
     return f"{setup}{work} {conclusion}"
 
 
@@ -42,31 +47,29 @@ def sums(rng):
     """A list of equations."""
     lines = []
     for _ in range(rng.randint(2, 6)):
-        a, b, m, n = rng.randint(1, 60), rng.randint(1, 30), rng.randint(2, 12), rng.randint(2, 9)
+        a = rng.randint(1, 60)
+        b = rng.randint(1, 30)
+        m = rng.randint(2, 12)
+        n = rng.randint(2, 9)
         a, b = max(a, b), min(a, b)
-        lines.append(
-            rng.choice(
-                [
-                    f"{a} + {b} = {a + b}.",
-                    f"{b} + {a} = {a + b}.",
-                    f"{a} - {b} = {a - b}.",
-                    f"{m} x {n} = {m * n}.",
-                    f"{m * n} / {n} = {m}.",
-                ]
-            )
-        )
+        equations = [
+            f"{a} + {b} = {a + b}.",
+            f"{b} + {a} = {a + b}.",
+            f"{a} - {b} = {a - b}.",
+            f"{m} x {n} = {m * n}.",
+            f"{m * n} / {n} = {m}.",
+        ]
+        lines.append(rng.choice(equations))
     return " ".join(lines)
 
 
 def note(rng):
-    """A note that uses the words of letters and lists, so that the tokenizer and the model have met
-    them."""
-    name, other, item, count = (
-        rng.choice(toy.GIRLS),
-        rng.choice(toy.BOYS),
-        rng.choice(toy.ITEMS),
-        rng.randint(2, 60),
-    )
+    """A note in the words of the prompts' templates, so that the tokenizer and the model have met
+    these words."""
+    name = rng.choice(toy.GIRLS)
+    other = rng.choice(toy.BOYS)
+    item = rng.choice(toy.ITEMS)
+    count = rng.randint(2, 60)
     return rng.choice(
         [
             f"Below is a list that describes {count} {item}.",
@@ -89,12 +92,18 @@ def document(rng):
 
 
 def train_tokenizer(rng):
-    """1,024 pieces, each digit its own, bytes for whatever else: the bytes of a SentencePiece
-    `tokenizer.model`."""
-    lines = (line for _ in range(20000) for line in document(rng).split("\n") if line)
+    """The bytes of a SentencePiece `tokenizer.model` with 1,024 pieces. Each digit is a piece, and
+    characters that have no piece are spelt in bytes."""
+
+    def lines_of_documents():
+        for _ in range(20000):
+            for line in document(rng).split("\n"):
+                if line:
+                    yield line
+
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=lines,
+        sentence_iterator=lines_of_documents(),
         model_writer=model,
         model_type="bpe",
         vocab_size=1024,
@@ -103,7 +112,10 @@ def train_tokenizer(rng):
         character_coverage=1.0,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        required_chars="#:?!,.'\"$%&()*;<>[]{}@_/=+-0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz",
+        required_chars=PUNCTUATION
+        + string.digits
+        + string.ascii_uppercase
+        + string.ascii_lowercase,
         unk_id=0,
         bos_id=1,
         eos_id=2,
@@ -114,7 +126,7 @@ def train_tokenizer(rng):
 
 
 def rows(rng, tokenizer, count):
-    """`count` rows of CONTEXT + 1 ids cut from one endless stream of documents."""
+    """`count` rows of CONTEXT + 1 ids, cut from documents that follow each other without a gap."""
     stream = []
     while len(stream) < count * (CONTEXT + 1):
         stream += [tokenizer.bos_id(), *tokenizer.encode(document(rng)), tokenizer.eos_id()]
@@ -148,9 +160,16 @@ def main(args):
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    start, step, tokens = time.monotonic(), 0, 0
-    while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
-        lr = 2e-3 * min(1, (step + 1) / 200) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done)))
+    start = time.monotonic()
+    step = 0
+    tokens = 0
+    while True:
+        done = (time.monotonic() - start) / (60 * args.minutes)  # the part of the time that is over
+        if done >= 1:
+            break
+        warmup = min(1, (step + 1) / 200)
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        lr = 2e-3 * warmup * (0.05 + 0.95 * cosine)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = rows(rng, tokenizer, ROWS)
@@ -159,11 +178,13 @@ def main(args):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, tokens = step + 1, tokens + ROWS * CONTEXT
+        step += 1
+        tokens += ROWS * CONTEXT
         if step % 100 == 0:
+            speed = tokens / (time.monotonic() - start)
             print(
                 f"step {step}  {tokens:,} tokens  loss {loss.item():.4f}  lr {lr:.1e}  "
-                f"{tokens / (time.monotonic() - start):,.0f} tokens/s",
+                f"{speed:,.0f} tokens/s",
                 flush=True,
             )
     model.to(torch.bfloat16).save_pretrained(args.out)

@@ -1,6 +1,6 @@
-"""What code says: fingerprints of functions and files that change with the code, and not with
-comments or layout.
-By them kernels know whether they may stand for a method, and results know which code has made them.
+"""Fingerprints of functions and files: they change with the code, and not with its comments or its
+layout.
+They tell whether a kernel may stand for a method, and which code has made a result.
 Without it: delete the old results by hand after every edit, and hope that no kernel hides the edit.
 """
 
@@ -20,16 +20,18 @@ STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
 def fingerprint(function):
-    """Twelve characters that change with what a function says: not with its comments, its
-    docstring, its layout, or the messages of its `raise` statements. A decorator changes it. Raises
-    TypeError for what is no plain function, and OSError or a tokenizer's error where the source
-    cannot be had."""
+    """Twelve characters that stand for a function's code. Comments, docstrings, layout and the
+    messages of `raise` statements do not change them; a decorator does.
+
+    Raises TypeError for anything but a plain function, and OSError or an error of Python's
+    tokenizer if the source cannot be read."""
     if type(function) is not FunctionType:
         raise TypeError(f"{function} is no plain function")
     parts = []
     while function is not None:
-        code, wrapped = function.__code__, vars(function).get("__wrapped__")
-        # Such as torch.no_grad's
+        code = function.__code__
+        wrapped = vars(function).get("__wrapped__")
+        # The function may be what a decorator has made, such as torch.no_grad.
         is_librarys_decorator = wrapped is not None and is_library(code.co_filename)
         parts.append(code.co_qualname if is_librarys_decorator else words_of_code(code))
         function = wrapped
@@ -37,13 +39,15 @@ def fingerprint(function):
 
 
 def edited(fingerprints):
-    """Why none of the functions in {(class or module, name): fingerprint} may be stood for: a line,
-    or None where all are as they were."""
+    """Why no other code may stand for the functions in {(class or module, name): fingerprint}:
+    "RMSNorm.forward has been edited", or that its source cannot be read. None if every function
+    has its fingerprint."""
     for (owner, name), expected in fingerprints.items():
         shown = owner.__name__ if isinstance(owner, type) else Path(owner.__file__).stem
         try:
             function = getattr(owner, name)
-            if fingerprint(getattr(function, "__func__", function)) != expected:  # a class method's
+            function = getattr(function, "__func__", function)  # of a class method
+            if fingerprint(function) != expected:
                 return f"{shown}.{name} has been edited"
         except (OSError, TypeError, AttributeError, SyntaxError, tokenize.TokenError):
             return f"{shown}.{name} has no source to be compared"
@@ -61,15 +65,18 @@ def words_of_code(code):
 
 @cache
 def words(source):
-    """The tokens of some Python code, separated by spaces."""
+    """The tokens of Python code, separated by spaces, without those that do not change what the
+    code does."""
     source = textwrap.dedent(source)
     lines = source.splitlines(keepends=True)
-    kept, line = [], []
-    f_string, depth = None, 0  # where an f-string begins, and how many are open
+    kept = []
+    line = []  # the tokens of the logical line that is being read
+    f_string = None  # where the outermost open f-string begins, as (row, column)
+    depth = 0  # how many f-strings are open
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         name = tokenize.tok_name[token.type]
-        # From Python 3.12 on an f-string is many tokens. Its text is taken whole, as one token, as
-        # before.
+        # From Python 3.12 on an f-string is many tokens. Here it is always one token, as it was in
+        # earlier versions.
         if name in ("FSTRING_START", "TSTRING_START"):
             f_string = f_string or token.start
             depth += 1
@@ -91,7 +98,7 @@ def words(source):
 
 
 def text_between(lines, start, end):
-    """The source from one (row, column) to another, as the tokenizer counts them."""
+    """The source from one (row, column) to another. Rows are counted from 1, columns from 0."""
     (first, left), (last, right) = start, end
     if first == last:
         return lines[first - 1][left:right]
@@ -99,34 +106,40 @@ def text_between(lines, start, end):
 
 
 def without_message(line):
-    """The tokens of a statement; of `raise ValueError(...)` those before the bracket."""
-    if "raise" in line and "(" in line[line.index("raise") :]:
-        return line[: line.index("(", line.index("raise"))]
-    return line
+    """The tokens of a statement, and those of `raise ValueError(...)` only up to the bracket."""
+    if "raise" not in line:
+        return line
+    start = line.index("raise")
+    if "(" not in line[start:]:
+        return line
+    return line[: line.index("(", start)]
 
 
 def file_fingerprint(path):
-    """`fingerprint` for a whole file."""
+    """Twelve characters that stand for the code in a file, as those of `fingerprint` do."""
     return short_hash(words(Path(path).read_text(encoding="utf-8")))
 
 
 def is_library(file):
-    """Whether a file belongs to Python or to an installed package. A notebook's cells do not."""
-    is_installed = "site-packages" in file or "dist-packages" in file  # the second on Debian, Colab
+    """Whether a file belongs to Python or to an installed package. The cells of a notebook do
+    not."""
+    # Debian and Colab call the directory dist-packages.
+    is_installed = "site-packages" in file or "dist-packages" in file
     return is_installed or file.startswith((STANDARD_LIBRARY, "<frozen"))
 
 
-# --- the code that a call may come to ---
+# --- the code that a call may reach ---
 
 
 def reached_code(*starts):
-    """file -> fingerprint of the code there that a call of these functions and classes may come to.
+    """file -> fingerprint of the code in this file that a call of these functions and classes may
+    reach.
 
-    What a function may come to is found by the names in it: a function or class of that name among
-    its globals, and a method of that name in any class that was found before. So it may find too
-    much, and misses only what is looked up by a name that is computed. The functions are those that
-    modules and classes hold now, wherever they were written. Files of extras/ and of libraries are
-    left out."""
+    The code that a function may reach is found by the names in it: a function or class of that name
+    among its globals, and a method of that name in any class that the search has found. The search
+    may find too much, and misses only code that is looked up by a computed name. It takes the
+    functions that modules and classes hold now, wherever these were written. Files of extras/ and
+    of libraries are left out."""
     search = Search()
     for start in starts:
         search.add(start)
@@ -139,18 +152,18 @@ def reached_code(*starts):
 
 
 class Search:
-    """What was found so far: pieces are (file, name, text) of functions and constants."""
+    """The search of `reached_code`, and what it has found so far."""
 
     def __init__(self):
-        self.pieces = set()
+        self.pieces = set()  # (file, name, text) of the functions and constants that were found
         self.seen = set()  # ids of functions, classes and modules
         self.owners = []  # the classes and modules in which names are looked up
-        self.names = set()  # every name that a function found so far has in it
-        self.tried = set()  # (id of an owner, name)
+        self.names = set()  # every name that a function found so far uses
+        self.tried = set()  # (id of an owner, name) of each pair that was looked up
 
     def add(self, value, name="", file=""):
-        """Take in a function, a class, a module or a constant; other values say nothing of the
-        code."""
+        """Take in a function, a class, a module or a constant. Values of other kinds are passed
+        over, since they do not stand for code."""
         if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
         if isinstance(value, property):
@@ -162,8 +175,8 @@ class Search:
         elif isinstance(value, ModuleType):
             if is_own(getattr(value, "__file__", None) or ""):
                 self.add_owner(value)
-        elif (text := constant_text(value)) is not None and file:
-            self.pieces.add((file, name, text))
+        elif file:
+            self.add_constant(value, name, file)
 
     def add_function(self, function):
         while function is not None and id(function) not in self.seen:
@@ -173,7 +186,7 @@ class Search:
                 file = short_name(code.co_filename)
                 self.pieces.add((file, function.__qualname__, text_of(code)))
                 cls = function.__globals__.get(function.__qualname__.split(".")[0])
-                if isinstance(cls, type):  # a method may call others of its class
+                if isinstance(cls, type):  # a method may call other methods of its class
                     self.add_owner(cls)
                 names = names_in(code)
                 self.names |= names
@@ -190,19 +203,19 @@ class Search:
         self.add_owner(cls)
         for base in cls.__bases__:
             self.add(base)
-        # What Python itself calls, and values such as a config's defaults
         for name, value in vars(cls).items():
-            is_called_by_python = name == "forward" or (
-                name.startswith("__") and name.endswith("__")
-            )
-            if isinstance(value, FunctionType) and is_called_by_python:
+            is_special = name.startswith("__") and name.endswith("__")
+            # Python and PyTorch call these methods, though no code of ours has their names in it.
+            is_called_by_others = is_special or name == "forward"
+            if isinstance(value, FunctionType) and is_called_by_others:
                 self.add(value)
-            elif not name.startswith("__"):
-                self.add_constant(value, f"{cls.__name__}.{name}", file)
+            elif not name.startswith("__"):  # a value, such as the default of a config's field
+                self.add_constant(value, f"{cls.__name__}.{name}", short_name(file))
 
     def add_constant(self, value, name, file):
-        if (text := constant_text(value)) is not None:
-            self.pieces.add((short_name(file), name, text))
+        text = constant_text(value)
+        if text is not None:
+            self.pieces.add((file, name, text))
 
     def add_owner(self, owner):
         if id(owner) not in self.seen:
@@ -210,10 +223,13 @@ class Search:
             self.owners.append(owner)
 
     def new_names(self):
-        """Look every name up in every class and module found so far; whether there was one to look
-        up."""
-        pairs = [(owner, name) for owner in self.owners for name in self.names & vars(owner).keys()]
-        new = [(owner, name) for owner, name in pairs if (id(owner), name) not in self.tried]
+        """Look up every name in every class and module found so far. Return whether there was a
+        pair that had not been looked up before."""
+        new = []
+        for owner in self.owners:
+            for name in self.names & vars(owner).keys():
+                if (id(owner), name) not in self.tried:
+                    new.append((owner, name))
         for owner, name in new:
             self.tried.add((id(owner), name))
             self.add(vars(owner)[name], name, short_name(getattr(owner, "__file__", None) or ""))
@@ -221,15 +237,15 @@ class Search:
 
 
 def is_own(file):
-    """Whether a file is the project's, outside extras/, or a notebook of who changes the
-    project."""
+    """Whether a file is one of the project's outside extras/, or a notebook of somebody who changes
+    the project."""
     in_extras = file.startswith(str(HERE / "extras"))
-    is_generated = file in ("", "<string>")  # as the methods of a dataclass are
+    is_generated = file in ("", "<string>")  # such as the methods of a dataclass
     return not in_extras and not is_generated and not is_library(file)
 
 
 def short_name(file):
-    """A file's path within the project, or its name."""
+    """The path of a file within the project; for a file elsewhere, its name."""
     path = Path(file)
     return path.relative_to(HERE).as_posix() if path.is_relative_to(HERE) else path.name
 
@@ -244,17 +260,20 @@ def names_in(code):
 
 
 def text_of(code):
-    """The words of a function; where its source cannot be had, its byte code."""
+    """The words of a function, or its byte code if its source cannot be read."""
     try:
         return words_of_code(code)
     except (OSError, TypeError, SyntaxError, tokenize.TokenError):
-        constants = [text_of(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+        constants = []
+        for constant in code.co_consts:
+            is_function = isinstance(constant, CodeType)
+            constants.append(text_of(constant) if is_function else repr(constant))
         return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 
 def constant_text(value):
-    """A number, a text, a pattern, a dtype, or a collection of them as text, the same in every
-    process; else None."""
+    """A number, text, pattern or dtype, or a collection of these, as a text that is the same in
+    every process; None for any other value."""
     if value is None or isinstance(value, (str, bytes, int, float, re.Pattern)):
         return repr(value)
     if type(value).__name__ == "dtype":

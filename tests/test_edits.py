@@ -373,8 +373,8 @@ MISTAKES = {
     "encode": Mistake("data/tokenizer.py", "ids, end = [], 0", "ids, end = []"),
     "figure1": Mistake(
         "extras/figure1.py",
-        "means, first_low = mean_norms",
-        "means, first_low, x = mean_norms",
+        "means = mean_norms",
+        "means, first, x = mean_norms",
         {"figure1"},
     ),
     "merge": Mistake(
