@@ -67,8 +67,11 @@ def main(args):
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
     check_finite(model)
-    # The classes whose code computes an answer; taken before rosa.merge removes RoAE.
+    # For `code`, below; taken here because merging removes RoAE.
     classes = {type(module) for module in model.modules()}
+    # What follows makes answers faster. It replaces no method that you have edited, so that your
+    # edit is what runs: extras/source.py compares the hash of a method's code with that of the
+    # original.
     if args.adapter and dtype == torch.float32:
         # rosa.merge makes RoAE's update part of the weights, so that RoAE.forward need not run.
         # Bfloat16 weights would round the update away.
@@ -77,8 +80,7 @@ def main(args):
     engine = OneByOne
     if not args.plain:
         # Faster code with the same results replaces OneByOne and methods of model.py; a line says
-        # which. Here as in merging, a method that has been edited is not replaced, so that an edit
-        # is what runs: extras/source.py compares the hash of its code with that of the original.
+        # which.
         engine, replaced = inference.choose_engine(OneByOne, args.score)
         exchanged, _ = kernels.accelerate(model, inference=True)
         kernels.say_what_runs(exchanged, replaced)
@@ -96,9 +98,11 @@ def main(args):
     # --- the loop ---
     limit = args.max_new_tokens if args.score == "generate" else None
     respond = generate_responses if args.score == "generate" else choose_options
-    # code: hashes of all code that makes an answer, in model.py, rosa.py, and in `own`. origin: a
+    # code: hashes of all code that makes an answer: that of model.py, rosa.py and the tokenizer, of
+    # the functions named here, and of modules from elsewhere, such as one of your own. origin: a
     # dict of hashes of what determines an answer: the checkpoint, the adapter, three options, and
-    # this code. Questions that have an answer of the same origin are not asked again.
+    # this code. (--plain and --batch-size are not among these options: they change rounding alone.)
+    # Questions that have an answer of the same origin are not asked again.
     code = result_code(args.score, args.adapter, own=[respond, OneByOne, *classes])
     origin = origin_of(ckpt, args.adapter, [args.score, limit, dtype], code)
     predictions = Predictions(args.out, origin, questions)
@@ -124,7 +128,8 @@ def main(args):
         return respond(args, engine, model, tokenizer, some_questions)
 
     # share_out runs answer() on this process's share of the questions, and exchanges answers with
-    # the other processes after every batch_size of them: so each process gets all answers.
+    # the other processes after every batch_size of them: so this loop sees all answers, in every
+    # process. Only the first process writes.
     for number, response, num_tokens in share_out(
         answer, predictions.unanswered(), at_a_time=args.batch_size
     ):

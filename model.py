@@ -161,7 +161,8 @@ class LlamaConfig:
         if model_type not in FAMILIES:
             return cls(model_type=model_type)  # __post_init__ refuses it
         architecture, defaults = FAMILIES[model_type]
-        # Null in the file is not the default: Mistral's sliding_window is null if it has none.
+        # A default replaces a field that is absent, not one that is null: a Mistral that has no
+        # window says "sliding_window": null.
         raw = defaults | raw
         # transformers 4 writes rope_theta, and rope_scaling where RoPE is scaled. transformers 5
         # writes one dict, rope_parameters, which holds rope_theta beside the scaling. If a file has
@@ -278,9 +279,8 @@ class Llama(nn.Module):
             )
         positions = torch.arange(T, device=tokens.device)  # [T]
         if cache is not None:
-            # The length of a KVCache is a number, a tensor of shape [], and [1] + [T] gives [T]. In
-            # extras/inference.py each row of a cache has its length, [B], and [B, 1] + [T] gives
-            # [B, T].
+            # cache.length is an int here, and the positions stay [T]. In extras/inference.py it is
+            # [B], a length for each row: it becomes [B, 1], and the positions [B, T].
             length = torch.as_tensor(cache.length, device=tokens.device)
             positions = length[..., None] + positions
         rope = rope_table(positions, self.inv_freq)

@@ -358,9 +358,10 @@ class LayerSelector:
     less: at step 0, where B is zero, every A has a gradient of zero.
 
     A probe fails if a score is not finite. Then nothing is selected: the selection before the probe
-    stays (before the first probe that is all layers), and the next step is a probe again. In
-    most failed probes the loss or the gradients of the adapters are not finite either, and train.py
-    does not apply such a step.
+    stays (before the first probe that is all layers), and the next step is a probe again. The
+    step itself is applied if the loss and the gradients of the adapters are finite, to the layers
+    of the selection that stays. In most failed probes they are not finite either, and train.py
+    leaves the step out.
 
     score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
     select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps
@@ -407,7 +408,7 @@ class LayerSelector:
         self.scores = None  # a score for each layer, float32, once there was a probe
         self.active = self.candidates  # indices of the layers in training
         self.probing = False  # whether this step is a probe
-        self.selected = False  # whether this step has selected layers (for the log)
+        self.selected = False  # whether this step has selected layers: extras/runs.py logs that
         self.failed = False  # whether the last probe was not finite
 
     def before_forward(self, step):
@@ -467,6 +468,6 @@ class LayerSelector:
 
 def gradient_norm(weights):
     """The L2 norm of the gradients of these weights, taken together. A weight may have no gradient:
-    the original inside PEFT's wrapper has none."""
+    of those in PEFT's wrapper only the copy takes part in the forward pass."""
     gradients = [weight.grad.float() for weight in weights if weight.grad is not None]
     return torch.cat(gradients).norm()

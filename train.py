@@ -105,8 +105,9 @@ def main(args):
 
     # --- faster, and where to begin ---
     if not args.plain:
-        # Faster code with the same results replaces RMSNorm, attention, MLP, loss and RoAE.forward,
-        # each unless it has been edited; a line says which were replaced.
+        # Faster code with the same results replaces RMSNorm, attention, MLP, loss and RoAE.forward.
+        # What you have edited is not replaced: extras/source.py compares the hash of a method's
+        # code with that of the original. A line says what was replaced.
         exchanged, _ = kernels.accelerate(model)
         kernels.say_what_runs(exchanged)
     if args.compile:
@@ -114,14 +115,15 @@ def main(args):
     if args.checkpoint_activations:
         kernels.checkpoint_activations(model)
     run = runs.Run(args, ckpt, model, trainable, optimizer, selector)
-    # With --resume this loads the adapters, AdamW's moments, the scores and the active layers, and
-    # returns the number of the step after which they were saved; else it returns None.
+    # With --resume this loads the adapters, AdamW's moments, the scores and the active layers, cuts
+    # the logs back to the step after which they were saved, and returns the number of that step.
+    # Else it returns None.
     step = run.resume()
     process_group = gradient_group(device)
     if args.shard:
         shard(model, process_group, device, dtype)
-        # This moves AdamW's moments, which run.resume() has loaded on the CPU, to the device, where
-        # shard() has moved their parameters.
+        # load_state_dict moves AdamW's moments to where their parameters are. run.resume() has
+        # loaded the moments on the CPU, and shard() has moved the parameters since, in place.
         optimizer.load_state_dict(optimizer.state_dict())
     if step is None:
         step = 0
@@ -174,17 +176,17 @@ def main(args):
         # together.
         response_tokens = sum(len(response) for _, response in batch)
         loss = torch.zeros((), device=device)
-        # Each process computes an even share of the batch. All compute as many micro-batches, the
-        # last of which may be empty: with --shard they gather the weights from one another in each
-        # pass.
+        # Each process computes an even share of the batch. All processes make the same number of
+        # passes, the last perhaps with an empty micro-batch, because with --shard they exchange
+        # weights in each pass.
         for micro_batch in own_micro_batches(batch, args.micro_batch_size):
             tokens, labels = collate(micro_batch, device)
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
-        # Sum the gradients over the processes, and with them the loss, which is a float from here
-        # on, and the number of signals such as Ctrl-C. At a probe the gradients of the norms are
-        # among those that are summed: every process has whole norms, with --shard as well.
+        # Add up over the processes: the gradients, the loss, and the number of signals such as
+        # Ctrl-C. The loss is a float from here on. (At a probe the gradients of the norms are added
+        # up like all others: --shard does not shard the norms.)
         loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
         # A probe scores the layers and selects: the others lose this step's gradient.
         selector.after_backward()
@@ -321,8 +323,8 @@ def make_batches(lengths, batch_size, seed):
 
 def collate(examples, device):
     """Pad on the right: tokens [B, T], and labels [B, T], the next token where it belongs to the
-    response, else -100. Two examples (prompt ids, response ids), of which 2 is the end-of-sequence
-    token, and what the model reads and predicts:
+    response, else -100. Below are two examples (prompt ids, response ids) and what the model reads
+    and predicts of them; the id 2 is the end-of-sequence token.
 
         ([1, 5, 6], [7, 2])      tokens  1  5  6  7      labels  -100  -100     7     2
         ([1, 8], [9, 2])                 1  8  9  0              -100     9     2  -100
@@ -441,7 +443,7 @@ def parse_args(arguments=None):
         "--targets",
         type=names_of(rosa.TARGETS, "target"),
         **of_method,
-        help="of q,k,v,o,gate,up,down; RoSA adapts all but q and k by LoRA (default: q,k)",
+        help="of q,k,v,o,gate,up,down; with rosa v to down get a plain LoRA (default: q,k)",
     )
     add(
         "--alpha",
