@@ -2,14 +2,19 @@
 tokenizers, adapters."""
 
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import rounding
 import torch
-from helpers import BASE, random_model, random_tokens, randomise_adapters
+from helpers import BASE, ROOT, random_model, random_tokens, randomise_adapters
 from safetensors.torch import load_file, save_file
+from test_readme import DIFFS, apply
 
 import rosa
 from data.tokenizer import HERE as DATA
@@ -398,3 +403,52 @@ def test_a_merged_checkpoint_is_theirs(ckpt, shard, monkeypatch):
     theirs = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
     with torch.inference_mode():
         assert_close(theirs.eval()(tokens).logits, model(tokens))
+
+
+PHI3 = """if True:
+    import json, sys, torch, transformers, rosa
+    from extras import checkpoints, merge
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=1024, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0)
+    theirs = transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes, sliding_window=200))
+    for parameter in theirs.parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    theirs.save_pretrained("phi")
+    tokens = torch.randint(1024, (2, 40))
+    model = checkpoints.load_model("phi")
+    bound = float(sys.argv[1])
+    def differ(a, b):
+        return (a - b).norm() / b.norm()
+    assert differ(model(tokens), theirs.eval()(tokens).logits) < bound
+    rosa.attach(model, 4, 8)
+    for adapter in rosa.adapters(model).values():
+        adapter.B.data.normal_(0, 0.1)
+    assert differ(model(tokens), theirs(tokens).logits) > 100 * bound
+    rosa.save_adapter(model, "adapter")
+    merge.run("--ckpt phi --adapter adapter --out merged".split())
+    merged = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    assert type(merged) is transformers.Phi3ForCausalLM
+    assert differ(merged.eval()(tokens).logits, model(tokens)) < bound
+"""
+
+
+def test_what_merging_makes_of_a_fused_checkpoint_is_one_of_theirs(tmp_path):
+    """The recipe of extras/README.md for Phi-3, applied to a copy of the project."""
+    (diff,) = [text for text in DIFFS.values() if text.startswith("# stored: ")]
+    for name in ("model.py", "rosa.py", "data", "extras"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    apply(diff, tmp_path)
+    (tmp_path / "phi").mkdir()
+    shutil.copy(DATA / "tiny" / "tokenizer.model", tmp_path / "phi")
+    bound = rounding.bound(**rounding.of_model(random_model().config))
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", PHI3, str(bound)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
