@@ -67,8 +67,8 @@ def main(args):
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
     check_finite(model)
-    # For `code`, below; taken here because merging removes RoAE.
-    classes = {type(module) for module in model.modules()}
+    # The classes of all parts of the model, before merging removes RoAE: their code makes answers.
+    module_classes = {type(module) for module in model.modules()}
     # What follows makes answers faster. It replaces no method that you have edited, so that your
     # edit is what runs: extras/source.py compares the hash of a method's code with that of the
     # original.
@@ -98,12 +98,12 @@ def main(args):
     # --- the loop ---
     limit = args.max_new_tokens if args.score == "generate" else None
     respond = generate_responses if args.score == "generate" else choose_options
-    # code: hashes of all code that makes an answer: that of model.py, rosa.py and the tokenizer, of
-    # the functions named here, and of modules from elsewhere, such as one of your own. origin: a
-    # dict of hashes of what determines an answer: the checkpoint, the adapter, three options, and
-    # this code. (--plain and --batch-size are not among these options: they change rounding alone.)
-    # Questions that have an answer of the same origin are not asked again.
-    code = result_code(args.score, args.adapter, own=[respond, OneByOne, *classes])
+    # Hashes of the code that makes an answer: of model.py, rosa.py, the tokenizer and the faster
+    # code, which are always among it, and of the functions and classes in `own`.
+    code = result_code(args.score, args.adapter, own=[respond, OneByOne, *module_classes])
+    # A dict of hashes of what determines an answer: the checkpoint, the adapter, three options, and
+    # this code. A question that has an answer of the same origin is not asked again. (--plain and
+    # --batch-size are not among the options: they change rounding alone.)
     origin = origin_of(ckpt, args.adapter, [args.score, limit, dtype], code)
     predictions = Predictions(args.out, origin, questions)
     # predictions.lines has the lines of the questions that are answered already, by the question's
@@ -127,15 +127,15 @@ def main(args):
     def answer(some_questions):  # a generator
         return respond(args, engine, model, tokenizer, some_questions)
 
-    # share_out runs answer() on this process's share of the questions, and exchanges answers with
-    # the other processes after every batch_size of them: so this loop sees all answers, in every
-    # process. Only the first process writes.
+    # Each process runs answer() on its share of the questions. After every batch_size answers the
+    # processes exchange what they have, and so this loop sees all answers, in every process.
     for number, response, num_tokens in share_out(
         answer, predictions.unanswered(), at_a_time=args.batch_size
     ):
         judged = judge(questions[number], response)
         is_cut = args.score == "generate" and num_tokens == limit
         finish_reason = "length" if is_cut else "stop"
+        # Every process adds the answer to predictions.lines; the first also writes it to the file.
         predictions.add(number, response, finish_reason, judged)
         right += judged["correct"]
         new_tokens += num_tokens
@@ -332,7 +332,7 @@ def answer_room(args, question, tokenizer):
     if args.score == "generate":
         return args.max_new_tokens
     options = tasks.options(question.test_set, question.example)
-    # One more, because some tokenizers encode "A" after a prompt as a space and an "A".
+    # One more: encoded alone, as here, an option may be a token shorter than after a prompt.
     return 1 + max(len(tokenizer.encode(option)) for option in options)
 
 

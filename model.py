@@ -94,8 +94,8 @@ class LlamaConfig:
             raise ValueError(
                 f"model_type {self.model_type!r} is not implemented: only {', '.join(FAMILIES)} are"
             )
-        # For the other families transformers ignores these fields. (A qwen2 that switches its
-        # window on is refused: see IMPLEMENTED.)
+        # transformers reads the two bias fields for llama alone, and sliding_window for mistral
+        # alone, but for a qwen2 that switches it on, which IMPLEMENTED refuses.
         if self.model_type != "llama":
             self.attention_bias = False
             self.mlp_bias = False
@@ -279,10 +279,9 @@ class Llama(nn.Module):
             )
         positions = torch.arange(T, device=tokens.device)  # [T]
         if cache is not None:
-            # cache.length is an int here, and the positions stay [T]. In extras/inference.py it is
-            # [B], a length for each row: it becomes [B, 1], and the positions [B, T].
-            length = torch.as_tensor(cache.length, device=tokens.device)
-            positions = length[..., None] + positions
+            # The length is a number. In extras/inference.py each row has a length of its own, [B,
+            # 1], and the positions are [B, T].
+            positions = cache.length + positions
         rope = rope_table(positions, self.inv_freq)
         x = self.model.embed_tokens(tokens)  # [B, T, D]
         for i, layer in enumerate(self.model.layers):
@@ -433,9 +432,11 @@ class Attention(nn.Module):
 
 
 def rope_table(positions, inv_freq):
-    """The tables (cos, cos) and (-sin, sin) of the angles of the d/2 pairs at positions [.., T],
-    each [.., 1, T, d] in float32, the same for every head and layer. For the halves (a, b) of a
-    head `rotate` computes (a, b) * (cos, cos) + (b, a) * (-sin, sin)."""
+    """What `rotate` multiplies by. For the two halves (a, b) of a head it computes (a, b) * (cos,
+    cos) + (b, a) * (-sin, sin), and this function returns the tables (cos, cos) and (-sin, sin).
+
+    positions: [T] or [B, T]. Each table is [.., 1, T, d], in float32; all heads and layers share
+    them."""
     angles = positions[..., None].float() * inv_freq.to(positions.device)  # [.., T, d/2]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).unsqueeze(-3), torch.cat((-sin, sin), -1).unsqueeze(-3)
@@ -484,7 +485,7 @@ class KVCache:
     `update`, hidden_states only `length`: any class with these two can stand in its place."""
 
     def __init__(self, config):
-        self.length = 0  # how many tokens the cache holds: the position of the next one
+        self.length = 0  # how many tokens the cache holds, which is the position of the next one
         self.keys = [None] * config.num_hidden_layers
         self.values = [None] * config.num_hidden_layers
 

@@ -355,13 +355,13 @@ class LayerSelector:
 
     The norms are a fair measure of a layer: every layer has the same two, of the same size, and all
     input of its attention and its MLP passes through them. The gradients of the adapters would say
-    less: at step 0, where B is zero, every A has a gradient of zero.
+    less: at step 0, where B is zero, the gradient of every A is zero, and that of B depends on the
+    random A.
 
-    A probe fails if a score is not finite. Then nothing is selected: the selection before the probe
-    stays (before the first probe that is all layers), and the next step is a probe again. The
-    step itself is applied if the loss and the gradients of the adapters are finite, to the layers
-    of the selection that stays. In most failed probes they are not finite either, and train.py
-    leaves the step out.
+    A probe fails if a score is not finite. Then nothing is selected. The selection before the probe
+    stays (before the first probe that is all layers), and the next step is a probe again. What
+    becomes of the step, train.py decides as for every step. If the loss or a gradient of an adapter
+    is not finite either, it leaves the step out. Else the layers of the old selection are updated.
 
     score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
     select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps
@@ -384,7 +384,8 @@ class LayerSelector:
 
         self.parameters = []  # of each layer: the parameters that can train
         # The weights of each layer's two norms. PEFT's LN tuning puts a norm into a wrapper, which
-        # then holds two weights, the original and a copy that trains.
+        # then holds two weights: the original, which takes no part in the forward pass any more and
+        # gets no gradient, and a copy that trains.
         self.norms = []
         for layer in model.model.layers:
             self.parameters.append([p for p in layer.parameters() if p.requires_grad])
@@ -420,16 +421,16 @@ class LayerSelector:
         self.selected = False
         if self.probing:
             self.previous = self.active  # what stays if the probe fails
-            # The scores of "random" are drawn here because train.py has just given all processes
-            # the same random state.
+            # The scores of "random" are drawn here because here all processes have the same random
+            # state. After this call train.py gives each process a seed of its own, for dropout.
             self.drawn = torch.rand(len(self.parameters))
             self.activate(self.candidates)
             for weight in self.frozen_norms:
                 weight.requires_grad_(True)
 
     def after_backward(self):
-        """Call after the last backward pass of the step, before gradients are clipped and
-        applied."""
+        """Call after the last backward pass of the step, when the gradients of all processes are
+        added up, and before they are clipped and applied."""
         if not self.probing:
             return
         scores = torch.stack([gradient_norm(weights) for weights in self.norms]).cpu()
@@ -467,7 +468,7 @@ class LayerSelector:
 
 
 def gradient_norm(weights):
-    """The L2 norm of the gradients of these weights, taken together. A weight may have no gradient:
-    of those in PEFT's wrapper only the copy takes part in the forward pass."""
+    """The L2 norm of the gradients of these weights, taken together. A weight that took no part in
+    the forward pass has no gradient."""
     gradients = [weight.grad.float() for weight in weights if weight.grad is not None]
     return torch.cat(gradients).norm()

@@ -122,8 +122,8 @@ def main(args):
     process_group = gradient_group(device)
     if args.shard:
         shard(model, process_group, device, dtype)
-        # load_state_dict moves AdamW's moments to where their parameters are. run.resume() has
-        # loaded the moments on the CPU, and shard() has moved the parameters since, in place.
+        # run.resume() has loaded AdamW's moments on the CPU, and then shard() has moved the
+        # parameters to the device, in place. This moves the moments there, too.
         optimizer.load_state_dict(optimizer.state_dict())
     if step is None:
         step = 0
@@ -143,8 +143,9 @@ def main(args):
     process, _ = processes()  # the index of this process
     epoch = None
     while True:
-        # Validate; at step 0 that is the model before training. The state was saved just before, so
-        # that a run that is killed meanwhile resumes with this validation.
+        # Validate; at step 0 that is the model before training. The state is saved by now, by
+        # run.save at the end of this loop or by run.save_state above: a run that is killed while it
+        # validates resumes here.
         if step % args.eval_every == 0 or step == total_steps:
             run.keep_best(step, validate(model, val_set, args))
             bar.unpause()  # the bar estimates the time that is left from the steps alone
@@ -176,9 +177,9 @@ def main(args):
         # together.
         response_tokens = sum(len(response) for _, response in batch)
         loss = torch.zeros((), device=device)
-        # Each process computes an even share of the batch. All processes make the same number of
-        # passes, the last perhaps with an empty micro-batch, because with --shard they exchange
-        # weights in each pass.
+        # Each process computes an even share of the examples: of 16, two in each of 8 processes.
+        # All processes make the same number of passes, because with --shard they exchange weights
+        # in each pass. So a process's last micro-batch may be empty.
         for micro_batch in own_micro_batches(batch, args.micro_batch_size):
             tokens, labels = collate(micro_batch, device)
             micro_loss = model.loss(tokens, labels) / response_tokens

@@ -241,7 +241,7 @@ class BatchedCache:
 
     @property
     def length(self):
-        return self.lengths[self.rows]  # [n]
+        return self.lengths[self.rows, None]  # [n, 1]
 
     def update(self, layer, k, v):
         """KVCache.update for many rows. The mask is [n, 1, T, S]: the longest row has S filled
@@ -261,7 +261,7 @@ class BatchedCache:
         """Set the positions of the T new tokens of each row, and the mask of what they see. This is
         done once in a forward pass, for all layers."""
         device = self.lengths.device
-        positions = self.length[:, None] + torch.arange(T, device=device)  # [n, T]
+        positions = self.length + torch.arange(T, device=device)  # [n, T]
         self.index = (
             torch.arange(len(self.lengths), device=device)[self.rows, None],
             slice(None),
