@@ -89,7 +89,8 @@ def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=Non
     x = torch.empty(0, model.config.hidden_size, device=model.device, dtype=model.dtype)
     while waiting or running:
         free = num_slots - len(running)
-        # Prompts are taken when a quarter of the slots is free, since one prompt alone is slow.
+        # Prompts are taken when a quarter of the slots is free, or when every prompt that waits
+        # gets a slot, since one prompt alone is slow.
         if waiting and free >= min(len(waiting), max(1, num_slots // 4)):
             new = waiting[:free]
             waiting = waiting[free:]

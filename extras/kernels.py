@@ -220,9 +220,8 @@ class CausalAttention(torch.autograd.Function):
         # and softmax does not depend on it. The scores are rounded to bfloat16, which is finest
         # near zero, and keys without their mean give smaller scores (Qwen2.5's bias is large).
         centred = (k.float() - k.float().mean(1, keepdim=True)).to(k.dtype)
-        # [H/K * T, T]
+        # The mask is [H/K * T, T], and the scores are [B * K, H/K * T, T].
         mask = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1).repeat(H // K, 1)
-        # [B * K, H/K * T, T]
         scores = torch.baddbmm(mask, q, centred.transpose(1, 2), alpha=d**-0.5)
         # In bfloat16 a score below 64 is off by an eighth at most, and a larger score by more. If a
         # sample of the rows has a larger score, all scores are computed again in float32. Compiled
