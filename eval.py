@@ -47,8 +47,8 @@ class Question(NamedTuple):
     test_set: str
     index: int  # among the questions of the test set
     place: str  # in the file of the test set, such as "record 3"
-    example: dict
-    prompt: list
+    example: dict  # of texts: "instruction", "input" where there is one, "answer"
+    prompt: list  # ids
 
 
 def main(args):
@@ -67,7 +67,7 @@ def main(args):
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
     check_finite(model)
-    # The classes of all parts of the model, before merging removes RoAE: their code makes answers.
+    # The classes of all modules, RoAE too, which merging removes; for the hash `code`, below.
     module_classes = {type(module) for module in model.modules()}
     # What follows makes answers faster. It replaces no method that you have edited, so that your
     # edit is what runs: extras/source.py compares the hash of a method's code with that of the
@@ -79,8 +79,8 @@ def main(args):
     gather()  # wait: no process begins before all of them are set up
     engine = OneByOne
     if not args.plain:
-        # Faster code with the same results replaces OneByOne and methods of model.py; a line says
-        # which.
+        # Faster code with the same results replaces OneByOne (unless that has been edited) and
+        # methods of model.py; a line says which.
         engine, replaced = inference.choose_engine(OneByOne, args.score)
         exchanged, _ = kernels.accelerate(model, inference=True)
         kernels.say_what_runs(exchanged, replaced)
@@ -98,8 +98,9 @@ def main(args):
     # --- the loop ---
     limit = args.max_new_tokens if args.score == "generate" else None
     respond = generate_responses if args.score == "generate" else choose_options
-    # Hashes of the code that makes an answer: of model.py, rosa.py, the tokenizer and the faster
-    # code, which are always among it, and of the functions and classes in `own`.
+    # Hashes of the code that makes an answer: model.py, the tokenizer, the faster code, rosa.py
+    # where there is an adapter; and `own`, which is this file's part and the classes of modules
+    # from elsewhere, such as one that you have written.
     code = result_code(args.score, args.adapter, own=[respond, OneByOne, *module_classes])
     # A dict of hashes of what determines an answer: the checkpoint, the adapter, three options, and
     # this code. A question that has an answer of the same origin is not asked again. (--plain and
@@ -332,7 +333,8 @@ def answer_room(args, question, tokenizer):
     if args.score == "generate":
         return args.max_new_tokens
     options = tasks.options(question.test_set, question.example)
-    # One more: encoded alone, as here, an option may be a token shorter than after a prompt.
+    # Encoded alone, an option may be a token shorter than option_ids makes it after its prompt. So
+    # this is an upper bound; it is found faster.
     return 1 + max(len(tokenizer.encode(option)) for option in options)
 
 
@@ -340,8 +342,8 @@ def answer_room(args, question, tokenizer):
 
 
 def summary(correct):
-    """The scores of results.json, from test set -> list of bools: by test set, averaged over the
-    examples (micro), and over the test sets (macro)."""
+    """correct: test set -> list of bools. Returns what results.json has of them: the score of each
+    test set, their average over all examples (micro), and over the test sets (macro)."""
     scores = {}
     counts = {}
     intervals = {}

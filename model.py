@@ -94,8 +94,8 @@ class LlamaConfig:
             raise ValueError(
                 f"model_type {self.model_type!r} is not implemented: only {', '.join(FAMILIES)} are"
             )
-        # transformers reads the two bias fields for llama alone, and sliding_window for mistral
-        # alone, but for a qwen2 that switches it on, which IMPLEMENTED refuses.
+        # transformers reads the two bias fields for llama alone, and sliding_window for mistral. A
+        # qwen2 has a window only if it says use_sliding_window, which IMPLEMENTED refuses.
         if self.model_type != "llama":
             self.attention_bias = False
             self.mlp_bias = False
@@ -279,8 +279,8 @@ class Llama(nn.Module):
             )
         positions = torch.arange(T, device=tokens.device)  # [T]
         if cache is not None:
-            # The length is a number. In extras/inference.py each row has a length of its own, [B,
-            # 1], and the positions are [B, T].
+            # A KVCache has one length for all rows. The cache of extras/inference.py has one for
+            # each row, [B, 1], and so the positions are [B, T].
             positions = cache.length + positions
         rope = rope_table(positions, self.inv_freq)
         x = self.model.embed_tokens(tokens)  # [B, T, D]
@@ -299,8 +299,8 @@ class Llama(nn.Module):
         return F.cross_entropy(self.logits(x).float(), labels[labelled], reduction="sum")
 
     def generate(self, prompts, max_new_tokens, eos_id):
-        """Greedy continuation of prompts, lists of ids, one after the other. Returns the new ids of
-        each, the end-of-sequence token left out; `eos_id` is one id, several, or None.
+        """Greedy continuation of prompts (lists of ids), one prompt at a time. Returns the new ids
+        of each, the end-of-sequence token left out; `eos_id` is one id, several, or None.
 
         Raises ValueError for an empty prompt, and for one that leaves no room for the new
         tokens."""
@@ -524,10 +524,11 @@ def check_prompts(prompts, max_new_tokens, config):
 
 
 def weight_files(directory):
-    """The safetensors files of a checkpoint directory: those that the index names, or the one."""
+    """The safetensors files of a checkpoint directory: the one, or those that the index names."""
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
     index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return [directory / "model.safetensors"]
     weight_map = json.loads(index.read_text())["weight_map"]
     return [directory / name for name in sorted(set(weight_map.values()))]
 

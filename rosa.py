@@ -178,8 +178,8 @@ def attach_arguments(model):
             "first"
         )
     targets = [target for target, module in TARGETS.items() if module in adapted]
-    # q and k come first in TARGETS. The adapters of v, o and the MLP have a low_freq_ratio of 1,
-    # whatever `attach` was called with.
+    # q and k come first in TARGETS. So this is an adapter of q or k, if there is one: those of v, o
+    # and the MLP have a low_freq_ratio of 1, whatever `attach` was called with.
     first = adapted[TARGETS[targets[0]]]
     return {
         "rank": first.rank,
@@ -359,9 +359,9 @@ class LayerSelector:
     random A.
 
     A probe fails if a score is not finite. Then nothing is selected. The selection before the probe
-    stays (before the first probe that is all layers), and the next step is a probe again. What
-    becomes of the step, train.py decides as for every step. If the loss or a gradient of an adapter
-    is not finite either, it leaves the step out. Else the layers of the old selection are updated.
+    stays (before the first probe that is all layers), and the next step is a probe again. The step
+    itself updates the layers of the old selection, unless the loss or one of their gradients is not
+    finite: then train.py leaves the step out.
 
     score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
     select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps

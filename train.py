@@ -67,9 +67,8 @@ def main(args):
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # what "auto" has come to is part of the run
     train_set, val_set, places_in_file, too_long = load_data(args, load_tokenizer(ckpt))
-    # --shard (FSDP2: each process holds a share of the frozen weights) starts from a model that is
-    # memory-mapped on the CPU, whatever the device: its weights stay in their files until shard()
-    # reads them.
+    # With --shard each process will hold a share of the frozen weights (FSDP2). The model is then
+    # memory-mapped on the CPU, and its weights stay in their files until shard() reads them.
     model = load_model(ckpt, device, dtype, mapped=args.shard)
     if args.max_len > model.config.context:
         raise UserError(
@@ -179,15 +178,15 @@ def main(args):
         loss = torch.zeros((), device=device)
         # Each process computes an even share of the examples: of 16, two in each of 8 processes.
         # All processes make the same number of passes, because with --shard they exchange weights
-        # in each pass. So a process's last micro-batch may be empty.
+        # in each pass. So if the examples are too few, as at the end of an epoch, a process's last
+        # micro-batch is empty.
         for micro_batch in own_micro_batches(batch, args.micro_batch_size):
             tokens, labels = collate(micro_batch, device)
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
-        # Add up over the processes: the gradients, the loss, and the number of signals such as
-        # Ctrl-C. The loss is a float from here on. (At a probe the gradients of the norms are added
-        # up like all others: --shard does not shard the norms.)
+        # Add up over the processes: every gradient there is, at a probe those of the norms too; the
+        # loss, which is a float from here on; and the number of signals such as Ctrl-C.
         loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
         # A probe scores the layers and selects: the others lose this step's gradient.
         selector.after_backward()
@@ -279,8 +278,8 @@ def load_data(args, tokenizer):
     ids, response ids), the end-of-sequence token included."""
     placed = tasks.train_examples(args.task, args.data_dir, args.train_file, args.skip_empty)
     kept = []  # (place, example)
-    for place, text in passing_bar(placed, "tokenizing"):
-        prompt, response = tasks.encode_example(text, tokenizer)
+    for place, example in passing_bar(placed, "tokenizing"):
+        prompt, response = tasks.encode_example(example, tokenizer)
         if len(prompt) + len(response) <= args.max_len:
             kept.append((place, (prompt, response)))
     val_size = args.val_size or min(300, max(1, len(kept) // 10))
@@ -309,8 +308,8 @@ def passing_bar(items, description):
 def make_batches(lengths, batch_size, seed):
     """The batches of an epoch, as lists of indices. Examples of similar length share a batch, so
     that little is padded, and the batches come in random order. Only within pools of 64 random
-    batches are the examples sorted by length, so that in each epoch an example shares its batch
-    with other examples."""
+    batches are the examples sorted by length, so that from epoch to epoch an example shares its
+    batch with different examples."""
     rng = random.Random(seed)
     order = rng.sample(range(len(lengths)), len(lengths))
     pool_size = 64 * batch_size

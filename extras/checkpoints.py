@@ -23,10 +23,8 @@ from torch import nn
 
 from data.errors import UserError, refusals_of, user_file
 from extras.distributed import processes
-from extras.source import edited
+from extras.source import HERE, edited
 from model import FAMILIES, Llama, LlamaConfig
-
-HERE = Path(__file__).resolve().parent.parent
 
 NAMES = {  # short names of repositories on the Hugging Face Hub
     "llama2-7b": "meta-llama/Llama-2-7b-hf",
@@ -303,7 +301,7 @@ def split(name, entry, config):
     return parts
 
 
-# load_model stands for this method, as it was written.
+# load_model replaces this method, as long as it is the one of this fingerprint.
 PLAIN = {(Llama, "from_pretrained"): "88a6bc8b7d60"}
 
 
@@ -391,9 +389,9 @@ def hub_name(ckpt):
 
 
 def check_finite(model):
-    """Raise FloatingPointError naming a weight or an adapter's matrix that holds a NaN or an
-    infinity, of which every answer would be one. Their sum has it too, and takes one reading of the
-    weights."""
+    """Raise FloatingPointError, which names a weight or an adapter's matrix that holds a NaN or an
+    infinity. With such a weight no answer makes sense. The sum over a weight is not finite if one of
+    its numbers is not, and takes one reading of the weight."""
     for name, parameter in model.named_parameters():
         if not parameter.sum(dtype=torch.float32).isfinite():
             raise FloatingPointError(
@@ -401,8 +399,8 @@ def check_finite(model):
             )
 
 
-# What config.json may say: name -> the largest whole number; beyond, even a model without memory
-# cannot be made.
+# Fields of config.json that are whole numbers -> the largest that is accepted. A larger one is a
+# mistake: not even a model on the meta device could be made.
 WHOLE_NUMBERS = dict.fromkeys(
     ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), 2**24
 )

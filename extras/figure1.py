@@ -73,12 +73,11 @@ def mean_norms(model, prompts):
 
 
 def first_low_frequency_pair(model):
-    """The first of the pairs that RoAE adapts: in this model if it has an adapter, else by
-    default."""
+    """The first of the low-frequency pairs, by the low_freq_ratio of the model's adapter, or else
+    the default one."""
+    ratio = inspect.signature(rosa.attach).parameters["low_freq_ratio"].default
     if rosa.adapters(model):
         ratio = rosa.attach_arguments(model)["low_freq_ratio"]
-    else:
-        ratio = inspect.signature(rosa.attach).parameters["low_freq_ratio"].default
     return int(rosa.adapted_rows(model.config.head_dim, 1, ratio).min())
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import tasks
-from extras.kernels import PLAIN_ATTEND
+from extras.kernels import PLAIN_ATTEND, PLAIN_LOSS
 from extras.source import edited
 from model import KVCache, Llama, check_prompts
 
@@ -22,11 +22,7 @@ from model import KVCache, Llama, check_prompts
 # of model.py answer.
 CACHE = {(KVCache, "__init__"): "bb55c656be18", (KVCache, "update"): "82839ece389f"}
 PLAIN = {(Llama, "generate"): "fba9f1ec7526"} | CACHE
-LIKELIHOODS = {
-    (Llama, "loss"): "84864ca6024f",
-    (Llama, "logits"): "3238416f55cf",
-    (tasks, "tokens_and_labels"): "063d6cbeab9d",
-} | CACHE
+LIKELIHOODS = PLAIN_LOSS | CACHE | {(tasks, "tokens_and_labels"): "063d6cbeab9d"}
 LOG_LIKELIHOOD = "a7972f53f1d1"  # the fingerprint of eval.py's function of that name
 
 

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from extras.distributed import gather
 from extras.operators import Operators, is_onednn, linear, reordered
 from extras.source import edited
-from model import MLP, Attention, Llama, RMSNorm
+from model import MLP, Attention, DecoderLayer, Llama, RMSNorm
 from rosa import RoAE
 
 
@@ -62,32 +62,40 @@ def accelerate(model, inference=False):
         left_by_any |= left_by_one
     for name, reason in left_by_any.items():
         print(f"kernels    {reason}: running {name} as written")
-    linears = children_of_known_kinds(model)
+    modules = own_modules(model)
+    if inference and "Linear.forward" not in left_by_any:
+        for module in modules:
+            if type(module) is nn.Linear and is_unchanged(module, "forward"):
+                pack(module)
     exchanged = set()
     for kernel in KERNELS:
         if kernel.stands_for in left_by_any:
             continue
-        for module in model.modules():
-            if type(module) is not kernel.cls or has_hooks(module) or kernel.name in vars(module):
-                continue
-            if kernel.cls is nn.Linear and module not in linears:
-                continue
-            if kernel.cls is nn.Linear and inference:
-                pack(module)
-            if kernel.fits(module):
+        for module in modules:
+            is_unchanged_method = type(module) is kernel.cls and is_unchanged(module, kernel.name)
+            if is_unchanged_method and kernel.fits(module):
                 setattr(module, kernel.name, MethodType(kernel.function, module))
                 exchanged.add(kernel.stands_for)
     return sorted(exchanged), left_by_any
 
 
-def children_of_known_kinds(model):
-    """The modules inside the model's own modules. A linear layer inside another wrapper, such as
-    one of peft, is not among them and is left as written, since the wrapper may read its weight."""
-    children = set()
+PARENTS = (Llama, nn.ModuleDict, nn.ModuleList, DecoderLayer, Attention, MLP, RoAE)
+
+
+def own_modules(model):
+    """The modules of model.py and rosa.py, and those directly inside them. A layer inside another
+    wrapper, such as one of peft, is not among them and is left as written, since the wrapper may
+    read its weight."""
+    modules = [model]
     for parent in model.modules():
-        if type(parent) in (Llama, Attention, MLP, RoAE):
-            children |= set(parent.children())
-    return children
+        if type(parent) in PARENTS:
+            modules += parent.children()
+    return modules
+
+
+def is_unchanged(module, name):
+    """Whether a module has no hooks, and no method of that name of its own."""
+    return not has_hooks(module) and name not in vars(module)
 
 
 def has_hooks(module):
@@ -369,23 +377,19 @@ def is_faster(linear):
 
 PLAIN_ATTEND = {(Attention, "attend"): "91e7c2b1d9ef"}
 PLAIN_LINEAR = {(nn.Linear, "forward"): "bc032567e395"}
+PLAIN_LOSS = {(Llama, "loss"): "84864ca6024f", (Llama, "logits"): "3238416f55cf"}
+PLAIN_ROAE = {(RoAE, "forward"): "19f590aa9e30"}
 KERNELS = [
     Kernel(nn.Linear, "forward", linear_forward, PLAIN_LINEAR, fits=is_faster),
     Kernel(RMSNorm, "forward", rms_norm_forward, {(RMSNorm, "forward"): "4e383c7b4692"}),
     Kernel(MLP, "forward", mlp_forward, {(MLP, "forward"): "b66865aa8eb3"}),
     Kernel(Attention, "attend", attend, PLAIN_ATTEND),
-    Kernel(
-        Llama,
-        "loss",
-        loss,
-        {(Llama, "loss"): "84864ca6024f", (Llama, "logits"): "3238416f55cf"} | PLAIN_LINEAR,
-        fits=reads_lm_head,
-    ),
+    Kernel(Llama, "loss", loss, PLAIN_LOSS | PLAIN_LINEAR, fits=reads_lm_head),
     Kernel(
         RoAE,
         "forward",
         roae_forward,
-        {(RoAE, "forward"): "19f590aa9e30"},
+        PLAIN_ROAE,
         fits=lambda adapter: is_plain(adapter.linear) and adds_to_its_rows(adapter),
     ),
 ]

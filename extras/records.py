@@ -5,7 +5,6 @@ Without it: write_text, and a note of what each file was made with.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from data.tokenizer import JsonTokenizer, SentencePieceTokenizer
 from extras.adapters import ADAPTER_FILES
 from extras.checkpoints import checkpoint_files, companions, read_json
 from extras.commands import Stop
-from extras.source import HERE, file_fingerprint, reached_code
+from extras.source import HERE, file_fingerprint, reached_code, short_hash
 from model import Llama, LlamaConfig
 
 try:
@@ -222,7 +221,7 @@ def origin_of(ckpt, adapter, settings, code):
 
 def hash_of(value):
     """Twelve characters that stand for a value."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+    return short_hash(repr(value))
 
 
 def checkpoint_hash(ckpt):

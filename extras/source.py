@@ -239,7 +239,7 @@ class Search:
 def is_own(file):
     """Whether a file is one of the project's outside extras/, or a notebook of somebody who changes
     the project."""
-    in_extras = file.startswith(str(HERE / "extras"))
+    in_extras = Path(file).is_relative_to(HERE / "extras")
     is_generated = file in ("", "<string>")  # such as the methods of a dataclass
     return not in_extras and not is_generated and not is_library(file)
 
