@@ -390,8 +390,8 @@ def hub_name(ckpt):
 
 def check_finite(model):
     """Raise FloatingPointError, which names a weight or an adapter's matrix that holds a NaN or an
-    infinity. With such a weight no answer makes sense. The sum over a weight is not finite if one of
-    its numbers is not, and takes one reading of the weight."""
+    infinity. With such a weight no answer makes sense. The sum over a weight is not finite if one
+    of its numbers is not, and takes one reading of the weight."""
     for name, parameter in model.named_parameters():
         if not parameter.sum(dtype=torch.float32).isfinite():
             raise FloatingPointError(

@@ -79,17 +79,17 @@ def accelerate(model, inference=False):
     return sorted(exchanged), left_by_any
 
 
-PARENTS = (Llama, nn.ModuleDict, nn.ModuleList, DecoderLayer, Attention, MLP, RoAE)
-
-
 def own_modules(model):
     """The modules of model.py and rosa.py, and those directly inside them. A layer inside another
     wrapper, such as one of peft, is not among them and is left as written, since the wrapper may
     read its weight."""
+    parents = [model, model.model, model.model.layers]
+    for module in model.modules():
+        if isinstance(module, DecoderLayer) or type(module) in (Attention, MLP, RoAE):
+            parents.append(module)
     modules = [model]
-    for parent in model.modules():
-        if type(parent) in PARENTS:
-            modules += parent.children()
+    for parent in parents:
+        modules += parent.children()
     return modules
 
 
