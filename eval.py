@@ -67,8 +67,8 @@ def main(args):
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
     check_finite(model)
-    # The classes of all modules, RoAE too, which merging removes; for the hash `code`, below.
-    module_classes = {type(module) for module in model.modules()}
+    respond = generate_responses if args.score == "generate" else choose_options
+    origin = origin_of_answers(args, ckpt, dtype, model, respond)
     # What follows makes answers faster. It replaces no method that you have edited, so that your
     # edit is what runs: extras/source.py compares the hash of a method's code with that of the
     # original.
@@ -77,13 +77,12 @@ def main(args):
         # Bfloat16 weights would round the update away.
         merge.merge_unless_edited(model)
     gather()  # wait: no process begins before all of them are set up
-    engine = OneByOne
+    engine = OneByOne  # what answers: this class, or the module extras/inference.py
     if not args.plain:
-        # Faster code with the same results replaces OneByOne (unless that has been edited) and
-        # methods of model.py; a line says which.
-        engine, replaced = inference.choose_engine(OneByOne, args.score)
-        exchanged, _ = kernels.accelerate(model, inference=True)
-        kernels.say_what_runs(exchanged, replaced)
+        # Faster code with the same results replaces methods of model.py; a line says which.
+        engine, replaced_by_engine = inference.choose_engine(OneByOne, args.score)
+        replaced_in_model, _ = kernels.accelerate(model, inference=True)
+        kernels.say_what_runs(replaced_in_model, replaced_by_engine)
     say_if_bfloat16_is_slow(device, dtype)
     say_if_unfinished(args.adapter or ckpt)
     if args.prompt is not None:
@@ -96,16 +95,6 @@ def main(args):
     )
 
     # --- the loop ---
-    limit = args.max_new_tokens if args.score == "generate" else None
-    respond = generate_responses if args.score == "generate" else choose_options
-    # Hashes of the code that makes an answer: model.py, the tokenizer, the faster code, rosa.py
-    # where there is an adapter; and `own`, which is this file's part and the classes of modules
-    # from elsewhere, such as one that you have written.
-    code = result_code(args.score, args.adapter, own=[respond, OneByOne, *module_classes])
-    # A dict of hashes of what determines an answer: the checkpoint, the adapter, three options, and
-    # this code. A question that has an answer of the same origin is not asked again. (--plain and
-    # --batch-size are not among the options: they change rounding alone.)
-    origin = origin_of(ckpt, args.adapter, [args.score, limit, dtype], code)
     predictions = Predictions(args.out, origin, questions)
     # predictions.lines has the lines of the questions that are answered already, by the question's
     # number. Their responses are kept, and what a response is worth is judged anew.
@@ -134,7 +123,7 @@ def main(args):
         answer, predictions.unanswered(), at_a_time=args.batch_size
     ):
         judged = judge(questions[number], response)
-        is_cut = args.score == "generate" and num_tokens == limit
+        is_cut = args.score == "generate" and num_tokens == args.max_new_tokens
         finish_reason = "length" if is_cut else "stop"
         # Every process adds the answer to predictions.lines; the first also writes it to the file.
         predictions.add(number, response, finish_reason, judged)
@@ -152,7 +141,8 @@ def main(args):
     for line in predictions.lines.values():
         correct[line["set"]].append(line["correct"])
     results = summary(correct) | origin
-    results |= {"score": args.score, "max_new_tokens": limit, "ckpt": str(args.ckpt)}
+    results |= {"score": args.score, "ckpt": str(args.ckpt)}
+    results["max_new_tokens"] = args.max_new_tokens if args.score == "generate" else None
     results["questions"] = {}
     for name in correct:  # by these hashes extras/compare.py recognises the same questions
         examples = [question.example for question in questions if question.test_set == name]
@@ -160,13 +150,25 @@ def main(args):
     print_table(test_sets, results)
     cut = sum(line["finish_reason"] == "length" for line in predictions.lines.values())
     if cut:
-        print(f"{cut:,} answers were cut at --max-new-tokens {limit}")
+        print(f"{cut:,} answers were cut at --max-new-tokens {args.max_new_tokens}")
     if absent:
         print(
             f"absent from {args.data_dir}: {', '.join(absent)}. To get them: "
             f"{tasks.how_to_get(args.data_dir)}"
         )
     predictions.finish(results)
+
+
+def origin_of_answers(args, ckpt, dtype, model, respond):
+    """What an answer depends on, as a dict of hashes: the checkpoint, the adapter, the options
+    --score, --max-new-tokens and --dtype, and the code. A question that has an answer of the same
+    origin is not asked again. (--plain and --batch-size change rounding alone.)"""
+    limit = args.max_new_tokens if args.score == "generate" else None
+    # result_code knows the code of model.py, rosa.py, the tokenizers and the faster code. `own` is
+    # what it does not know: this file's part, and the classes of modules that you have written.
+    module_classes = {type(module) for module in model.modules()}
+    code = result_code(args.score, args.adapter, own=[respond, OneByOne, *module_classes])
+    return origin_of(ckpt, args.adapter, [args.score, limit, dtype], code)
 
 
 def judge(question, response):
@@ -333,8 +335,8 @@ def answer_room(args, question, tokenizer):
     if args.score == "generate":
         return args.max_new_tokens
     options = tasks.options(question.test_set, question.example)
-    # Encoded alone, an option may be a token shorter than option_ids makes it after its prompt. So
-    # this is an upper bound; it is found faster.
+    # Encoded alone, an option may be a token shorter than option_ids makes it after its prompt. The
+    # 1 makes up for that, and encoding all prompts once more would take long.
     return 1 + max(len(tokenizer.encode(option)) for option in options)
 
 

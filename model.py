@@ -270,8 +270,8 @@ class Llama(nn.Module):
 
     def hidden_states(self, tokens, cache=None):
         """What `logits` reads: [B, T] -> [B, T, D]. With a cache the new tokens follow those in the
-        cache. Here only the new tokens are counted against the context: callers with a cache have
-        called check_prompts."""
+        cache. The check below does not count the tokens in the cache: `generate` has called
+        check_prompts, which counts all."""
         T = tokens.shape[1]
         if T > self.config.context:
             raise ValueError(
@@ -432,8 +432,10 @@ class Attention(nn.Module):
 
 
 def rope_table(positions, inv_freq):
-    """What `rotate` multiplies by. For the two halves (a, b) of a head it computes (a, b) * (cos,
-    cos) + (b, a) * (-sin, sin), and this function returns the tables (cos, cos) and (-sin, sin).
+    """The two tables (cos, cos) and (-sin, sin) for `rotate`, which computes of the halves (a, b)
+    of a head
+
+        (a, b) * (cos, cos) + (b, a) * (-sin, sin)
 
     positions: [T] or [B, T]. Each table is [.., 1, T, d], in float32; all heads and layers share
     them."""

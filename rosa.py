@@ -349,9 +349,8 @@ class LayerSelector:
     and still act. Between probes the backward pass stops at the lowest layer that trains.
 
     A layer's score is the L2 norm of the gradients of its two norm weights, taken together; RoSA
-    measures these gradients and never updates the norms. L layers have something to train, and
-    max(1, round(k_ratio * L)) of them are selected. If that is all of them, probes only record the
-    scores.
+    measures these gradients and never updates the norms. Of the L layers in which something trains,
+    max(1, round(k_ratio * L)) are selected. If these are all, probes only record the scores.
 
     The norms are a fair measure of a layer: every layer has the same two, of the same size, and all
     input of its attention and its MLP passes through them. The gradients of the adapters would say

@@ -114,16 +114,15 @@ def main(args):
     if args.checkpoint_activations:
         kernels.checkpoint_activations(model)
     run = runs.Run(args, ckpt, model, trainable, optimizer, selector)
-    # With --resume this loads the adapters, AdamW's moments, the scores and the active layers, cuts
-    # the logs back to the step after which they were saved, and returns the number of that step.
-    # Else it returns None.
+    # With --resume this loads the adapters, AdamW's moments, the scores and the active layers, and
+    # returns the number of the step after which they were saved. It cuts the logs back to that
+    # step, whose validation is made again below. Without --resume it returns None.
     step = run.resume()
     process_group = gradient_group(device)
     if args.shard:
-        shard(model, process_group, device, dtype)
-        # run.resume() has loaded AdamW's moments on the CPU, and then shard() has moved the
-        # parameters to the device, in place. This moves the moments there, too.
-        optimizer.load_state_dict(optimizer.state_dict())
+        # Adapters and norms stay whole in every process. They move to the device, and AdamW's
+        # moments with them.
+        shard(model, optimizer, process_group, device, dtype)
     if step is None:
         step = 0
         run.begin(description)
@@ -172,21 +171,21 @@ def main(args):
         selector.before_forward(step)
         torch.manual_seed(args.seed + step + process * total_steps)
 
-        # Gradients of the mean loss per response token, over the micro-batches of all processes
-        # together.
+        # Gradients of the mean loss per response token. The batch is that of all processes: each
+        # micro-batch's loss is divided by the response tokens of the whole batch, and the parts are
+        # added up.
         response_tokens = sum(len(response) for _, response in batch)
         loss = torch.zeros((), device=device)
-        # Each process computes an even share of the examples: of 16, two in each of 8 processes.
-        # All processes make the same number of passes, because with --shard they exchange weights
-        # in each pass. So if the examples are too few, as at the end of an epoch, a process's last
-        # micro-batch is empty.
+        # Each process computes an even share of the examples, in as many micro-batches as the other
+        # processes: with --shard they exchange weights in each pass. Where there are too few
+        # examples for that, a micro-batch is empty (see collate).
         for micro_batch in own_micro_batches(batch, args.micro_batch_size):
             tokens, labels = collate(micro_batch, device)
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
-        # Add up over the processes: every gradient there is, at a probe those of the norms too; the
-        # loss, which is a float from here on; and the number of signals such as Ctrl-C.
+        # Add up over the processes the gradients, at a probe those of the norms among them, and the
+        # loss. A Ctrl-C in one process stops all: so the signals are added up, too.
         loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
         # A probe scores the layers and selects: the others lose this step's gradient.
         selector.after_backward()
@@ -306,10 +305,10 @@ def passing_bar(items, description):
 
 
 def make_batches(lengths, batch_size, seed):
-    """The batches of an epoch, as lists of indices. Examples of similar length share a batch, so
-    that little is padded, and the batches come in random order. Only within pools of 64 random
-    batches are the examples sorted by length, so that from epoch to epoch an example shares its
-    batch with different examples."""
+    """The batches of an epoch, as lists of indices: shuffle the examples, cut them into pools of 64
+    batches' size, sort each pool by length, cut it into batches, shuffle the batches. So examples
+    of similar length share a batch, which needs little padding, and they are others in each
+    epoch."""
     rng = random.Random(seed)
     order = rng.sample(range(len(lengths)), len(lengths))
     pool_size = 64 * batch_size

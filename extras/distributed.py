@@ -163,10 +163,11 @@ def all_reduce_gradients(process_group, model, *numbers):
     return numbers.tolist()
 
 
-def shard(model, process_group, device, dtype):
+def shard(model, optimizer, process_group, device, dtype):
     """Leave each process some rows of every frozen weight (FSDP2). A layer's weights are brought
     together while it computes, those of the embedding and lm_head from the forward to the backward
-    pass. Every process has all adapters and norms, which are small."""
+    pass. Every process has all adapters and norms, which are small: they move to the device in
+    place, and the optimizer's moments follow them."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import DTensor
@@ -186,3 +187,4 @@ def shard(model, process_group, device, dtype):
         fully_shard(module, mesh=mesh, ignored_params=kept)
         module._apply(in_dtype)
     register_fsdp_forward_method(model, "loss")
+    optimizer.load_state_dict(optimizer.state_dict())  # puts moments where their parameters are

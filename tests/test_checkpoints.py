@@ -129,6 +129,15 @@ def test_a_checkpoint_that_fits_is_loaded_as_from_pretrained_loads_it(tmp_path, 
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
 
 
+def test_where_one_file_and_shards_lie_side_by_side_both_loaders_read_the_one(tmp_path, model):
+    """So does transformers."""
+    random_model(seed=5).save_pretrained(tmp_path)
+    shard(tmp_path)
+    model.save_pretrained(tmp_path)
+    for load in (Llama.from_pretrained, load_model):
+        assert_same_tensors(load(tmp_path), model)
+
+
 def test_the_header_of_each_file_is_read_once(tmp_path, model, monkeypatch):
     model.save_pretrained(tmp_path)
     shard(tmp_path)

@@ -5,6 +5,7 @@ import functools
 import runpy
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,3 +203,9 @@ def test_where_there_is_no_source_the_byte_code_counts():
         typed_in_a_shell.append(reached_code(types.FunctionType(in_a_shell, {})))
     one, two = typed_in_a_shell
     assert one.keys() == two.keys() == {"<stdin>"} and one != two
+
+
+def test_a_file_whose_name_only_begins_like_extras_is_the_readers_own():
+    root = Path(source.HERE)
+    assert source.is_own(str(root / "extras_of_mine.py"))
+    assert not source.is_own(str(root / "extras" / "kernels.py"))
