@@ -79,7 +79,8 @@ def main(args):
     gather()  # wait: no process begins before all of them are set up
     engine = OneByOne  # what answers: this class, or the module extras/inference.py
     if not args.plain:
-        # Faster code with the same results replaces methods of model.py; a line says which.
+        # Faster code with the same results replaces methods of model.py; a line says which. Where
+        # you have edited such a method, or OneByOne's log_likelihood, the engine stays OneByOne.
         engine, replaced_by_engine = inference.choose_engine(OneByOne, args.score)
         replaced_in_model, _ = kernels.accelerate(model, inference=True)
         kernels.say_what_runs(replaced_in_model, replaced_by_engine)
@@ -164,8 +165,9 @@ def origin_of_answers(args, ckpt, dtype, model, respond):
     --score, --max-new-tokens and --dtype, and the code. A question that has an answer of the same
     origin is not asked again. (--plain and --batch-size change rounding alone.)"""
     limit = args.max_new_tokens if args.score == "generate" else None
-    # result_code knows the code of model.py, rosa.py, the tokenizers and the faster code. `own` is
-    # what it does not know: this file's part, and the classes of modules that you have written.
+    # result_code knows the code of model.py, rosa.py, the tokenizers and the faster code. `own` has
+    # what it cannot know: this file's part, and the classes of the modules, one of which you may
+    # have written elsewhere. (Classes of torch count for nothing, those of model.py only once.)
     module_classes = {type(module) for module in model.modules()}
     code = result_code(args.score, args.adapter, own=[respond, OneByOne, *module_classes])
     return origin_of(ckpt, args.adapter, [args.score, limit, dtype], code)
@@ -335,8 +337,8 @@ def answer_room(args, question, tokenizer):
     if args.score == "generate":
         return args.max_new_tokens
     options = tasks.options(question.test_set, question.example)
-    # Encoded alone, an option may be a token shorter than option_ids makes it after its prompt. The
-    # 1 makes up for that, and encoding all prompts once more would take long.
+    # option_ids would be exact, but encodes the whole prompt again. Encoded alone, an option may be
+    # one token shorter than after its prompt: hence the 1.
     return 1 + max(len(tokenizer.encode(option)) for option in options)
 
 

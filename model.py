@@ -432,13 +432,12 @@ class Attention(nn.Module):
 
 
 def rope_table(positions, inv_freq):
-    """The two tables (cos, cos) and (-sin, sin) for `rotate`, which computes of the halves (a, b)
-    of a head
+    """The two tables that `rotate` needs. It splits a head into its halves (a, b) and computes
 
         (a, b) * (cos, cos) + (b, a) * (-sin, sin)
 
-    positions: [T] or [B, T]. Each table is [.., 1, T, d], in float32; all heads and layers share
-    them."""
+    This function returns (cos, cos) and (-sin, sin) for the positions [T] or [B, T]. Each table is
+    [.., 1, T, d], in float32; all heads and layers share them."""
     angles = positions[..., None].float() * inv_freq.to(positions.device)  # [.., T, d/2]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1).unsqueeze(-3), torch.cat((-sin, sin), -1).unsqueeze(-3)

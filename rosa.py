@@ -166,8 +166,8 @@ def merge(model):
 
 
 def attach_arguments(model):
-    """The arguments of `attach` that gave the model its adapters. They must agree for an adapter of
-    one model to fit another."""
+    """The arguments of `attach` that gave the model its adapters. An adapter fits into a model only
+    if these arguments are the same."""
     adapted = {}  # target -> one of its adapters: they are alike in every layer
     for name, adapter in adapters(model).items():
         module = name.split(".", 3)[3]  # without "model.layers.0."
@@ -350,7 +350,7 @@ class LayerSelector:
 
     A layer's score is the L2 norm of the gradients of its two norm weights, taken together; RoSA
     measures these gradients and never updates the norms. Of the L layers in which something trains,
-    max(1, round(k_ratio * L)) are selected. If these are all, probes only record the scores.
+    max(1, round(k_ratio * L)) are selected. If all L are selected, probes only record the scores.
 
     The norms are a fair measure of a layer: every layer has the same two, of the same size, and all
     input of its attention and its MLP passes through them. The gradients of the adapters would say
@@ -390,7 +390,9 @@ class LayerSelector:
             self.parameters.append([p for p in layer.parameters() if p.requires_grad])
             first, second = layer.input_layernorm, layer.post_attention_layernorm
             self.norms.append([*first.parameters(), *second.parameters()])
-        self.frozen_norms = []  # the norm weights that only measure
+        # The norm weights that only measure. (With LN tuning the originals are among them, which
+        # does no harm: gradient_norm passes over a weight without a gradient.)
+        self.frozen_norms = []
         for weights in self.norms:
             self.frozen_norms += [weight for weight in weights if not weight.requires_grad]
 

@@ -116,7 +116,7 @@ def main(args):
     run = runs.Run(args, ckpt, model, trainable, optimizer, selector)
     # With --resume this loads the adapters, AdamW's moments, the scores and the active layers, and
     # returns the number of the step after which they were saved. It cuts the logs back to that
-    # step, whose validation is made again below. Without --resume it returns None.
+    # step; a validation that was due there is made again below. Without --resume it returns None.
     step = run.resume()
     process_group = gradient_group(device)
     if args.shard:
@@ -164,11 +164,12 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # DLS: at a probe every layer gets requires_grad. With --select random all processes must
-        # draw the same layers, then each its own dropout. The seeds depend on the step and the
-        # process's index alone, so that a resumed run draws the same.
+        # DLS: at a probe every layer gets requires_grad. All processes have the same seed here,
+        # since with --select random they must draw the same layers.
         torch.manual_seed(args.seed + step)
         selector.before_forward(step)
+        # Each process draws its own dropout: seeds that are total_steps apart never meet. The seeds
+        # depend on step and process alone, so that a resumed run draws the same.
         torch.manual_seed(args.seed + step + process * total_steps)
 
         # Gradients of the mean loss per response token. The batch is that of all processes: each
@@ -185,13 +186,14 @@ def main(args):
             micro_loss.backward()
             loss += micro_loss.detach()
         # Add up over the processes the gradients, at a probe those of the norms among them, and the
-        # loss. A Ctrl-C in one process stops all: so the signals are added up, too.
+        # loss. A Ctrl-C in one process stops all: so the signals are added up, too. loss and
+        # signals are floats from here on.
         loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
         # A probe scores the layers and selects: the others lose this step's gradient.
         selector.after_backward()
 
-        # The step. If it is not finite, can_apply prints which examples were in it, counts it, and
-        # returns False.
+        # The step. If the loss or the norm is not finite, can_apply prints which examples were in
+        # the step, counts it, and returns False.
         norm = torch.nn.utils.clip_grad_norm_(trainable.values(), 1.0).item()
         if run.can_apply(step + 1, loss, norm, [places_in_file[i] for i in indices]):
             optimizer.step()
@@ -307,8 +309,8 @@ def passing_bar(items, description):
 def make_batches(lengths, batch_size, seed):
     """The batches of an epoch, as lists of indices: shuffle the examples, cut them into pools of 64
     batches' size, sort each pool by length, cut it into batches, shuffle the batches. So examples
-    of similar length share a batch, which needs little padding, and they are others in each
-    epoch."""
+    of similar length share a batch, which needs little padding, and the batches differ from epoch
+    to epoch."""
     rng = random.Random(seed)
     order = rng.sample(range(len(lengths)), len(lengths))
     pool_size = 64 * batch_size
@@ -558,7 +560,7 @@ def combinations(args):
         ),
         (
             args.batch_size % args.micro_batch_size != 0,
-            f"{sizes}: choose sizes that waste no forward pass",
+            f"{sizes}: choose a multiple, so that every forward pass is full",
         ),
         (
             args.method == "full" and args.dtype == "bfloat16",
