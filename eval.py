@@ -80,7 +80,7 @@ def main(args):
     engine = OneByOne  # what answers: this class, or the module extras/inference.py
     if not args.plain:
         # Faster code with the same results replaces methods of model.py; a line says which. Where
-        # you have edited such a method, or OneByOne's log_likelihood, the engine stays OneByOne.
+        # you have edited such a method, or log_likelihood below, the engine stays OneByOne.
         engine, replaced_by_engine = inference.choose_engine(OneByOne, args.score)
         replaced_in_model, _ = kernels.accelerate(model, inference=True)
         kernels.say_what_runs(replaced_in_model, replaced_by_engine)
@@ -165,9 +165,9 @@ def origin_of_answers(args, ckpt, dtype, model, respond):
     --score, --max-new-tokens and --dtype, and the code. A question that has an answer of the same
     origin is not asked again. (--plain and --batch-size change rounding alone.)"""
     limit = args.max_new_tokens if args.score == "generate" else None
-    # result_code knows the code of model.py, rosa.py, the tokenizers and the faster code. `own` has
-    # what it cannot know: this file's part, and the classes of the modules, one of which you may
-    # have written elsewhere. (Classes of torch count for nothing, those of model.py only once.)
+    # result_code knows the code of model.py, rosa.py, the tokenizers and the faster code. `own` is
+    # for what it does not know: this file's part, and modules that you may have written elsewhere.
+    # (Among the classes it ignores those of torch, and those that it knows.)
     module_classes = {type(module) for module in model.modules()}
     code = result_code(args.score, args.adapter, own=[respond, OneByOne, *module_classes])
     return origin_of(ckpt, args.adapter, [args.score, limit, dtype], code)
@@ -337,8 +337,8 @@ def answer_room(args, question, tokenizer):
     if args.score == "generate":
         return args.max_new_tokens
     options = tasks.options(question.test_set, question.example)
-    # option_ids would be exact, but encodes the whole prompt again. Encoded alone, an option may be
-    # one token shorter than after its prompt: hence the 1.
+    # option_ids would be exact, but encodes the whole prompt again. Encoded alone, an option may
+    # lack one token, that of the space before it: hence the 1.
     return 1 + max(len(tokenizer.encode(option)) for option in options)
 
 
@@ -440,8 +440,8 @@ def go_on(arguments):
 
 
 def run(arguments=None):
-    """`main` with these command-line arguments, or the process's own. run_script also joins the
-    processes that torchrun has started, and makes one line of a user's mistake."""
+    """`main` with these command-line arguments, or the process's own. run_script also sets up
+    torch.distributed under torchrun, and prints a UserError as one line."""
     run_script("eval.py", parse_args, main, arguments, go_on)
 
 

@@ -382,16 +382,14 @@ class LayerSelector:
         self.select = select
 
         self.parameters = []  # of each layer: the parameters that can train
-        # The weights of each layer's two norms. PEFT's LN tuning puts a norm into a wrapper, which
-        # then holds two weights: the original, which takes no part in the forward pass any more and
-        # gets no gradient, and a copy that trains.
+        # The weights of each layer's two norms. If PEFT's LN tuning trains a norm, it has two: the
+        # frozen original, which is not used any more and gets no gradient, and a copy.
         self.norms = []
         for layer in model.model.layers:
             self.parameters.append([p for p in layer.parameters() if p.requires_grad])
             first, second = layer.input_layernorm, layer.post_attention_layernorm
             self.norms.append([*first.parameters(), *second.parameters()])
-        # The norm weights that only measure. (With LN tuning the originals are among them, which
-        # does no harm: gradient_norm passes over a weight without a gradient.)
+        # The norm weights that only measure.
         self.frozen_norms = []
         for weights in self.norms:
             self.frozen_norms += [weight for weight in weights if not weight.requires_grad]
@@ -469,7 +467,7 @@ class LayerSelector:
 
 
 def gradient_norm(weights):
-    """The L2 norm of the gradients of these weights, taken together. A weight that took no part in
-    the forward pass has no gradient."""
+    """The L2 norm of the gradients of these weights, taken together. A weight that was not used has
+    no gradient."""
     gradients = [weight.grad.float() for weight in weights if weight.grad is not None]
     return torch.cat(gradients).norm()

@@ -168,8 +168,9 @@ def main(args):
         # since with --select random they must draw the same layers.
         torch.manual_seed(args.seed + step)
         selector.before_forward(step)
-        # Each process draws its own dropout: seeds that are total_steps apart never meet. The seeds
-        # depend on step and process alone, so that a resumed run draws the same.
+        # Each process draws its own dropout. A step is less than total_steps, so that no two
+        # processes ever have the same seed. The seeds depend on step and process alone, so that a
+        # resumed run draws the same.
         torch.manual_seed(args.seed + step + process * total_steps)
 
         # Gradients of the mean loss per response token. The batch is that of all processes: each
@@ -185,9 +186,9 @@ def main(args):
             micro_loss = model.loss(tokens, labels) / response_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
-        # Add up over the processes the gradients, at a probe those of the norms among them, and the
-        # loss. A Ctrl-C in one process stops all: so the signals are added up, too. loss and
-        # signals are floats from here on.
+        # Sum over the processes: the gradients (at a probe those of the norms too), the loss, and
+        # the number of signals, since a Ctrl-C in one process stops all. The loss and this number
+        # are floats from here on.
         loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
         # A probe scores the layers and selects: the others lose this step's gradient.
         selector.after_backward()
@@ -589,8 +590,8 @@ def go_on(arguments):
 
 
 def run(arguments=None):
-    """`main` with these command-line arguments, or the process's own. run_script also joins the
-    processes that torchrun has started, and makes one line of a user's mistake."""
+    """`main` with these command-line arguments, or the process's own. run_script also sets up
+    torch.distributed under torchrun, and prints a UserError as one line."""
     run_script("train.py", parse_args, main, arguments, go_on)
 
 
