@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import os
 import shutil
 
 import pytest
@@ -35,6 +36,12 @@ def few_toy_problems(monkeypatch):
     would test nothing more."""
     monkeypatch.setitem(tasks.TOY_SIZES, "train", 100)
     monkeypatch.setitem(tasks.TOY_SIZES, "test", 30)
+
+
+@pytest.fixture
+def unflushed(monkeypatch):
+    """For the files whose tests save hundreds of states: the disk is not waited for."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 # --- the scripts, as a user runs them ---

@@ -47,7 +47,7 @@ from extras import (
 from extras.checkpoints import NAMES
 from model import Llama
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("unflushed")]
 
 
 def test_the_loss_on_anything_else(ckpt, capsys):

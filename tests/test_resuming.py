@@ -39,6 +39,8 @@ RUN = (
     "--select-every 3 "
     "--score-ema 0.5 --lr 1e-2 --device cpu --dtype float32 --out out"
 ).split()
+
+pytestmark = pytest.mark.usefixtures("unflushed")
 SIGNALS = signal.SIGINT, signal.SIGTERM
 
 

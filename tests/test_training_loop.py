@@ -31,7 +31,7 @@ from data.tokenizer import load_tokenizer
 from extras import adapters, kernels, runs
 from model import Llama
 
-pytestmark = pytest.mark.numeric
+pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("unflushed")]
 
 
 def run(*arguments, out="out"):
