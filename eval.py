@@ -434,7 +434,7 @@ def parse_args(arguments=None):
     return args
 
 
-def go_on(arguments):
+def last_sentence(arguments):
     """The sentence that ends the error message of a stopped run."""
     return "What was scored so far is kept, and not asked again"
 
@@ -442,7 +442,7 @@ def go_on(arguments):
 def run(arguments=None):
     """`main` with these command-line arguments, or the process's own. run_script also sets up
     torch.distributed under torchrun, and prints a UserError as one line."""
-    run_script("eval.py", parse_args, main, arguments, go_on)
+    run_script("eval.py", parse_args, main, arguments, last_sentence)
 
 
 if __name__ == "__main__":

@@ -41,13 +41,13 @@ from extras.checkpoints import (
 from extras.commands import (
     below_one,
     count,
+    fraction,
     names_of,
     positive,
     resume_command,
     run_script,
     script_parser,
     seed,
-    share,
 )
 from extras.distributed import (
     all_reduce_gradients,
@@ -416,13 +416,13 @@ def parse_args(arguments=None):
     add("--rank", type=count, **of_method, help="of each low-rank update (default: 64)")
     add(
         "--low-freq-ratio",
-        type=share,
+        type=fraction,
         **of_method,
         help="share of each head's RoPE pairs that adapt (default: 0.5)",
     )
     add(
         "--k-ratio",
-        type=share,
+        type=fraction,
         **of_method,
         help=f"share of layers that train at a time ({default_of('k_ratio')})",
     )
@@ -584,15 +584,15 @@ def combinations(args):
     ]
 
 
-def go_on(arguments):
+def last_sentence(arguments):
     """The sentence that ends the error message of a stopped run."""
-    return f"To go on: {resume_command(__file__, arguments)}"
+    return f"To resume: {resume_command(__file__, arguments)}"
 
 
 def run(arguments=None):
     """`main` with these command-line arguments, or the process's own. run_script also sets up
     torch.distributed under torchrun, and prints a UserError as one line."""
-    run_script("train.py", parse_args, main, arguments, go_on)
+    run_script("train.py", parse_args, main, arguments, last_sentence)
 
 
 if __name__ == "__main__":

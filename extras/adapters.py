@@ -66,7 +66,7 @@ class Adapter(NamedTuple):
     @property
     def needs_peft(self):
         """Whether the code of the package peft must run the adapter: any but RoSA's and LoRA; and a
-        LoRA that --method peft:LORA has trained goes on as one of PEFT's."""
+        LoRA that --method peft:LORA has trained stays one of PEFT's."""
         return self.peft_type != "LORA" or "peft" in self.metadata
 
 

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from data.errors import UserError, refusals_of, user_file
-from extras.distributed import processes
+from extras.distributed import is_first, processes
 from extras.source import HERE, edited
 from model import FAMILIES, Llama, LlamaConfig
 
@@ -151,7 +151,7 @@ def computes_bfloat16(device):
 
 def say_if_bfloat16_is_slow(device, dtype):
     """Print a warning if the user chose bfloat16 and this processor emulates it."""
-    if dtype == torch.bfloat16 and not computes_bfloat16(device) and processes()[0] == 0:
+    if dtype == torch.bfloat16 and not computes_bfloat16(device) and is_first():
         name = "processor" if device.type == "cpu" else "device"
         print(
             f"this {name} computes bfloat16 in software, slowly: --dtype float32 is faster here",

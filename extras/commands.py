@@ -29,18 +29,18 @@ class Stop(Exception):
         self.status = status
 
 
-def run_script(name, parse_args, main, arguments=None, go_on=None):
+def run_script(name, parse_args, main, arguments=None, last_sentence=None):
     """Call main(parse_args(arguments)), and see to every way in which it can end.
 
     arguments: the words of a command line; None stands for those of the process. A UserError ends
     in one line on stderr and exit status 2, a mistake in the code ends in a traceback. If the
-    script ends early, go_on(arguments) is the last sentence of its message, which says what is
-    kept or what to type."""
+    script ends early, its message ends with last_sentence(arguments), which says what is kept or
+    what to type."""
     arguments = sys.argv[1:] if arguments is None else arguments
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def and_how_to_go_on(message):
-        return f"{message}. {go_on(arguments)}" if go_on else str(message)
+    def with_last_sentence(message):
+        return f"{message}. {last_sentence(arguments)}" if last_sentence else str(message)
 
     show_what_can_be_shown()
     try:
@@ -50,20 +50,20 @@ def run_script(name, parse_args, main, arguments=None, go_on=None):
     except UserError as error:
         fail(name, error)
     except Stop as stop:
-        end(name, and_how_to_go_on(stop), stop.status)
+        end(name, with_last_sentence(stop), stop.status)
     except FloatingPointError as error:  # a number is not finite, perhaps in this process alone
-        fail(name, and_how_to_go_on(error), 1)
+        fail(name, with_last_sentence(error), 1)
     except KeyboardInterrupt:
-        end(name, and_how_to_go_on("interrupted"), 130)
+        end(name, with_last_sentence("interrupted"), 130)
     except BrokenPipeError:  # the reader of the output has ended, as `| head` does
         sys.stdout = open(os.devnull, "w")
-        end(name, and_how_to_go_on("what it prints is read no longer"), 1)
+        end(name, with_last_sentence("what it prints is read no longer"), 1)
     except Exception as error:
         # Some text was typed where the name of a file belongs.
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             fail(name, f"{error.filename}: {error.strerror}")
         if died(error):
-            end(name, and_how_to_go_on("another process has ended, and this one with it"), 1)
+            end(name, with_last_sentence("another process has ended, and this one with it"), 1)
         close_bars()
         add_innermost_line(error)
         raise
@@ -242,7 +242,7 @@ def count(text):
     return checked(int, text, lambda value: value >= 1, "must be a whole number of at least 1")
 
 
-def share(text):
+def fraction(text):
     """A number in (0, 1]."""
     return checked(float, text, lambda value: 0 < value <= 1, "must be in (0, 1]")
 

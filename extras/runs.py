@@ -71,7 +71,7 @@ NOT_COMPARED += ("ckpt", "data_dir", "train_file", "peft_config")
 
 
 class Run:
-    """A run directory, and what a run must know to stop after any step and go on.
+    """A run directory, and what a run must know to stop after any step and be resumed.
 
     trainable: name -> parameter of all that trains, in the optimiser's order."""
 
@@ -357,7 +357,7 @@ def check_out(args, ckpt):
     holds_a_run = (args.out / "args.json").exists() and best_step(args.out) is not None
     if holds_a_run and not (args.resume or args.overwrite):
         problem = f"--out {args.out} holds a run already"
-        advice = "--resume goes on with it, --overwrite starts anew, --out NAME keeps both"
+        advice = "--resume continues it, --overwrite starts anew, --out NAME keeps both"
         raise UserError(f"{problem}: {advice}")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file: choose a directory for the run")
@@ -387,7 +387,7 @@ def check_same(args, description):
         if description["hashes"].get(name) != value:
             raise UserError(f"--resume: the {name} differ from those that {run} began with")
     if edited := edited_since(before, description["code"]):
-        since = f"since {run} began: it goes on with the code of now"
+        since = f"since {run} began: it is resumed with the code of now"
         print(f"code       {have_been_edited(edited)} {since}")
 
 

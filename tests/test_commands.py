@@ -143,6 +143,7 @@ def test_empty_records_are_left_out_where_a_user_says_so(ckpt, capsys):
     assert json.loads(Path("out/results.json").read_text())["counts"] == {"gsm8k": 5}
 
 
+@pytest.mark.slow
 def test_the_bundled_checkpoint_is_what_make_tiny_makes(tmp_path, capsys):
     """The vocabulary and the config are the same. To make the same weights would take half an
     hour."""
@@ -382,7 +383,7 @@ def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkey
 
 VALUES = {
     "count": (["1", "99"], ["0", "-1", "1.5", "x"]),
-    "share": (["1", "1e-9"], ["0", "1.01", "nan"]),
+    "fraction": (["1", "1e-9"], ["0", "1.01", "nan"]),
 }
 VALUES |= {
     "positive": (["1e-9", "7"], ["0", "-1", "inf", "nan"]),

@@ -395,7 +395,7 @@ def test_a_signal_to_one_ends_all_after_their_step_and_other_numbers_of_processe
     assert errors[0].startswith(
         "train.py: stopped after step 5; the adapter kept is the best so far, of step "
     )
-    assert ". To go on: torchrun ... " in errors[0]
+    assert ". To resume: torchrun ... " in errors[0]
     codes, *_ = end(
         start(3, train, f"{command} many --resume", partial(act_in_step, 7, (0, terminated)))
     )

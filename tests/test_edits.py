@@ -240,7 +240,7 @@ def test_a_run_that_is_resumed_with_edited_code_goes_on_with_a_line_that_names_t
     edit(copy, "data/toy.py", "never", "never ever")  # in a comment, which does not count
     (result,) = run_copy(copy, resume)
     line = (
-        "code       model.py has been edited since the run in run began: it goes on with the "
+        "code       model.py has been edited since the run in run began: it is resumed with the "
         "code of now\n"
     )
     assert result.status == 0 and line in result.out, result

@@ -298,7 +298,7 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(
         stopped, line = ends(capsys, "--out", "a run")
     assert stopped == code and len(read_steps("a run")) == last
     assert [signal.getsignal(n) for n in SIGNALS] == handlers  # the former handlers are back
-    stop, _, command = line.partition(". To go on: ")
+    stop, _, command = line.partition(". To resume: ")
     assert stop == (
         f"train.py: stopped after step {last}; the adapter kept is the best so far, of step "
         f"{best_step('a run')}"
@@ -381,14 +381,14 @@ def test_a_run_is_not_begun_over_another_unless_asked_to(ckpt, monkeypatch, caps
     code, line = ends(capsys, "--seed", 1)
     assert code == 2 and files() == before
     assert line.endswith(
-        "--out out holds a run already: --resume goes on with it, --overwrite starts anew, --out "
+        "--out out holds a run already: --resume continues it, --overwrite starts anew, --out "
         "NAME keeps both"
     )
     # A run that starts anew and dies before its first step leaves nothing of the old one to resume.
     with monkeypatch.context() as patch:
         patch.setattr(train, "validate", interrupt)
         code, line = ends(capsys, "--overwrite", "--seed", 1)
-    assert code == 130 and line.startswith("train.py: interrupted. To go on: ")
+    assert code == 130 and line.startswith("train.py: interrupted. To resume: ")
     run("--resume", "--seed", 1)
     assert contents() == contents(whole("--seed", "1"))
 
