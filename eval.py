@@ -34,7 +34,7 @@ from extras.checkpoints import (
     load_model,
     say_if_bfloat16_is_slow,
 )
-from extras.commands import count, run_script, script_parser
+from extras.commands import add_device_arguments, count, run_script, script_parser
 from extras.distributed import gather, is_first, share_out
 from extras.predictions import Predictions
 from extras.records import hash_of, origin_of, result_code, say_if_unfinished
@@ -411,7 +411,8 @@ def parse_args(arguments=None):
         choices=("generate", "likelihood"),
         help="judge the answer that is generated, or the option that is likeliest",
     )
-    add = parser.add_argument_group("more").add_argument
+    more = parser.add_argument_group("more")
+    add = more.add_argument
     add("--skip-empty", action="store_true", help="leave out examples with an empty field")
     add(
         "--long-is-wrong",
@@ -423,10 +424,7 @@ def parse_args(arguments=None):
         action="store_true",
         help="model.py alone: nothing from extras/kernels.py and extras/inference.py",
     )
-    add("--device", default="auto", help="auto, cpu, cuda, mps, ...")
-    add(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model"
-    )
+    add_device_arguments(more)
     args = parser.parse_args(arguments)
     if args.out is None:
         base = f"{Path(args.ckpt).absolute().name}-{args.task}-base"

@@ -39,6 +39,7 @@ from extras.checkpoints import (
     say_if_bfloat16_is_slow,
 )
 from extras.commands import (
+    add_device_arguments,
     below_one,
     count,
     fraction,
@@ -440,7 +441,8 @@ def parse_args(arguments=None):
     add("--resume", action="store_true", help="continue the run in --out from its last save")
     add("--overwrite", action="store_true", help="start anew in an --out that holds a run already")
 
-    add = parser.add_argument_group("more").add_argument
+    more = parser.add_argument_group("more")
+    add = more.add_argument
     add(
         "--targets",
         type=names_of(rosa.TARGETS, "target"),
@@ -510,10 +512,7 @@ def parse_args(arguments=None):
         action="store_true",
         help="torch.compile the layers: faster after a minute or so",
     )
-    add("--device", default="auto", help="auto, cpu, cuda, mps, ...")
-    add(
-        "--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the base model"
-    )
+    add_device_arguments(more)
     return check_args(parser.parse_args(arguments))
 
 

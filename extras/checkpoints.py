@@ -180,6 +180,7 @@ class Checkpoint(NamedTuple):
     stored: dict  # name in the files -> Stored
     config: LlamaConfig
     table: dict  # parameter's name -> Stored
+    model: Llama  # the config's model on the meta device: its shapes without memory
 
 
 def read_checkpoint(directory):
@@ -201,7 +202,7 @@ def read_checkpoint(directory):
         config.tie_word_embeddings = is_copy
         if is_copy:
             del table["lm_head.weight"]
-    checkpoint = Checkpoint(directory, raw, stored, config, table)
+    checkpoint = Checkpoint(directory, raw, stored, config, table, meta_model(config))
     check_fit(checkpoint)
     return checkpoint
 
@@ -318,8 +319,7 @@ def load_model(ckpt, device="cpu", dtype=None, mapped=False):
             return Llama.from_pretrained(ckpt, device, dtype)
     checkpoint = read_checkpoint(ckpt)
     say_what_is_inferred(checkpoint)
-    model = meta_model(checkpoint)
-    table = checkpoint.table
+    model, table = checkpoint.model, checkpoint.table
     if dtype is None:
         dtype = dtype_as_stored(checkpoint)
 
@@ -337,10 +337,10 @@ def load_model(ckpt, device="cpu", dtype=None, mapped=False):
     return model.eval()
 
 
-def meta_model(checkpoint):
-    """The model of a checkpoint on the meta device: its shapes without memory."""
+def meta_model(config):
+    """The model of a config on the meta device: its shapes without memory."""
     with torch.device("meta"):
-        return Llama(checkpoint.config)
+        return Llama(config)
 
 
 def say_what_is_inferred(checkpoint):
@@ -468,7 +468,7 @@ def check_positive(name, value):
 def check_fit(checkpoint):
     """Raise UserError naming the first tensors that do not fit the config: the parameters of its
     model are all that a checkpoint holds."""
-    parameters = meta_model(checkpoint).named_parameters()
+    parameters = checkpoint.model.named_parameters()
     needed = {name: tuple(parameter.shape) for name, parameter in parameters}
     stored = checkpoint.table
     missing = [f"missing {name}" for name in sorted(needed.keys() - stored.keys())]

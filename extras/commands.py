@@ -225,12 +225,17 @@ def add_model_arguments(parser):
     parser.add_argument(
         "--adapter", help="adapter directory, as train.py writes it (default: the model alone)"
     )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, mps, ... (default: auto)"
-    )
-    dtypes = ("auto", "float32", "bfloat16")
-    parser.add_argument(
-        "--dtype", default="auto", choices=dtypes, help="of the base model (default: auto)"
+    add_device_arguments(parser)
+
+
+def add_device_arguments(group):
+    """The options by which scripts and commands choose where and in what a model computes."""
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ... (default: auto)")
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the base model (default: auto)",
     )
 
 

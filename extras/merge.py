@@ -68,7 +68,7 @@ def merge_checkpoint(ckpt, directory, out):
     tokenizer = load_tokenizer(ckpt)
     checkpoint = read_checkpoint(ckpt)
     adapter = adapters.read_adapter(directory)
-    updated = updater(meta_model(checkpoint), adapter)
+    updated = updater(meta_model(checkpoint.config), adapter)
     adapters.say_if_of_another_base(adapter, hub_name(ckpt))
 
     with user_file(partial):
@@ -85,13 +85,13 @@ def merge_checkpoint(ckpt, directory, out):
         tokens, lengths = pad(prompts)
         real = torch.arange(tokens.shape[1]) < lengths[:, None]  # [B, T]: where there is no padding
         before = logits_layer_by_layer(
-            meta_model(checkpoint),
+            checkpoint.model,
             tokens,
             lambda name: updated(name, read_tensor(checkpoint.table[name])),
         )
         merged = read_checkpoint(partial)
         after = logits_layer_by_layer(
-            meta_model(merged), tokens, lambda name: read_tensor(merged.table[name])
+            merged.model, tokens, lambda name: read_tensor(merged.table[name])
         )
         os.rename(partial, out)
     except BaseException:
@@ -131,17 +131,15 @@ def write_weights(checkpoint, updated, directory):
 
 
 def merged_tensor(stored, parameters, updated):
-    """A stored tensor with the parameters in it, name -> Stored, as `updated` makes them."""
-    tensor = read_tensor(stored)  # memory-mapped, not read yet
+    """A stored tensor with the parameters in it, name -> Stored, as `updated` makes them. A tensor
+    that holds none stays as it is; one that holds several has their rows in this order."""
+    pieces = []
     for name, entry in parameters.items():
-        weight = read_tensor(entry)
-        new = rounded(name, updated(name, weight), weight.dtype)
-        if entry.rows is None:
-            return new
-        if new is not weight:
-            tensor = tensor.clone()
-            tensor[entry.rows] = new
-    return tensor
+        weight = read_tensor(entry)  # memory-mapped, not read yet
+        pieces.append(rounded(name, updated(name, weight), weight.dtype))
+    if not pieces:
+        return read_tensor(stored)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def merged_config(checkpoint):

@@ -61,7 +61,7 @@ def write_whole(path, content):
         flush(partial)
         os.replace(partial, path)
     except BaseException:
-        # The error that brought us here is the one to be told, not another one of this deletion.
+        # The error that brought us here is the one to be shown, not another one of this deletion.
         with contextlib.suppress(OSError):
             partial.unlink()
         raise

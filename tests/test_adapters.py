@@ -15,7 +15,7 @@ from rosa import attach, attach_arguments, save_adapter
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.lora_A.weight"])
 def test_an_adapter_that_carries_more_than_updates_of_layers_is_called_that(tmp_path, name):
-    """PEFT saves the embeddings where tokens were added, and adapts lm_head where it is told to."""
+    """PEFT saves the embeddings where tokens were added, and adapts lm_head if asked to."""
     save_adapter(randomise_adapters(attach(random_model(), 4, 8)), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     with safe_open(file, "pt") as opened:

@@ -1,5 +1,5 @@
 """Statements about `data/download.py`, against a server on this machine that cuts, forges and
-forgets as it is told."""
+forgets as the test asks."""
 
 import hashlib
 import re
