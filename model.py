@@ -2,8 +2,8 @@
 Face directory out.
 
 Read first: `Llama.forward` and `hidden_states`, then DecoderLayer, Attention and `rotate`; they are
-the transformer. Skip at first reading: everything about files, which is LlamaConfig.from_dict,
-from_pretrained and save_pretrained.
+the transformer. Skip at first reading: everything about files, which is from_pretrained,
+save_pretrained, and all that follows KVCache.
 
 This file owns the architecture, the safetensors files, the key/value cache and greedy generation.
 It deals in token ids: text is `data/`'s business. It knows nothing of adapters: `rosa.py` wraps its
@@ -35,189 +35,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-
-MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
-# model_type -> the name of its architecture, and transformers' defaults for the fields that a
-# config.json leaves out, where they differ from LLaMA's
-FAMILIES = {
-    "llama": ("LlamaForCausalLM", {}),
-    "mistral": ("MistralForCausalLM", MISTRAL),
-    "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 32, "max_position_embeddings": 32768}),
-}
-# Fields of a config.json that have no defaults
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-# Fields of which one value alone is implemented; absent and null mean that value too
-IMPLEMENTED = {
-    "hidden_act": "silu",
-    "quantization_config": None,
-    "use_sliding_window": False,
-    "attention_dropout": 0,
-    "partial_rotary_factor": 1,
-}
-
-
-@dataclass
-class LlamaConfig:
-    """The fields of a Hugging Face config.json that this file implements, under the same names.
-
-    Raises ValueError for a combination that the model would compute wrongly."""
-
-    model_type: str = "llama"
-    vocab_size: int = 32000
-    hidden_size: int = 4096
-    intermediate_size: int = 11008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # None: as many as num_attention_heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", ...}
-    attention_bias: bool = False  # llama: biases on q, k, v and o; qwen2 always has them on q, k, v
-    mlp_bias: bool = False  # llama: biases on gate, up and down
-    sliding_window: int | None = None  # mistral: how many tokens attention sees; None: all
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
-    def __post_init__(self):
-        self.rms_norm_eps = float(self.rms_norm_eps)
-        self.rope_theta = float(self.rope_theta)
-        if self.model_type not in FAMILIES:
-            raise ValueError(
-                f"model_type {self.model_type!r} is not implemented: only {', '.join(FAMILIES)} are"
-            )
-        # transformers reads the two bias fields for llama alone, and sliding_window for mistral. A
-        # qwen2 has a window only if it says use_sliding_window, which IMPLEMENTED refuses.
-        if self.model_type != "llama":
-            self.attention_bias = False
-            self.mlp_bias = False
-        if self.model_type != "mistral":
-            self.sliding_window = None
-        heads = self.num_attention_heads
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = heads
-        if heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {heads} is not a multiple of num_key_value_heads "
-                f"{self.num_key_value_heads}"
-            )
-        if self.head_dim is None:
-            if self.hidden_size % heads:
-                raise ValueError(
-                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
-                    f"{heads}"
-                )
-            self.head_dim = self.hidden_size // heads
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
-        if not rope_inverse_frequencies(self).isfinite().all():
-            raise ValueError(
-                f"rope_theta {self.rope_theta}, rope_scaling {self.rope_scaling}: frequencies not "
-                "finite"
-            )
-
-    @property
-    def context(self):
-        """The longest sequence, in tokens. A sliding window is not implemented. A sequence that is
-        no longer than the window is not affected by it, so longer ones are not allowed."""
-        if self.sliding_window is None:
-            return self.max_position_embeddings
-        return min(self.max_position_embeddings, self.sliding_window)
-
-    @classmethod
-    def from_file(cls, path):
-        """Read a config.json, or the one in a directory. Raises ValueError naming the file and the
-        field."""
-        path = Path(path)
-        if path.is_dir():
-            path = path / "config.json"
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        generation = path.with_name("generation_config.json")
-        generation_config = {}
-        if generation.is_file():
-            generation_config = json.loads(generation.read_text(encoding="utf-8"))
-        try:
-            return cls.from_dict(raw, generation_config)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-
-    @classmethod
-    def from_dict(cls, raw, generation_config):
-        """Make a config of what the two JSON files hold. Where generation_config.json names the
-        end-of-sequence tokens, it decides. Raises ValueError for what this file does not
-        implement."""
-        for name in REQUIRED:
-            if name not in raw:
-                raise ValueError(f"the key {name!r} is missing")
-        model_type = raw.get("model_type")
-        if model_type not in FAMILIES:
-            return cls(model_type=model_type)  # __post_init__ refuses it
-        architecture, defaults = FAMILIES[model_type]
-        # A default replaces a field that is absent, not one that is null: a Mistral that has no
-        # window says "sliding_window": null.
-        raw = defaults | raw
-        # transformers 4 writes rope_theta, and rope_scaling where RoPE is scaled. transformers 5
-        # writes one dict, rope_parameters, which holds rope_theta beside the scaling. If a file has
-        # both, rope_scaling counts, as it does for transformers.
-        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-        for name in ("rope_theta", "partial_rotary_factor"):
-            if name in rope:
-                raw[name] = rope.pop(name)
-        # What is left in rope is the scaling.
-        if rope and "rope_type" not in rope:
-            raise ValueError(f"rope_scaling {rope!r} has no rope_type")
-        is_scaled = rope.get("rope_type", "default") != "default"
-        raw["rope_scaling"] = rope if is_scaled else None
-
-        if raw.get("architectures") not in (None, [architecture]):
-            raise ValueError(
-                f"architectures = {raw['architectures']!r} is not implemented (only "
-                f"{[architecture]!r} is)"
-            )
-        for name, value in IMPLEMENTED.items():
-            if raw.get(name) not in (value, None):
-                raise ValueError(f"{name} = {raw[name]!r} is not implemented (only {value!r} is)")
-        for layer_type in raw.get("layer_types") or ():
-            if layer_type != "full_attention":
-                raise ValueError(
-                    f"layer_types = {[layer_type]!r} is not implemented (only full_attention is)"
-                )
-        if generation_config.get("eos_token_id") is not None:
-            raw["eos_token_id"] = generation_config["eos_token_id"]
-        return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
-
-
-def rope_inverse_frequencies(config):
-    """Radians per position of each RoPE pair i, `theta ** (-2i / d)` as scaled by `rope_scaling`.
-    [d/2], float32. Raises ValueError for a scaling that is not implemented."""
-    # The frequencies are made on the CPU, even while parameters are made on the meta device, and in
-    # float32, whatever the dtype of the weights.
-    dimensions = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
-    frequencies = 1.0 / config.rope_theta ** (dimensions / config.head_dim)
-    scaling = config.rope_scaling
-    if not scaling:
-        return frequencies
-    if scaling.get("rope_type") == "linear":
-        return frequencies / scaling["factor"]
-    if scaling.get("rope_type") != "llama3":
-        raise ValueError(
-            f"rope_scaling with rope_type {scaling.get('rope_type')!r} is not implemented: only "
-            "linear and llama3 are"
-        )
-    # LLaMA 3.1 divides the frequencies of the pairs that turn little within the original context,
-    # keeps those of the pairs that turn often, and blends between the two.
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: kept as it is; 0: divided by the factor
-    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
 
 
 class Llama(nn.Module):
@@ -431,6 +248,31 @@ class Attention(nn.Module):
         )
 
 
+def rope_inverse_frequencies(config):
+    """Radians per position of each RoPE pair i, `theta ** (-2i / d)` as scaled by `rope_scaling`.
+    [d/2], float32. Raises ValueError for a scaling that is not implemented."""
+    # The frequencies are made on the CPU, even while parameters are made on the meta device, and in
+    # float32, whatever the dtype of the weights.
+    dimensions = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    frequencies = 1.0 / config.rope_theta ** (dimensions / config.head_dim)
+    scaling = config.rope_scaling
+    if not scaling:
+        return frequencies
+    if scaling.get("rope_type") == "linear":
+        return frequencies / scaling["factor"]
+    if scaling.get("rope_type") != "llama3":
+        raise ValueError(
+            f"rope_scaling with rope_type {scaling.get('rope_type')!r} is not implemented: only "
+            "linear and llama3 are"
+        )
+    # LLaMA 3.1 divides the frequencies of the pairs that turn little within the original context,
+    # keeps those of the pairs that turn often, and blends between the two.
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: kept as it is; 0: divided by the factor
+    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+
+
 def rope_table(positions, inv_freq):
     """The two tables that `rotate` needs. It splits a head into its halves (a, b) and computes
 
@@ -509,6 +351,167 @@ class KVCache:
         if layer == len(self.keys) - 1:
             self.length = S
         return k, v, mask
+
+
+# --- config.json, and what files must hold ---
+
+MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+# model_type -> the name of its architecture, and transformers' defaults for the fields that a
+# config.json leaves out, where they differ from LLaMA's
+FAMILIES = {
+    "llama": ("LlamaForCausalLM", {}),
+    "mistral": ("MistralForCausalLM", MISTRAL),
+    "qwen2": ("Qwen2ForCausalLM", {"num_key_value_heads": 32, "max_position_embeddings": 32768}),
+}
+# Fields of a config.json that have no defaults
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+# Fields of which one value alone is implemented; absent and null mean that value too
+IMPLEMENTED = {
+    "hidden_act": "silu",
+    "quantization_config": None,
+    "use_sliding_window": False,
+    "attention_dropout": 0,
+    "partial_rotary_factor": 1,
+}
+
+
+@dataclass
+class LlamaConfig:
+    """The fields of a Hugging Face config.json that this file implements, under the same names.
+
+    Raises ValueError for a combination that the model would compute wrongly."""
+
+    model_type: str = "llama"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None  # None: as many as num_attention_heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", ...}
+    attention_bias: bool = False  # llama: biases on q, k, v and o; qwen2 always has them on q, k, v
+    mlp_bias: bool = False  # llama: biases on gate, up and down
+    sliding_window: int | None = None  # mistral: how many tokens attention sees; None: all
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self):
+        self.rms_norm_eps = float(self.rms_norm_eps)
+        self.rope_theta = float(self.rope_theta)
+        if self.model_type not in FAMILIES:
+            raise ValueError(
+                f"model_type {self.model_type!r} is not implemented: only {', '.join(FAMILIES)} are"
+            )
+        # transformers reads the two bias fields for llama alone, and sliding_window for mistral. A
+        # qwen2 has a window only if it says use_sliding_window, which IMPLEMENTED refuses.
+        if self.model_type != "llama":
+            self.attention_bias = False
+            self.mlp_bias = False
+        if self.model_type != "mistral":
+            self.sliding_window = None
+        heads = self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = heads
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim is None:
+            if self.hidden_size % heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{heads}"
+                )
+            self.head_dim = self.hidden_size // heads
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: RoPE rotates pairs")
+        if not rope_inverse_frequencies(self).isfinite().all():
+            raise ValueError(
+                f"rope_theta {self.rope_theta}, rope_scaling {self.rope_scaling}: frequencies not "
+                "finite"
+            )
+
+    @property
+    def context(self):
+        """The longest sequence, in tokens. A sliding window is not implemented. A sequence that is
+        no longer than the window is not affected by it, so longer ones are not allowed."""
+        if self.sliding_window is None:
+            return self.max_position_embeddings
+        return min(self.max_position_embeddings, self.sliding_window)
+
+    @classmethod
+    def from_file(cls, path):
+        """Read a config.json, or the one in a directory. Raises ValueError naming the file and the
+        field."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / "config.json"
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        generation = path.with_name("generation_config.json")
+        generation_config = {}
+        if generation.is_file():
+            generation_config = json.loads(generation.read_text(encoding="utf-8"))
+        try:
+            return cls.from_dict(raw, generation_config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, raw, generation_config):
+        """Make a config of what the two JSON files hold. Where generation_config.json names the
+        end-of-sequence tokens, it decides. Raises ValueError for what this file does not
+        implement."""
+        for name in REQUIRED:
+            if name not in raw:
+                raise ValueError(f"the key {name!r} is missing")
+        model_type = raw.get("model_type")
+        if model_type not in FAMILIES:
+            return cls(model_type=model_type)  # __post_init__ refuses it
+        architecture, defaults = FAMILIES[model_type]
+        # A default replaces a field that is absent, not one that is null: a Mistral that has no
+        # window says "sliding_window": null.
+        raw = defaults | raw
+        # transformers 4 writes rope_theta, and rope_scaling where RoPE is scaled. transformers 5
+        # writes one dict, rope_parameters, which holds rope_theta beside the scaling. If a file has
+        # both, rope_scaling counts, as it does for transformers.
+        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                raw[name] = rope.pop(name)
+        # What is left in rope is the scaling.
+        if rope and "rope_type" not in rope:
+            raise ValueError(f"rope_scaling {rope!r} has no rope_type")
+        is_scaled = rope.get("rope_type", "default") != "default"
+        raw["rope_scaling"] = rope if is_scaled else None
+
+        if raw.get("architectures") not in (None, [architecture]):
+            raise ValueError(
+                f"architectures = {raw['architectures']!r} is not implemented (only "
+                f"{[architecture]!r} is)"
+            )
+        for name, value in IMPLEMENTED.items():
+            if raw.get(name) not in (value, None):
+                raise ValueError(f"{name} = {raw[name]!r} is not implemented (only {value!r} is)")
+        for layer_type in raw.get("layer_types") or ():
+            if layer_type != "full_attention":
+                raise ValueError(
+                    f"layer_types = {[layer_type]!r} is not implemented (only full_attention is)"
+                )
+        if generation_config.get("eos_token_id") is not None:
+            raw["eos_token_id"] = generation_config["eos_token_id"]
+        return cls(**{name: raw[name] for name in cls.__dataclass_fields__ if name in raw})
 
 
 def check_prompts(prompts, max_new_tokens, config):

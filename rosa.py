@@ -22,7 +22,7 @@ DLS, Dynamic Layer Selection, is `LayerSelector` below. The model's modules must
 LLaMA's names.
 
 Read first: RoAE, adapted_rows and LayerSelector; they are the method. Skip at first reading: what
-saves and loads adapters, from save_adapter to check_shapes."""
+saves and loads adapters, from "files" to the end."""
 
 import json
 import math
@@ -160,6 +160,148 @@ def merge(model):
         weight[rows] = merged
         model.set_submodule(name, adapter.linear)
     return model
+
+
+class LayerSelector:
+    """DLS, Dynamic Layer Selection (paper, Algorithm 1): train only the layers whose LayerNorms
+    have large gradients.
+
+    Every `select_every` optimiser steps, the first included, a step is a probe. Its backward pass
+    reaches all layers, and gives each layer a score. The layers with the highest scores train until
+    the next probe. With six layers, k_ratio 0.5 and select_every 4:
+
+        step                  0       1       2       3       4       5       6       7
+                              probe   train   train   train   probe   train   train   train
+        have requires_grad    ██████  ██···█  ██···█  ██···█  ██████  █··█·█  █··█·█  █··█·█
+        are updated           ██···█  ██···█  ██···█  ██···█  █··█·█  █··█·█  █··█·█  █··█·█
+
+    The last row is what the progress bar of train.py shows. The layers that are not selected lose
+    the gradient of the probe and their requires_grad. Their adapters keep what they have learned
+    and still act. Between probes the backward pass stops at the lowest layer that trains.
+
+    A layer's score is the L2 norm of the gradients of its two norm weights, taken together; RoSA
+    measures these gradients and never updates the norms. Of the L layers in which something trains,
+    max(1, round(k_ratio * L)) are selected. If all L are selected, probes only record the scores.
+
+    The norms are a fair measure of a layer: every layer has the same two, of the same size, and all
+    input of its attention and its MLP passes through them. The gradients of the adapters would say
+    less: at step 0, where B is zero, the gradient of every A is zero, and that of B depends on the
+    random A.
+
+    A probe fails if a score is not finite. Then nothing is selected. The selection before the probe
+    stays (before the first probe that is all layers), and the next step is a probe again. The step
+    itself updates the layers of the old selection, unless the loss or one of their gradients is not
+    finite: then train.py leaves the step out.
+
+    score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
+    select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps
+    the first selection, "all" trains every layer whatever the k_ratio. Make a LayerSelector after
+    adapters of any kind are attached: it selects among the parameters that have requires_grad.
+    Raises ValueError."""
+
+    def __init__(self, model, k_ratio=0.5, select_every=25, score_ema=0.0, select="grad"):
+        if not 0 < k_ratio <= 1:
+            raise ValueError(f"k_ratio must be in (0, 1], not {k_ratio!r}")
+        if select_every < 1:
+            raise ValueError(f"select_every must be at least 1, not {select_every!r}")
+        if not 0 <= score_ema < 1:
+            raise ValueError(f"score_ema must be in [0, 1), not {score_ema!r}")
+        if select not in ("grad", "random", "static", "all"):
+            raise ValueError(f"select must be grad, random, static or all, not {select!r}")
+        self.select_every = select_every
+        self.score_ema = score_ema
+        self.select = select
+
+        self.parameters = []  # of each layer: the parameters that can train
+        # The weights of each layer's two norms. If PEFT's LN tuning trains a norm, it has two: the
+        # frozen original, which is not used any more and gets no gradient, and a copy.
+        self.norms = []
+        for layer in model.model.layers:
+            self.parameters.append([p for p in layer.parameters() if p.requires_grad])
+            first, second = layer.input_layernorm, layer.post_attention_layernorm
+            self.norms.append([*first.parameters(), *second.parameters()])
+        # The norm weights that only measure.
+        self.frozen_norms = []
+        for weights in self.norms:
+            self.frozen_norms += [weight for weight in weights if not weight.requires_grad]
+
+        # The layers that can be selected are those in which something trains.
+        self.candidates = [i for i, parameters in enumerate(self.parameters) if parameters]
+        selects = k_ratio < 1 and select != "all"
+        if selects and not self.candidates:
+            raise ValueError(
+                "nothing that trains belongs to a layer: layers cannot be selected, k_ratio "
+                "must be 1"
+            )
+        self.count = len(self.candidates)  # how many layers train at a time
+        if selects:
+            self.count = max(1, round(k_ratio * len(self.candidates)))
+        self.scores = None  # a score for each layer, float32, once there was a probe
+        self.active = self.candidates  # indices of the layers in training
+        self.probing = False  # whether this step is a probe
+        self.selected = False  # whether this step has selected layers: extras/runs.py logs that
+        self.failed = False  # whether the last probe was not finite
+
+    def before_forward(self, step):
+        """Call before the first forward pass of optimiser step `step`, counted from 0."""
+        is_due = step % self.select_every == 0
+        if self.select == "static" and step > 0:
+            is_due = False
+        self.probing = is_due or self.failed
+        self.selected = False
+        if self.probing:
+            self.previous = self.active  # what stays if the probe fails
+            # The scores of "random" are drawn here because here all processes have the same random
+            # state. After this call train.py gives each process a seed of its own, for dropout.
+            self.drawn = torch.rand(len(self.parameters))
+            self.activate(self.candidates)
+            for weight in self.frozen_norms:
+                weight.requires_grad_(True)
+
+    def after_backward(self):
+        """Call after the last backward pass of the step, when the gradients of all processes are
+        added up, and before they are clipped and applied."""
+        if not self.probing:
+            return
+        scores = torch.stack([gradient_norm(weights) for weights in self.norms]).cpu()
+        for weight in self.frozen_norms:
+            weight.requires_grad_(False).grad = None
+        self.failed = not scores.isfinite().all()
+        if self.failed:
+            return self.activate(self.previous)
+        if self.select == "random":
+            scores = self.drawn
+        if self.scores is not None:
+            scores = self.score_ema * self.scores + (1 - self.score_ema) * scores
+        self.scores = scores
+        self.selected = True
+        by_score = self.scores.argsort(descending=True, stable=True).tolist()
+        best = [i for i in by_score if i in self.candidates]
+        self.activate(best[: self.count])
+
+    def activate(self, layers):
+        """Let the parameters of these layers train. Those of the other layers lose requires_grad
+        and their gradient."""
+        self.active = sorted(layers)
+        for parameters in self.parameters:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        # This comes second because methods of PEFT may share a parameter between layers: it trains
+        # if one of these layers does.
+        for i in self.active:
+            for parameter in self.parameters[i]:
+                parameter.requires_grad_(True)
+        for parameters in self.parameters:
+            for parameter in parameters:
+                if not parameter.requires_grad:
+                    parameter.grad = None
+
+
+def gradient_norm(weights):
+    """The L2 norm of the gradients of these weights, taken together. A weight that was not used has
+    no gradient."""
+    gradients = [weight.grad.float() for weight in weights if weight.grad is not None]
+    return torch.cat(gradients).norm()
 
 
 # --- files ---
@@ -326,148 +468,3 @@ def check_shapes(directory, tensors, shapes):
                 f"{directory} was trained on another model: {name} is {shape}, this one needs "
                 f"{needed}"
             )
-
-
-# --- DLS ---
-
-
-class LayerSelector:
-    """DLS, Dynamic Layer Selection (paper, Algorithm 1): train only the layers whose LayerNorms
-    have large gradients.
-
-    Every `select_every` optimiser steps, the first included, a step is a probe. Its backward pass
-    reaches all layers, and gives each layer a score. The layers with the highest scores train until
-    the next probe. With six layers, k_ratio 0.5 and select_every 4:
-
-        step                  0       1       2       3       4       5       6       7
-                              probe   train   train   train   probe   train   train   train
-        have requires_grad    ██████  ██···█  ██···█  ██···█  ██████  █··█·█  █··█·█  █··█·█
-        are updated           ██···█  ██···█  ██···█  ██···█  █··█·█  █··█·█  █··█·█  █··█·█
-
-    The last row is what the progress bar of train.py shows. The layers that are not selected lose
-    the gradient of the probe and their requires_grad. Their adapters keep what they have learned
-    and still act. Between probes the backward pass stops at the lowest layer that trains.
-
-    A layer's score is the L2 norm of the gradients of its two norm weights, taken together; RoSA
-    measures these gradients and never updates the norms. Of the L layers in which something trains,
-    max(1, round(k_ratio * L)) are selected. If all L are selected, probes only record the scores.
-
-    The norms are a fair measure of a layer: every layer has the same two, of the same size, and all
-    input of its attention and its MLP passes through them. The gradients of the adapters would say
-    less: at step 0, where B is zero, the gradient of every A is zero, and that of B depends on the
-    random A.
-
-    A probe fails if a score is not finite. Then nothing is selected. The selection before the probe
-    stays (before the first probe that is all layers), and the next step is a probe again. The step
-    itself updates the layers of the old selection, unless the loss or one of their gradients is not
-    finite: then train.py leaves the step out.
-
-    score_ema smooths the scores over probes: score = score_ema * old + (1 - score_ema) * new.
-    select: "grad" is the method. Its ablations: "random" draws the scores instead, "static" keeps
-    the first selection, "all" trains every layer whatever the k_ratio. Make a LayerSelector after
-    adapters of any kind are attached: it selects among the parameters that have requires_grad.
-    Raises ValueError."""
-
-    def __init__(self, model, k_ratio=0.5, select_every=25, score_ema=0.0, select="grad"):
-        if not 0 < k_ratio <= 1:
-            raise ValueError(f"k_ratio must be in (0, 1], not {k_ratio!r}")
-        if select_every < 1:
-            raise ValueError(f"select_every must be at least 1, not {select_every!r}")
-        if not 0 <= score_ema < 1:
-            raise ValueError(f"score_ema must be in [0, 1), not {score_ema!r}")
-        if select not in ("grad", "random", "static", "all"):
-            raise ValueError(f"select must be grad, random, static or all, not {select!r}")
-        self.select_every = select_every
-        self.score_ema = score_ema
-        self.select = select
-
-        self.parameters = []  # of each layer: the parameters that can train
-        # The weights of each layer's two norms. If PEFT's LN tuning trains a norm, it has two: the
-        # frozen original, which is not used any more and gets no gradient, and a copy.
-        self.norms = []
-        for layer in model.model.layers:
-            self.parameters.append([p for p in layer.parameters() if p.requires_grad])
-            first, second = layer.input_layernorm, layer.post_attention_layernorm
-            self.norms.append([*first.parameters(), *second.parameters()])
-        # The norm weights that only measure.
-        self.frozen_norms = []
-        for weights in self.norms:
-            self.frozen_norms += [weight for weight in weights if not weight.requires_grad]
-
-        # The layers that can be selected are those in which something trains.
-        self.candidates = [i for i, parameters in enumerate(self.parameters) if parameters]
-        selects = k_ratio < 1 and select != "all"
-        if selects and not self.candidates:
-            raise ValueError(
-                "nothing that trains belongs to a layer: layers cannot be selected, k_ratio "
-                "must be 1"
-            )
-        self.count = len(self.candidates)  # how many layers train at a time
-        if selects:
-            self.count = max(1, round(k_ratio * len(self.candidates)))
-        self.scores = None  # a score for each layer, float32, once there was a probe
-        self.active = self.candidates  # indices of the layers in training
-        self.probing = False  # whether this step is a probe
-        self.selected = False  # whether this step has selected layers: extras/runs.py logs that
-        self.failed = False  # whether the last probe was not finite
-
-    def before_forward(self, step):
-        """Call before the first forward pass of optimiser step `step`, counted from 0."""
-        is_due = step % self.select_every == 0
-        if self.select == "static" and step > 0:
-            is_due = False
-        self.probing = is_due or self.failed
-        self.selected = False
-        if self.probing:
-            self.previous = self.active  # what stays if the probe fails
-            # The scores of "random" are drawn here because here all processes have the same random
-            # state. After this call train.py gives each process a seed of its own, for dropout.
-            self.drawn = torch.rand(len(self.parameters))
-            self.activate(self.candidates)
-            for weight in self.frozen_norms:
-                weight.requires_grad_(True)
-
-    def after_backward(self):
-        """Call after the last backward pass of the step, when the gradients of all processes are
-        added up, and before they are clipped and applied."""
-        if not self.probing:
-            return
-        scores = torch.stack([gradient_norm(weights) for weights in self.norms]).cpu()
-        for weight in self.frozen_norms:
-            weight.requires_grad_(False).grad = None
-        self.failed = not scores.isfinite().all()
-        if self.failed:
-            return self.activate(self.previous)
-        if self.select == "random":
-            scores = self.drawn
-        if self.scores is not None:
-            scores = self.score_ema * self.scores + (1 - self.score_ema) * scores
-        self.scores = scores
-        self.selected = True
-        by_score = self.scores.argsort(descending=True, stable=True).tolist()
-        best = [i for i in by_score if i in self.candidates]
-        self.activate(best[: self.count])
-
-    def activate(self, layers):
-        """Let the parameters of these layers train. Those of the other layers lose requires_grad
-        and their gradient."""
-        self.active = sorted(layers)
-        for parameters in self.parameters:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-        # This comes second because methods of PEFT may share a parameter between layers: it trains
-        # if one of these layers does.
-        for i in self.active:
-            for parameter in self.parameters[i]:
-                parameter.requires_grad_(True)
-        for parameters in self.parameters:
-            for parameter in parameters:
-                if not parameter.requires_grad:
-                    parameter.grad = None
-
-
-def gradient_norm(weights):
-    """The L2 norm of the gradients of these weights, taken together. A weight that was not used has
-    no gradient."""
-    gradients = [weight.grad.float() for weight in weights if weight.grad is not None]
-    return torch.cat(gradients).norm()

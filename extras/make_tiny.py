@@ -4,6 +4,7 @@ Thanks to this checkpoint the first command needs no download.
 Without it: any other checkpoint.
 
     python -m extras.make_tiny OUT_DIR --minutes 30
+    python -m extras.make_tiny OUT_DIR --minutes 14 --theta 100     # a RoPE for short texts
 
 The model is pretrained on synthetic prose about quantities: little stories in which people gain,
 lose and share things, with the sums written out, and lists of sums. No text has the form of an
@@ -22,7 +23,7 @@ import torch
 
 from data import toy
 from data.errors import user_file
-from extras.commands import command_parser, run_script
+from extras.commands import command_parser, positive, run_script
 from model import Llama, LlamaConfig
 
 CONTEXT = 256  # tokens in a training row
@@ -151,6 +152,7 @@ def main(args):
             num_key_value_heads=2,
             max_position_embeddings=1024,
             rms_norm_eps=1e-5,
+            rope_theta=args.theta,
             tie_word_embeddings=True,
             bos_token_id=1,
             eos_token_id=2,
@@ -194,6 +196,9 @@ def parse_args(arguments=None):
     parser = command_parser("make_tiny", __doc__)
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="directory to be made")
     parser.add_argument("--minutes", type=float, default=30, help="training time (default: 30)")
+    parser.add_argument(
+        "--theta", type=positive, default=10000.0, help="RoPE's base (default: 10000)"
+    )
     return parser.parse_args(arguments)
 
 
