@@ -267,12 +267,26 @@ def attach(args, model):
     else:
         options = read_json(args.peft_config) if args.peft_config else {}
         adapters.attach_peft(model, args.method.removeprefix("peft:"), options)
+    say_if_rank_is_too_large(model)
     in_layers = any(parameter.requires_grad for parameter in model.model.layers.parameters())
     if args.k_ratio < 1 and not in_layers:
         raise UserError(
             f"nothing that {args.method} trains is in a layer, so no layer can be selected: "
             "--k-ratio 1"
         )
+
+
+def say_if_rank_is_too_large(model):
+    """Print a line where an adapter has a larger rank than its update can have. The update is a
+    matrix [rows, in], and the rank of a matrix is at most its smaller side."""
+    for name, adapter in rosa.adapters(model).items():
+        limit = min(len(adapter.rows), adapter.linear.in_features)
+        if adapter.rank > limit and is_first():
+            print(
+                f"rank       {adapter.rank} is more than the update of {name.split('.')[-1]} can "
+                f"have: with --rank {limit} it can become the same matrices"
+            )
+            return
 
 
 def load_data(args, tokenizer):

@@ -3,6 +3,7 @@ model."""
 
 import copy
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from helpers import (
     SHORT_RUN,
     random_model,
     random_tokens,
+    randomise_adapters,
     read_log,
     read_steps,
     read_validations,
@@ -546,3 +548,16 @@ def test_where_nothing_can_be_compiled_a_line_says_so(ckpt, monkeypatch, capsys)
         in capsys.readouterr().out
     )
     assert len(read_steps("out")) == 6
+
+
+def test_a_rank_that_an_update_cannot_have_is_said(capsys):
+    """K has two heads, of which RoAE adapts eight rows: no product B A with eight rows has a larger
+    rank than eight."""
+    model = randomise_adapters(rosa.attach(random_model(), rank=12))
+    train.say_if_rank_is_too_large(model)
+    said = capsys.readouterr().out
+    assert re.search(r"rank +12 is more .* k_proj .* --rank 8 ", said)
+    adapter = model.model.layers[0].self_attn.k_proj
+    assert torch.linalg.matrix_rank((adapter.B @ adapter.A).detach()) == 8
+    train.say_if_rank_is_too_large(rosa.attach(random_model(), rank=8))
+    assert not capsys.readouterr().out
