@@ -1,5 +1,6 @@
-"""What the tests of all exercises compare with: a failure is a line that says what was expected and what came, and a
-hint. To find it, a test also computes what likely mistakes would give, and sees which of them the numbers fit."""
+"""What the tests of all exercises compare with. A failure is a line that says what was expected and
+what came, and a hint. To find the hint, a test also computes what likely mistakes would give, and
+sees which of them the numbers fit."""
 
 import os
 
@@ -8,8 +9,8 @@ import pytest
 import torch
 
 SEED = int(os.environ.get("ROSA_TEST_SEED", 0))
-# Float32 carries seven digits, and sums here have a few dozen terms of size 10 at most: right results are nearer than
-# this to those of float64, wrong ones are not.
+# Float32 carries seven digits, and sums here have a few dozen terms of size 10 at most: right
+# results are nearer than this to those of float64, wrong ones are not.
 TOLERANCE = 1e-5
 
 
@@ -23,16 +24,25 @@ def tensor(numbers, dtype=torch.float32):
     return torch.tensor(np.array(numbers), dtype=dtype)
 
 
-def check(what, found, expected, mistakes=None, hint="compare with the equation in the text"):
-    """Fail unless `found` is `expected`. mistakes: hint -> the numbers that this mistake gives; `hint`: for others.
-    Where the numbers fit no mistake, or two, the hint is a guess."""
+def check(what, found, expected, mistakes=(), hint="compare with the equation in the text"):
+    """Fail unless `found` is `expected`. mistakes: a dict, hint -> the numbers that this mistake
+    gives, or a list of such pairs; `hint`: for others. Where the numbers fit no mistake, or two,
+    the hint is a guess."""
     found, expected = as_array(what, found), as_array(what, expected)
     if same(found, expected):
         return
-    fitting = [
-        hint for hint, numbers in (mistakes or {}).items() if same(found, as_array(what, numbers))
-    ]
-    fail(f"{what}: {difference(found, expected)}", (fitting or [hint])[0], sure=len(fitting) == 1)
+    if isinstance(mistakes, dict):
+        mistakes = mistakes.items()
+    fitting = [hint for hint, numbers in mistakes if same(found, as_array(what, numbers))]
+    sure = len(set(fitting)) == 1
+    fail(f"{what}: {difference(found, expected)}", (fitting or [hint])[0], sure)
+
+
+def check_dtype(what, found, expected, hint):
+    """Fail unless this tensor has this dtype."""
+    dtype = getattr(found, "dtype", type(found).__name__)
+    if dtype != expected:
+        fail(f"{what}: expected {expected}, came {dtype}", hint)
 
 
 def fail(message, hint, sure=True):
@@ -50,9 +60,9 @@ def as_array(what, numbers):
     if isinstance(numbers, torch.Tensor):
         return numbers.detach().cpu().double().numpy()
     try:
-        return np.array(
-            [as_array(what, each) for each in numbers] if np.ndim(numbers) else float(numbers)
-        )
+        if np.ndim(numbers):
+            return np.array([as_array(what, each) for each in numbers])
+        return np.array(float(numbers))
     except (TypeError, ValueError):
         fail(
             f"{what}: expected numbers, came {type(numbers).__name__}",
@@ -60,26 +70,28 @@ def as_array(what, numbers):
         )
 
 
-def same(found, expected):
-    return found.shape == expected.shape and np.allclose(
-        found, expected, rtol=TOLERANCE, atol=TOLERANCE
-    )
+def same(found, expected, tolerance=TOLERANCE):
+    return found.shape == expected.shape and near(found, expected, tolerance).all()
 
 
-def difference(found, expected):
-    """In so few words: small lists whole, of others the shapes or the first number that is wrong."""
+def near(found, expected, tolerance=TOLERANCE):
+    return np.isclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def difference(found, expected, tolerance=TOLERANCE):
+    """In so few words: small lists whole, of others the shapes or the first number that is
+    wrong."""
     if max(found.size, expected.size) <= 8 and found.ndim == expected.ndim == 1:
         return f"expected {short(expected)}, came {short(found)}"
     if found.shape != expected.shape:
-        return f"expected shape {list(expected.shape)}, came {list(found.shape) if found.ndim else short(found)}"
-    place = tuple(
-        int(i) for i in np.argwhere(~np.isclose(found, expected, rtol=TOLERANCE, atol=TOLERANCE))[0]
-    )
+        came = list(found.shape) if found.ndim else short(found)
+        return f"expected shape {list(expected.shape)}, came {came}"
+    place = tuple(int(i) for i in np.argwhere(~near(found, expected, tolerance))[0])
     at = f" at {list(place)}" if place else ""
     return f"expected {short(expected[place])}{at}, came {short(found[place])}"
 
 
 def short(numbers):
-    return (
-        f"[{', '.join(map(short, numbers))}]" if np.ndim(numbers) else f"{numbers + 0.0:.4g}"
-    )  # + 0.0: no "-0"
+    if np.ndim(numbers):
+        return f"[{', '.join(map(short, numbers))}]"
+    return f"{numbers + 0.0:.4g}"  # + 0.0: no "-0"

@@ -1,8 +1,13 @@
-"""Exercise 1: RoPE's angles, and its rotation.
+"""Exercise 1: RoPE's angles, and its rotation. About 25 minutes.
 
-A query or key of one head has d = head_dim numbers. RoPE sees them as d/2 pairs, d/2 points in a plane, and turns each
-point by an angle that grows with the token's position. In checkpoints as Hugging Face lays them out, pair i is made
-of the dimensions i and i + d/2: its two members are half a head apart, not neighbours. Here d = 8:
+You write three functions of model.py. They have the same names, arguments and results as there. At
+the end the tests put your three functions into a whole Llama, which must compute with them what it
+computes with its own.
+
+A query or key of one head has d = head_dim numbers. RoPE sees them as d/2 pairs, which are d/2
+points in a plane. It turns each point by an angle that grows with the token's position. In
+checkpoints as Hugging Face lays them out, pair i is made of the dimensions i and i + d/2. Its two
+members are half a head apart, they are not neighbours. Here d = 8:
 
     dimension     0   1   2   3   4   5   6   7
                   |   |   |   |   |   |   |   |
@@ -11,47 +16,77 @@ of the dimensions i and i + d/2: its two members are half a head apart, not neig
                           +---|-----------+   |       pair 2: (2, 6)
                               +---------------+       pair 3: (3, 7), the slowest
 
-1. Frequencies. Pair i turns by this many radians from one position to the next, i = 0, 1, ..., d/2 - 1:
+1. Frequencies. Pair i turns by this many radians from one position to the next, for i = 0, 1, ...,
+   d/2 - 1:
 
     inv_freq[i] = theta ** (-2 * i / d)         [d/2], float32
 
-   Pair 0 has frequency 1, about six positions for a full turn. The last pairs hardly move: these are the low
-   frequencies on which all of RoSA rests.
+   config.head_dim is d, config.rope_theta is theta. Pair 0 has frequency 1: a full turn takes it
+   about six positions. The last pairs hardly move. They are the low frequencies that RoSA adapts.
+   (model.py also knows config.rope_scaling. It is not asked for here.)
 
-2. Table. The first token is at position 0, and does not turn.
+2. Tables. positions [T] are whole numbers. The first token is at position 0, and does not turn.
 
-    angle[t, i] = positions[t] * inv_freq[i]    [T, d/2];  cos and sin of it: [T, d/2] each, float32
+    angle[t, i] = positions[t] * inv_freq[i]    [T, d/2], float32
 
-3. Rotation. Counterclockwise, as in a school book, with a = x[.., i], b = x[.., i + d/2]:
+   `rotate` needs two tables, one that says (cos, cos) and one that says (-sin, sin). In each, the
+   first half of the columns belongs to the first members of the pairs, and the second half to the
+   second members. A dimension of 1 in front stands for the heads, which share the tables:
+
+    first table    (cos, cos)     [1, T, d], float32
+    second table   (-sin, sin)    [1, T, d], float32
+
+3. Rotation. It is counterclockwise, as in a school book. With a = x[.., i] and b = x[.., i + d/2]:
 
     a' = a * cos - b * sin
-    b' = a * sin + b * cos
+    b' = b * cos + a * sin
 
-   x is [.., T, d], for example [B, heads, T, d]; cos and sin broadcast over what stands before T. The result has the
-   shape and the dtype of x. Compute in float32: in bfloat16 angles near 1000 are whole multiples of 4.
+   For all pairs at once this is (a, b) * (cos, cos) + (b, a) * (-sin, sin). The tables are the
+   second factors. x is [B, heads, T, d]. The result has the shape and the dtype of x, and x itself
+   stays what it is.
 
-To do: the three functions below. `x[..., : d // 2]` is the first half, torch.cat joins halves. No loops.
-To avoid: x[..., 0::2], which takes neighbours for pairs (some other implementations store their weights for that);
-angles in degrees; changing x itself.
-Why it works: the dot product of a query at position m and a key at position n depends on m - n alone; the last test
-looks at that.
+An example: d = 4, theta = 10000, one head, one token at position 2. The pairs are (0, 2), (1, 3).
 
-Run: python -m pytest extras/lesson/exercises -q -k ex1      (pip install pytest, if it is not there)
+    inv_freq                     [1, 0.01]
+    angle                        [2, 0.02]
+    cos table                    [-0.4161, 0.9998, -0.4161, 0.9998]
+    sin table                    [-0.9093, -0.0200, 0.9093, 0.0200]
+    x = [1, 1, 0, 0] becomes     [-0.4161, 0.9998, 0.9093, 0.0200]
+
+Precision. The angles, the tables and the rotation are float32, also if x is bfloat16: x is cast up,
+and the result is cast back. In bfloat16 whole numbers near 1000 are multiples of 4, so the tokens
+1001, 1002 and 1003 would be at the positions 1000, 1000 and 1004.
+
+To do: the three functions below, without loops. `torch.cat((u, v), -1)` puts two halves side by
+side, and `x.roll(d // 2, -1)` exchanges the halves of a head.
+
+To avoid:
+- The other convention: pairs of neighbours, x[..., 0::2] and x[..., 1::2], with tables made by
+  `repeat_interleave(2, -1)`. Other implementations store their weights for that. A mixture of the
+  two conventions is the most frequent mistake with RoPE.
+- Changing x. `x[..., : d // 2]` and the parts of `x.chunk(2, -1)` are views: who writes into them
+  writes into x. `x.float()` is x itself where x is float32 already. Who writes a' into the first
+  half has then lost the a that b' needs.
+
+Why it works: the dot product of a query at position m and a key at position n depends on m - n
+alone. One of the last tests looks at that.
+
+Run: python -m pytest extras/lesson/exercises -q -k ex1      (pip install pytest, if it is missing)
 """
 
 import torch  # noqa: F401 - for your code
 
 
-def rope_inverse_frequencies(head_dim, theta=10000.0):
-    """Radians per position of each pair: [head_dim / 2], float32."""
-    raise NotImplementedError("exercise 1: theta ** (-2i / d) per pair; see 1 in the text")
+def rope_inverse_frequencies(config):
+    """Radians per position of each pair: [d/2], float32. config has head_dim and rope_theta."""
+    raise NotImplementedError("exercise 1: theta ** (-2i / d); see 1 in the text")
 
 
 def rope_table(positions, inv_freq):
-    """positions [T], inv_freq [d/2] -> (cos, sin), each [T, d/2]."""
-    raise NotImplementedError("exercise 1: cos, sin of position * frequency; see 2 in the text")
+    """positions [T], inv_freq [d/2] -> (cos, cos) and (-sin, sin), each [1, T, d], float32."""
+    raise NotImplementedError("exercise 1: cos and sin of the angles; see 2 in the text")
 
 
 def rotate(x, cos, sin):
-    """x [.., T, d], cos and sin [T, d/2] -> [.., T, d]."""
-    raise NotImplementedError("exercise 1: rotate the pairs (i, i + d/2); see 3 in the text")
+    """x [B, heads, T, d], the tables of rope_table -> the rotated x, in its shape and dtype."""
+    raise NotImplementedError("exercise 1: turn the pairs (i, i + d/2); see 3 in the text")

@@ -1,7 +1,10 @@
-"""Exercise 4: merging the update into the weight.
+"""Exercise 4: merging the updates into the weights. About 20 minutes.
 
-While training, the adapted layer computes two things and adds them (exercise 3). Both are linear in x, so that after
-training one matrix does both, and the model is as fast and as large as it was before:
+You write one function of rosa.py, `merge`. It takes a whole model with its adapters, and gives back
+the model without adapters that computes the same.
+
+While training, an adapted layer computes two things and adds them (exercise 3). Both are linear in
+x. So after training one matrix does both, and the model is as fast and as small as it was before:
 
     y[rows] = W[rows] x + bias[rows] + alpha / rank * B (A x)
             = (W[rows] + alpha / rank * B A) x + bias[rows]
@@ -14,26 +17,55 @@ training one matrix does both, and the model is as fast and as large as it was b
     row 2   . . . . . .
     row 3   # # # # # #     +=      row 1 of alpha / rank * B A        rows = [1, 3]
 
-A is [rank, D], B is [len(rows), rank]: B @ A has the shape of W[rows]. The rank is the number of A's rows.
+A is [rank, D], B is [len(rows), rank]: B @ A has the shape of W[rows]. Here, once and not for every
+token, this product is made.
 
-To do, in place, in linear.weight itself: other parts of a program, a checkpoint that is saved, a tied layer, hold that
-very tensor. The rows outside `rows` and the bias stay what they are, bit for bit. Return nothing.
+An example with D = 2, rank 1, alpha 3, rows = [1, 3], A = [[1, 2]] and B = [[1], [10]]:
 
-`rows` is a LongTensor. W[rows] on the right is a copy, but `W[rows] = ...` and `W[rows] += ...` write into W. Do it
-under torch.no_grad(): this is no step of the forward pass, and without it autograd makes W a result of A and B.
+    B @ A            [[1, 2], [10, 20]]
+    times 3 / 1      [[3, 6], [30, 60]]
+    W of ones        [[1, 1], [1, 1], [1, 1], [1, 1]]   becomes   [[1, 1], [4, 7], [1, 1], [31, 61]]
 
-Precision. A and B are float32, W may be bfloat16. Make the sum in float32 and round it once, at the end. Whoever first
-rounds the update and then the sum rounds twice, and loses small updates more often.
+Given is `adapters(model)`: every adapter in the model with its name, which is its path, such as
+"layers.0.self_attn.q_proj". An adapter has linear, rows, rank, alpha, A and B, as in exercise 3.
+The tests bring their own adapters, with other sizes in each place.
 
-To avoid: W += with a matrix of all rows; linear.weight = nn.Parameter(...), which is another tensor; alpha alone;
-calling it twice on the same layer, for then the update counts double.
+To do, for each adapter:
+1. Add the update to adapter.linear.weight, in place, in that very tensor: other parts of a program
+   hold it, such as a tied layer. Rows outside `rows`, and the bias, stay what they are, bit for
+   bit.
+2. Put the layer back where its adapter stands: model.set_submodule(name, adapter.linear).
 
-Run: python -m pytest extras/lesson/exercises -q -k ex4      (pip install pytest, if it is not there)
+Then return the model.
+
+`rows` is a LongTensor. W[rows] on the right is a copy, but `W[rows] = ...` and `W[rows] += ...`
+write into W. Do it under torch.no_grad(). This is no step of the forward pass, and without it
+autograd makes W a result of A and B.
+
+Precision. A and B are float32, W may be bfloat16. Make the sum in float32 and round it once, at
+the end. Whoever casts the update to W's dtype, and then adds, rounds twice, and loses small updates
+more often.
+
+To avoid: linear.weight = nn.Parameter(...), which is another tensor; alpha alone; `return model`
+inside the loop, which ends it after the first adapter.
+
+Run: python -m pytest extras/lesson/exercises -q -k ex4      (pip install pytest, if it is missing)
 """
 
 import torch  # noqa: F401 - for your code
 
 
-def merge(linear, rows, A, B, alpha):
-    """linear.weight[rows] += alpha / rank * B @ A, in place. A [rank, D], B [len(rows), rank]."""
-    raise NotImplementedError("exercise 4: add alpha / rank * B @ A to W[rows]; see the text")
+def adapters(model):
+    """Name -> adapter, of every adapter in the model. Given."""
+    attributes = ("linear", "rows", "A", "B")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if all(hasattr(module, attribute) for attribute in attributes)
+    }
+
+
+def merge(model):
+    """Fold every adapter into its linear layer, in place, and put that in its place. Returns the
+    model."""
+    raise NotImplementedError("exercise 4: W[rows] += alpha / rank * B @ A, for each adapter")

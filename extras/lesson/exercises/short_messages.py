@@ -1,6 +1,7 @@
 """A pytest plugin, named in each test file: failures as a line or two, in the place of tracebacks.
 
-It is no conftest.py because the project's own tests have one: of two with this name Python imports one."""
+It is no conftest.py because the project's own tests have one: of two with this name Python imports
+one."""
 
 import shutil
 import textwrap
@@ -27,7 +28,8 @@ def pytest_runtest_makereport(item, call):
 
 
 def message(exercise, error):
-    """What the line begins with is where to look: the reader's file, for an exception also the line in there."""
+    """What the line begins with is where to look: the reader's file, for an exception also the line
+    in there."""
     if isinstance(error, (NotImplementedError, pytest.fail.Exception)):
         return f"{exercise}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
@@ -37,7 +39,8 @@ def message(exercise, error):
     ]
     frame = (places[0] or places[1] or frames)[-1]
     first_line = str(error).strip().split("\n")[0]
-    return f"{Path(frame.filename).name}:{frame.lineno}: {type(error).__name__}: {first_line}\nin: {frame.line}"
+    place = f"{Path(frame.filename).name}:{frame.lineno}"
+    return f"{place}: {type(error).__name__}: {first_line}\nin: {frame.line}"
 
 
 def pytest_report_teststatus(report):
@@ -52,7 +55,7 @@ def pytest_terminal_summary(terminalreporter):
         reports = terminalreporter.getreports(kind)
         if reports:
             terminalreporter.section(kind)
-        # Where a mistake is known, a guess at what else may be wrong in that file would only mislead.
+        # Where a mistake is known, a guess at what else may be wrong in that file would mislead.
         known = {report.fspath for report in reports if report.sure}
         guesses = Counter(
             report.fspath for report in reports if report.fspath in known and not report.sure

@@ -1,10 +1,17 @@
 """Exercise 2, from one head with two pairs to any projection."""
 
+import math
+
 import torch
-from checking import as_array, check, fail
+from checking import as_array, check, check_dtype, fail
 from ex2_rows import adapted_rows
 
 pytest_plugins = ["short_messages"]
+
+DOWN = "n was rounded down: round(1.6) is 2, int(1.6) is 1"
+SHARE_OF_D = "n counts pairs: a share of d/2, not of d"
+HALF = "one half only: pair i has the rows i and i + d/2"
+NEIGHBOURS = "the end of each head in one piece: pairs are (i, i + d/2), not (2i, 2i + 1)"
 
 
 def rows_of(chosen, d, heads, halves=(0, 1)):
@@ -13,44 +20,57 @@ def rows_of(chosen, d, heads, halves=(0, 1)):
 
 
 def last(n, pairs):
-    return range(pairs - min(n, pairs), pairs)
+    """The last n pairs, as the slice [-n:] counts them: all of them for n = 0."""
+    return range(pairs)[-n:]
 
 
 def check_rows(num_heads, d, ratio, n):
     """n: how many pairs of a head adapt."""
     pairs, heads, rows = d // 2, range(num_heads), list(range(num_heads * d))
     right = last(n, pairs)
-    mistakes = {
-        "these are the first pairs, which turn fast: take the last": rows_of(range(n), d, heads),
-        "one half only: pair i has the rows i and i + d/2": rows_of(right, d, heads, halves=[0]),
-        "one half only, the second: pair i has the rows i and i + d/2": rows_of(
-            right, d, heads, halves=[1]
+
+    def with_n(n):
+        return rows_of(last(n, pairs), d, heads)
+
+    def ends(length):
+        return [row for row in rows if row % d >= d - length]
+
+    one_head = num_heads * d // 2  # the pairs of a projection that is one head
+    mistakes = [
+        ("these are the first pairs, which turn fast: take the last", rows_of(range(n), d, heads)),
+        (HALF, rows_of(right, d, heads, halves=[0])),
+        (f"{HALF}; these are the i + d/2", rows_of(right, d, heads, halves=[1])),
+        ("these are the rows of head 0 alone: head h begins at h * d", rows_of(right, d, [0])),
+        (NEIGHBOURS, ends(2 * n)),
+        (NEIGHBOURS, ends(int(ratio * d))),
+        (NEIGHBOURS, ends(max(1, round(ratio * d)))),
+        (
+            "the end of the whole projection: every head has its last pairs",
+            rows[-2 * n * num_heads :],
         ),
-        "these are the rows of head 0 alone: head h begins at row h * d": rows_of(right, d, [0]),
-        "the end of each head in one piece: pairs are (i, i + d/2), not (2i, 2i + 1)": [
-            r for r in rows if r % d >= d - 2 * n
-        ],
-        "the end of the whole projection: every head has its last pairs": rows[
-            -2 * n * num_heads :
-        ],
-        "the end of each head in one piece: RoAE adapts pairs, and a pair's rows are i and i + d/2": [
-            r for r in rows if r % d >= d - int(ratio * d)
-        ],
-        "n counts pairs: a share of d/2, not of d": rows_of(
-            last(round(ratio * d), pairs), d, heads
+        (
+            "num_heads was not used: d is out_features // num_heads",
+            rows_of(last(max(1, round(ratio * one_head)), one_head), 2 * one_head, [0]),
         ),
-        "no row: n is at least 1, max(1, ...)": [],
-        "n was rounded down: round(1.6) is 2, int(1.6) is 1": rows_of(
-            last(max(1, n - 1), pairs), d, heads
+        (
+            "n is the same for every head: it does not depend on num_heads",
+            with_n(max(1, round(ratio * one_head))),
         ),
-        "n was rounded up: round to the nearest": rows_of(last(n + 1, pairs), d, heads),
-        "all rows: with n = 0 the slice [-n:] is everything; n is at least 1": rows,
-    }
+        (SHARE_OF_D, with_n(max(1, round(ratio * d)))),
+        (SHARE_OF_D, with_n(max(1, int(ratio * d)))),
+        ("no row: n is at least 1, max(1, ...)", []),
+        (DOWN, with_n(max(1, int(ratio * pairs)))),
+        (DOWN, with_n(max(1, int(ratio * d) // 2))),
+        ("n was rounded up: round to the nearest", with_n(math.ceil(ratio * pairs))),
+        ("all rows: with n = 0 the slice [-n:] is everything; n is at least 1", rows),
+    ]
+    if num_heads % 2 == 0:
+        swapped = max(1, round(ratio * (num_heads // 2)))
+        swapped = rows_of(last(swapped, num_heads // 2), num_heads, range(d))
+        mistakes.append(("num_heads and d are exchanged: d = out_features // num_heads", swapped))
+    expected = rows_of(right, d, heads)
+    what = f"{num_heads} head(s) of d = {d}, low_freq_ratio {ratio}"
     found = adapted_rows(num_heads * d, num_heads, ratio)
-    expected, what = (
-        rows_of(right, d, heads),
-        f"{num_heads} head(s) of d = {d}, low_freq_ratio {ratio}",
-    )
     numbers = as_array(what, found)
     if numbers.tolist() != expected == sorted(numbers.flatten().tolist()):
         fail(
@@ -64,24 +84,32 @@ def test_one_head_of_two_pairs():
     check_rows(1, 4, 0.5, n=1)  # rows 1 and 3
 
 
-def test_one_head_of_four_pairs():
-    check_rows(1, 8, 0.5, n=2)  # rows 2, 3 and 6, 7
+def test_one_head_of_eight_pairs():
+    check_rows(1, 16, 0.25, n=2)  # rows 6, 7 and 14, 15
 
 
 def test_every_head():
     check_rows(3, 8, 0.25, n=1)  # rows 3, 7, 11, 15, 19, 23
 
 
-def test_a_small_ratio_leaves_one_pair():
-    check_rows(2, 8, 0.01, n=1)
+def test_more_heads_than_dimensions():
+    check_rows(6, 4, 0.5, n=1)  # rows 1, 3, 5, ...
+
+
+def test_the_drawing():
+    check_rows(2, 8, 0.5, n=2)
 
 
 def test_rounding_up():
-    check_rows(2, 8, 0.4, n=2)  # 1.6
+    check_rows(2, 16, 0.2, n=2)  # 1.6
 
 
 def test_rounding_down():
-    check_rows(2, 8, 0.3, n=1)  # 1.2
+    check_rows(2, 16, 0.3, n=2)  # 2.4
+
+
+def test_a_small_ratio_leaves_one_pair():
+    check_rows(2, 8, 0.01, n=1)
 
 
 def test_all_pairs_are_all_rows():
@@ -95,8 +123,4 @@ def test_the_sizes_of_real_heads():
 
 def test_rows_can_index():
     found = adapted_rows(16, 2, 0.5)
-    if getattr(found, "dtype", None) != torch.long:
-        fail(
-            f"expected a LongTensor, came {getattr(found, 'dtype', type(found).__name__)}",
-            "torch.tensor(rows) makes one",
-        )
+    check_dtype("the rows", found, torch.long, "torch.tensor(rows), or a part of torch.arange(...)")

@@ -1,11 +1,11 @@
-"""Exercise 6: the labels, then the loss, then the gradients. The model is the smallest there is: a table of logits, a
-row for each token, so that every gradient can be computed by hand."""
+"""Exercise 6: the labels, then the loss, then the gradients. The model is the smallest there is: a
+table of logits, a row for each token, so that every gradient can be computed by hand."""
 
 import math
 
 import numpy as np
 import torch
-from checking import check, random_numbers, tensor
+from checking import check, check_dtype, fail, random_numbers, tensor
 from ex6_micro_batches import accumulate_gradients, collate
 from torch import nn
 
@@ -16,6 +16,91 @@ NONE = -100
 # Two micro-batches: six response tokens, and one.
 TOKENS = [[[1, 2, 3, 4], [5, 6, 1, 2]], [[3, 1, 0, 0], [2, 0, 0, 0]]]
 LABELS = [[[2, 3, 4, 5], [NONE, NONE, 2, 3]], [[NONE, 6, NONE, NONE], [NONE] * 4]]
+NOT_SHIFTED = "not shifted: a position's label is the token after it"
+FIRST_LOST = "the first response token is lost: the prompt's last token predicts it"
+LEFT = "this is padded on the left"
+A_SUM = "a sum: divide by the batch's response tokens"
+
+
+# --- collate ---
+
+
+def test_labels_of_one_example():
+    _, labels = collate([([5, 6, 7], [8, 9])])
+    check(
+        "prompt [5, 6, 7], response [8, 9]: labels",
+        labels[0],
+        [NONE, NONE, 8, 9],
+        {
+            NOT_SHIFTED: [NONE, NONE, NONE, 8],
+            "not shifted, and one too long": [NONE, NONE, NONE, 8, 9],
+            "the last position predicts nothing: leave it out": [NONE, NONE, 8, 9, NONE],
+            "the prompt is not learnt: -100": [6, 7, 8, 9],
+            "the prompt is not learnt: its label is -100, not 0": [0, 0, 8, 9],
+            FIRST_LOST: [NONE, NONE, NONE, 9],
+            "shifted twice": [NONE, 8, 9, NONE],
+        },
+    )
+
+
+def test_tokens_of_one_example():
+    tokens, _ = collate([([5, 6, 7], [8, 9])])
+    mistakes = {
+        "the last id is never an input: leave it out": [5, 6, 7, 8, 9],
+        "the response is an input too, but for its last id": [5, 6, 7],
+        "the first id is an input too; the last is none": [6, 7, 8, 9],
+    }
+    check("prompt [5, 6, 7], response [8, 9]: tokens", tokens[0], [5, 6, 7, 8], mistakes)
+
+
+def test_padding_is_on_the_right_and_not_learnt():
+    tokens, labels = collate([([5, 6, 7], [8, 9]), ([5], [3])])
+    check(
+        "labels of the shorter example",
+        labels[1],
+        [3, NONE, NONE, NONE],
+        {
+            "padding is not learnt: its label is -100": [3, 0, 0, 0],
+            FIRST_LOST: [NONE] * 4,
+            LEFT: [NONE, NONE, NONE, 3],
+            NOT_SHIFTED: [NONE, 3, NONE, NONE],
+        },
+    )
+    mistakes = {
+        LEFT: [0, 0, 0, 5],
+        "the last id is never an input: leave it out": [5, 3, 0, 0],
+        "tokens are padded with 0; -100 is a label": [5, NONE, NONE, NONE],
+    }
+    check("tokens of the shorter example", tokens[1], [5, 0, 0, 0], mistakes)
+
+
+def test_the_longest_example_may_come_last():
+    tokens, labels = collate([([5], [3]), ([1, 2], [4, 4]), ([5, 6, 7], [8, 9])])
+    hint = "T is the longest example's length - 1"
+    expected = [[5, 0, 0, 0], [1, 2, 4, 0], [5, 6, 7, 8]]
+    check("tokens of three examples", tokens, expected, hint=hint)
+    expected = [[3, NONE, NONE, NONE], [NONE, 4, 4, NONE], [NONE, NONE, 8, 9]]
+    check("labels of three examples", labels, expected, hint=hint)
+
+
+def test_tokens_and_labels_are_long_and_on_the_device():
+    for name, found in zip(("tokens", "labels"), collate([([5, 6], [8, 9]), ([5], [3])], "meta")):
+        check_dtype(name, found, torch.long, "torch.tensor of lists of int; or dtype=torch.long")
+        if not found.is_meta:
+            fail(f"{name} are on the {found.device}, device is meta", "end with .to(device)")
+
+
+def test_the_examples_stay():
+    examples = [([5, 6, 7], [8, 9]), ([5], [3])]
+    collate(examples)
+    if examples != [([5, 6, 7], [8, 9]), ([5], [3])]:
+        hint = (
+            "the caller's lists were changed: prompt + response is a new list, += and pop are not"
+        )
+        fail(f"the examples are {examples} after collate", hint)
+
+
+# --- accumulate_gradients ---
 
 
 def model_of(table):
@@ -27,7 +112,8 @@ def micro_batches(tokens=TOKENS, labels=LABELS):
 
 
 def by_hand(table, tokens, labels):
-    """Summed loss of the positions that have a label, and its gradient: softmax minus one, number by number."""
+    """Summed loss of the positions that have a label, and its gradient: softmax minus one, number
+    by number."""
     loss, gradient = 0.0, np.zeros_like(table)
     for token, label in zip(np.ravel(tokens), np.ravel(labels)):
         if label != NONE:
@@ -40,113 +126,98 @@ def by_hand(table, tokens, labels):
 def check_loss_and_gradient(table, which):
     """which: 0, the loss; 1, the gradient."""
     model = model_of(table)
-    found = accumulate_gradients(model, micro_batches())
-    found = [found, model.weight.grad][which]
-    sizes = np.array([[np.sum(np.array(part) != NONE), np.size(part)] for part in LABELS])
-    (first, second), counts = (
-        [by_hand(table, t, each)[which] for t, each in zip(TOKENS, LABELS)],
-        sizes[:, 0],
-    )
-    N, padded = sizes.sum(0)
-    with_padding = by_hand(table, TOKENS, np.maximum(LABELS, 0))[which]
-    mistakes = {
-        "a mean of means: divide the sums by the batch's tokens": (
-            first / counts[0] + second / counts[1]
+    loss = accumulate_gradients(model, micro_batches())
+    found = [loss, model.weight.grad][which]
+    if found is None:
+        fail(
+            ["the loss is None", "the weight has no .grad"][which],
+            ["return the sum of the losses, a float", "loss.backward() for each micro-batch"][
+                which
+            ],
         )
-        / 2,
-        "a sum of means: divide the sums by the batch's tokens": first / counts[0]
-        + second / counts[1],
-        "divided by the number of micro-batches: by the batch's response tokens": (first + second)
-        / 2,
+    first, second = (by_hand(table, t, each)[which] for t, each in zip(TOKENS, LABELS))
+    own = [np.sum(np.array(part) != NONE) for part in LABELS]  # 6 and 1
+    N, padded = sum(own), np.size(LABELS)
+    with_padding = by_hand(table, TOKENS, np.maximum(LABELS, 0))[which]
+    means = first / own[0] + second / own[1]
+    no_zero_grad = "no zero_grad between the passes"
+    mistakes = {
+        "a mean of means: divide the sums by the batch's tokens": means / 2,
+        "a sum of means: divide the sums by the batch's tokens": means,
+        "divided by the number of micro-batches: by the batch's response tokens": (
+            (first + second) / 2
+        ),
         "divided by the tokens and by the number of micro-batches": (first + second) / N / 2,
-        "a sum: divide by the batch's response tokens": first + second,
-        "padding and prompt were counted: N is the labels that are not -100": (first + second)
-        / padded,
+        A_SUM: first + second,
+        "padding and prompt were counted: N is the labels that are not -100": (
+            (first + second) / padded
+        ),
         "positions without a label were learnt as token 0": with_padding / padded,
         "positions without a label were learnt as token 0, over N": with_padding / N,
-        "only the last micro-batch: no zero_grad between the passes": second / N,
-        "only the last micro-batch, over its own tokens: no zero_grad between the passes": second
-        / counts[1],
+        f"only the last micro-batch: {no_zero_grad}": second / N,
+        f"only the last micro-batch, over its own tokens: {no_zero_grad}": second / own[1],
         "only the first micro-batch": first / N,
+        "each loss was added to the ones before, and these went backward again": (
+            (2 * first + second) / N
+        ),
     }
-    check(
-        ["the loss of the batch", "the gradient of the batch"][which],
-        found,
-        (first + second) / N,
-        mistakes,
-    )
-
-
-def test_labels_of_one_example():
-    _, labels = collate([([5, 6, 7], [8, 9])])
-    check(
-        "prompt [5, 6, 7], response [8, 9]: labels",
-        labels[0],
-        [NONE, NONE, 8, 9],
-        {
-            "not shifted: a position's label is the token after it": [NONE, NONE, NONE, 8],
-            "not shifted, and one too long: a position's label is the token after it": [
-                NONE,
-                NONE,
-                NONE,
-                8,
-                9,
-            ],
-            "the last position predicts nothing: leave it out": [NONE, NONE, 8, 9, NONE],
-            "the prompt is not learnt: -100": [6, 7, 8, 9],
-            "the prompt is not learnt: its label is -100, not 0": [0, 0, 8, 9],
-            "the first response token is lost: the prompt's last token predicts it": [
-                NONE,
-                NONE,
-                NONE,
-                9,
-            ],
-        },
-    )
-
-
-def test_tokens_of_one_example():
-    tokens, _ = collate([([5, 6, 7], [8, 9])])
-    mistakes = {"the last id is never an input: leave it out": [5, 6, 7, 8, 9]}
-    check("prompt [5, 6, 7], response [8, 9]: tokens", tokens[0], [5, 6, 7, 8], mistakes)
-
-
-def test_padding_is_on_the_right_and_not_learnt():
-    tokens, labels = collate([([5, 6, 7], [8, 9]), ([5], [3])])
-    check(
-        "labels of the shorter example",
-        labels[1],
-        [3, NONE, NONE, NONE],
-        {
-            "padding is not learnt: its label is -100": [3, 0, 0, 0],
-            "the first response token is lost: the prompt's last token predicts it": [NONE] * 4,
-            "this is padded on the left": [NONE, NONE, NONE, 3],
-            "not shifted: a position's label is the token after it": [NONE, 3, NONE, NONE],
-        },
-    )
-    check(
-        "tokens of the shorter example",
-        tokens[1],
-        [5, 0, 0, 0],
-        {
-            "this is padded on the left": [0, 0, 0, 5],
-            "the last id is never an input: leave it out": [5, 3, 0, 0],
-        },
-    )
+    what = ["the loss of the batch", "the gradient of the batch"][which]
+    check(what, found, (first + second) / N, mistakes)
 
 
 def test_the_loss_of_a_model_that_knows_nothing():
-    model, labels = model_of(np.zeros((V, V))), [[[NONE, 1, 2]]]
-    found = accumulate_gradients(model, micro_batches([[[1, 2, 3]]], labels))
-    check(
-        f"{V} equal logits, 2 response tokens: the loss",
-        found,
-        math.log(V),
-        {
-            "a sum: divide by the batch's response tokens": 2 * math.log(V),
-            "the prompt was counted: N is the labels that are not -100": 2 / 3 * math.log(V),
-        },
-    )
+    model, labels = model_of(np.zeros((V, V))), [[[NONE, 1, 2]], [[4]]]
+    found = accumulate_gradients(model, micro_batches([[[1, 2, 3]], [[3]]], labels))
+    one = math.log(V)
+    mistakes = {
+        A_SUM: 3 * one,
+        "the prompt was counted: N is the labels that are not -100": 3 / 4 * one,
+        "divided by the number of micro-batches: by the batch's response tokens": 3 / 2 * one,
+        "a sum of means: divide the sums by the batch's tokens": 2 * one,
+        "only the last micro-batch: add up": one / 3,
+    }
+    check(f"{V} equal logits, 3 response tokens: the loss", found, one, mistakes)
+
+
+class Watched(nn.Module):
+    """A model that keeps, at each forward pass, the gradient that it has until then."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = model_of(table)
+        self.gradients = []
+
+    def forward(self, tokens):
+        gradient = self.table.weight.grad
+        self.gradients.append(None if gradient is None else gradient.clone())
+        return self.table(tokens)
+
+
+def test_each_micro_batch_goes_backward_before_the_next_comes():
+    table = random_numbers(V, V, seed=5)
+    model = Watched(table)
+    accumulate_gradients(model, micro_batches())
+    gradients = [each is not None and each.any().item() for each in model.gradients]
+    if len(gradients) != 2:
+        hint = "one forward pass for each micro-batch; N comes from the labels alone"
+        fail(f"2 micro-batches: expected 2 forward passes, came {len(gradients)}", hint)
+    if not gradients[1]:
+        hint = (
+            "one backward pass at the end holds the activations of all micro-batches: "
+            "loss.backward() belongs into the loop"
+        )
+        if model.table.weight.grad is None:
+            hint = "there was no backward pass: loss.backward() for each micro-batch"
+        elif is_last_alone(model, table):
+            hint = "only the last micro-batch: no zero_grad between the passes"
+        fail("at the second forward pass .grad is still empty", hint)
+
+
+def is_last_alone(model, table):
+    """Whether the gradient is a multiple of the last micro-batch's."""
+    last = by_hand(table, TOKENS[1], LABELS[1])[1]
+    rows = model.table.weight.grad.double().numpy().any(1)
+    return (rows == last.any(1)).all()
 
 
 def test_the_loss_of_two_micro_batches():
@@ -157,10 +228,20 @@ def test_the_gradient_of_two_micro_batches():
     check_loss_and_gradient(random_numbers(V, V, seed=2), 1)
 
 
+def test_the_loss_is_a_float():
+    found = accumulate_gradients(model_of(np.zeros((V, V))), micro_batches())
+    if type(found) is not float:
+        hint = "loss.item(): a tensor would keep the graph, and its activations, alive"
+        fail(f"the loss: expected a float, came {type(found).__name__}", hint)
+
+
 def test_the_size_of_the_micro_batches_does_not_matter():
     table, tokens, labels = random_numbers(V, V, seed=3), sum(TOKENS, []), sum(LABELS, [])
     expected = by_hand(table, tokens, labels)[1] / 7
-    hint = "sums of token losses over the tokens of all micro-batches; a part without any label adds 0, not 0/0"
+    hint = (
+        "sums of token losses over the tokens of all micro-batches; a part without any label adds "
+        "0, not 0/0"
+    )
     for size in (1, 2, 4):
         model, starts = model_of(table), range(0, 4, size)
         parts = micro_batches(
@@ -174,9 +255,5 @@ def test_no_step_is_made():
     table = random_numbers(V, V, seed=4)
     model = model_of(table)
     accumulate_gradients(model, micro_batches())
-    check(
-        "the weights afterwards",
-        model.weight,
-        table,
-        hint="gradients only: the optimizer's step is the caller's",
-    )
+    hint = "gradients only: the optimizer's step is the caller's"
+    check("the weights afterwards", model.weight, table, hint=hint)
