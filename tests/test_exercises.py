@@ -153,6 +153,10 @@ TURNED = "h * cos + h.roll(half, -1) * sin"
 NEIGHBOURS = "a, b, c, s = h[..., ::2], h[..., 1::2], cos[..., :half], sin[..., half:]; y = "
 TURNED_NEIGHBOURS = f"{NEIGHBOURS}torch.stack((a * c - b * s, a * s + b * c), -1).flatten(-2)"
 READ_NEIGHBOURS = f"{NEIGHBOURS}torch.cat((a * c - b * s, a * s + b * c), -1)"
+INTERLEAVED = (
+    "cos[..., :half].repeat_interleave(2, -1), torch.tensor([-1, 1]).repeat_interleave(half) "
+    "* sin[..., half:].repeat_interleave(2, -1)"
+)
 MIXED = "torch.stack((h[..., 1::2], h[..., ::2]), -1).flatten(-2)"
 IN_PLACE = """h = x.float().clone()
     a, b = h.chunk(2, -1)
@@ -219,6 +223,18 @@ MISTAKES = [
         "h = x.float()",
         "h, cos, sin = x, cos.to(x.dtype), sin.to(x.dtype)",
         "x.float()",
+    ),
+    (
+        "ex1_rotation",
+        "h = x.float()",
+        "h, cos, sin = x.float(), cos.to(x.dtype).float(), sin.to(x.dtype).float()",
+        "computed in the dtype of x",
+    ),
+    (
+        "ex1_rotation",
+        "h = x.float()",
+        f"h, cos, sin = x.float(), {INTERLEAVED}",
+        "the tables are of neighbours, as repeat_interleave",
     ),
     ("ex1_rotation", "y.to(x.dtype)", "y", "end with .to(x.dtype)"),
     ("ex1_rotation", f"y = {TURNED}", f"y = ({TURNED}).detach()", "no detach"),
@@ -293,6 +309,12 @@ MISTAKES = [
         "the end of each head in one piece",
     ),
     ("ex2_rows", "round(", "int(", "n was rounded down"),
+    (
+        "ex2_rows",
+        "round(low_freq_ratio * half)",
+        "int(low_freq_ratio * half + 0.5)",
+        "round(2.5) is 2",
+    ),
     ("ex2_rows", "round(", "math.ceil(", "n was rounded up"),
     (
         "ex2_rows",
@@ -342,6 +364,14 @@ MISTAKES = [
         "nn.Parameter(A.to(linear.weight.dtype))",
         "what trains is float32",
     ),
+    ("ex3_roae", "nn.Parameter(A)", "nn.Parameter(A, False)", "is what trains"),
+    (
+        "ex3_roae",
+        "rows = adapted",
+        "linear.requires_grad_(False); rows = adapted",
+        "RoAE freezes nothing",
+    ),
+    ("ex3_roae", "y.index_add(-1,", "y.index_add(2,", "take any x"),
     ("ex3_roae", "nn.Parameter(A)", "A", "self.A = nn.Parameter"),
     (
         "ex3_roae",
@@ -502,6 +532,12 @@ MISTAKES = [
     ),
     (
         "ex5_layers",
+        "self.activate(best)",
+        "self.activate(best); self.scores = self.scores.tolist()",
+        "torch.stack",
+    ),
+    (
+        "ex5_layers",
         "self.active = sorted(layers)",
         "self.active = list(layers)",
         "sort the indices",
@@ -597,6 +633,18 @@ MISTAKES = [
         f"{ONE_BACKWARD} tokens, labels in micro",
         "one backward pass at the end",
     ),
+    (
+        "ex6_micro_batches",
+        "        loss.backward()\n        total += loss.item()\n",
+        "        total = total + loss\n    total.backward()\n    total = total.item()\n",
+        "one backward pass at the end",
+    ),
+    (
+        "ex6_micro_batches",
+        "        loss.backward()\n        total += loss.item()\n",
+        "        total = total + loss\n        total.backward(retain_graph=True)\n",
+        "these went backward again",
+    ),
     ("ex6_micro_batches", "        loss.backward()\n", "", "there was no backward pass"),
     ("ex6_micro_batches", "total += loss.item()", "total = total + loss", "loss.item()"),
     (
@@ -680,7 +728,7 @@ def test_our_own_code_solves_it_and_so_does_what_is_broken_below(exercise, failu
     "exercise, right, wrong, hint", MISTAKES, ids=[f"{row[0]}: {row[3]}" for row in MISTAKES]
 )
 def test_a_mistake_is_called_by_its_name(exercise, right, wrong, hint, failures):
-    """The first hint that is shown names it, and no other hint is sure."""
+    """The first hint that is shown names it. What follows from it may be said after it."""
     assert right in WRITTEN_OUT[exercise]
     found = failures(exercise, WRITTEN_OUT[exercise].replace(right, wrong))
     assert found and hint in first_shown(found), found
@@ -823,7 +871,7 @@ def test_what_is_wrong_is_said_in_a_few_lines(run_pytest):
     assert "    in: layer[9]" in lines
     assert lines.count("    hint: these are the first pairs, which turn fast: take the last") == 1
     assert lines.count("    hint: the rows come from exercise 2: first make its tests green") == 1
-    assert "    and 8 more like it" in lines
+    assert any(re.fullmatch(r"    and \d+ more like it", line) for line in lines)
     assert status == 1 and re.fullmatch(r"\d+ passed, \d+ wrong.*", lines[-1]) and len(lines) < 60
 
 

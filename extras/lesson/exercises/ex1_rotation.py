@@ -57,8 +57,8 @@ Precision. The angles, the tables and the rotation are float32, also if x is bfl
 and the result is cast back. In bfloat16 whole numbers near 1000 are multiples of 4, so the tokens
 1001, 1002 and 1003 would be at the positions 1000, 1000 and 1004.
 
-To do: the three functions below, without loops. `torch.cat((u, v), -1)` puts two halves side by
-side, and `x.roll(d // 2, -1)` exchanges the halves of a head.
+To do: the three functions below. They need no loops. `torch.cat((u, v), -1)` puts two halves side
+by side, and `x.roll(d // 2, -1)` exchanges the halves of a head.
 
 To avoid:
 - The other convention: pairs of neighbours, x[..., 0::2] and x[..., 1::2], with tables made by

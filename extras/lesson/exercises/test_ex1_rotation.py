@@ -34,6 +34,10 @@ IN_PLACE = (
     "b' was made of a', not of a: a and b are views, and writing a' into the first half changes "
     "a; make a' and b' first, then torch.cat"
 )
+INTERLEAVED = (
+    "the pairs are halves, (i, i + d/2), the tables are of neighbours, as repeat_interleave makes "
+    "them: use those that came"
+)
 ROLLED = "roll without a dimension runs through all tokens: .roll(d // 2, -1)"
 
 
@@ -57,12 +61,18 @@ def tables(angles):
     return np.concatenate((cos, cos), -1)[None], np.concatenate((-sin, sin), -1)[None]
 
 
+def interleaved(table):
+    """The first half of a table as repeat_interleave(2) of its columns."""
+    return np.repeat(table[..., : table.shape[-1] // 2], 2, -1)
+
+
 def mistakes_in(x, angles):
     cos, sin = tables(angles)
     half = x.shape[-1] // 2
     right = turn(x, angles)
     overwritten = right.copy()  # the second half made of the new first half
     overwritten[..., half:] = x[..., half:] * cos[..., half:] + right[..., :half] * sin[..., half:]
+    signs, abs_sin = np.repeat([-1, 1], half), sin * np.repeat([-1, 1], half)
     swapped = x.reshape(*x.shape[:-1], half, 2)[..., ::-1].reshape(x.shape)
     return {
         NEIGHBOURS: turn(x, angles, "neighbours", "neighbours"),
@@ -72,6 +82,7 @@ def mistakes_in(x, angles):
         WRITTEN: turn(x, angles, written="neighbours"),
         MINUS: turn(x, angles, signs=(1, 1)),
         MIXED: x * cos + swapped * sin,
+        INTERLEAVED: x * interleaved(cos) + np.roll(x, half, -1) * signs * interleaved(abs_sin),
         NO_SWAP: x * cos + x * sin,
         IN_PLACE: overwritten,
         ROLLED: x * cos + np.roll(x, half) * sin,
@@ -274,8 +285,8 @@ def test_the_three_functions_together():
     x, positions = random_numbers(1, 2, 4, 16, seed=7), np.array([0, 2, 5, 20])
     cos, sin = rope_table(torch.tensor(positions), rope_inverse_frequencies(config_of(16)))
     angles = positions[:, None] * 10000.0 ** (-2 * np.arange(8) / 16)
-    found = rotate(tensor(x), cos, sin)
-    check("positions 0, 2, 5, 20, d = 16", found, turn(x, angles), mistakes_in(x, angles))
+    what, found = "positions 0, 2, 5, 20, d = 16", rotate(tensor(x), cos, sin)
+    check(what, found, turn(x, angles), hint="first the tests above")
 
 
 def test_only_the_distance_counts():

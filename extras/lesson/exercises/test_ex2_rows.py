@@ -61,6 +61,10 @@ def check_rows(num_heads, d, ratio, n):
         ("no row: n is at least 1, max(1, ...)", []),
         (DOWN, with_n(max(1, int(ratio * pairs)))),
         (DOWN, with_n(max(1, int(ratio * d) // 2))),
+        (
+            "round(2.5) is 2: Python's round takes the even neighbour of a half",
+            with_n(max(1, math.floor(ratio * pairs + 0.5))),
+        ),
         ("n was rounded up: round to the nearest", with_n(math.ceil(ratio * pairs))),
         ("all rows: with n = 0 the slice [-n:] is everything; n is at least 1", rows),
     ]
@@ -108,8 +112,12 @@ def test_rounding_down():
     check_rows(2, 16, 0.3, n=2)  # 2.4
 
 
+def test_rounding_a_half():
+    check_rows(1, 20, 0.25, n=2)  # 2.5: Python's round takes the even neighbour
+
+
 def test_a_small_ratio_leaves_one_pair():
-    check_rows(2, 8, 0.01, n=1)
+    check_rows(3, 8, 0.01, n=1)
 
 
 def test_all_pairs_are_all_rows():
