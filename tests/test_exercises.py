@@ -171,6 +171,10 @@ PADDED_B = """padded = torch.zeros_like(y[0, 0]).new_zeros(y.shape[-1], self.ran
         padded[self.rows] = B
         return y + scale * F.linear(F.linear(x, A), padded)
         """
+WHOLE_WEIGHT = """W = self.linear.weight.clone()
+        W[self.rows] += (scale * self.B @ self.A).to(W.dtype)
+        return F.linear(x, W, self.linear.bias)
+        """
 PADDED_UPDATE = "return y + torch.zeros_like(y).index_add(-1, self.rows, update)  # "
 EINSUM = "torch.einsum('or,rd,btd->bto', B, A, x)"
 FORMED = "update = scale * F.linear(x, B @ A)"
@@ -403,6 +407,13 @@ MISTAKES = [
         f"update = scale * {EINSUM}",
         "B @ A was made",
     ),
+    ("ex3_roae", "update =", f"{WHOLE_WEIGHT}update =", "B @ A was made"),
+    (
+        "ex3_roae",
+        "y, scale",
+        "self.A.data = self.A.data.to(x.dtype); y, scale",
+        "is a copy for this pass",
+    ),
     ("ex3_roae", "update =", f"{PADDED_B}update =", "filled up with zeros"),
     ("ex3_roae", "return y", PADDED_UPDATE, "an update for all outputs was made"),
     ("ex3_roae", "y, scale", "x = x.float(); y, scale", "x was cast up"),
@@ -593,6 +604,12 @@ MISTAKES = [
         "pass",
         "at a probe every layer trains",
     ),
+    (
+        "ex5_layers",
+        "self.activate(range(len(self.parameters)))",
+        "[p.requires_grad_(True) for p in sum(self.parameters, [])]",
+        "at a probe every layer is active",
+    ),
     ("ex5_layers", "step % self.select_every == 0", "True", "every step is a probe"),
     (
         "ex5_layers",
@@ -659,6 +676,12 @@ MISTAKES = [
         "labels.to(device)\n",
         "labels.clamp(min=0).to(device)\n",
         "its label is -100",
+    ),
+    (
+        "ex6_micro_batches",
+        "labels.to(device)\n",
+        "labels.masked_fill(labels == 0, -100).to(device)\n",
+        "the id 0 of a response is learnt",
     ),
     ("ex6_micro_batches", "labels.to(device)\n", "labels.roll(1, 1).to(device)\n", "not shifted"),
     (

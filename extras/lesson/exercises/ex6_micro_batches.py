@@ -17,9 +17,10 @@ whatever the size of the parts.
     labels   -100  -100   8     9              3   -100  -100  -100       what follows each token
                           ^ the prompt's last token predicts the response's first
 
-   tokens and labels are [B, T], LongTensors on the device, with T = the longest example's length
-   - 1. Pad tokens with 0. Attention looks back only, so what stands to the right of a response does
-   not reach it. The lists of the examples stay what they are, since the next epoch uses them again.
+   tokens and labels are [B, T], LongTensors on the device. T is the longest example's length - 1.
+   Pad tokens with 0, which is also the id of a token that a response may hold. Attention looks back
+   only, so what stands to the right of a response does not reach it. The lists of the examples stay
+   what they are, since the next epoch uses them again.
 
 2. The loss of the batch is the mean over its N response tokens. N counts all labels of all
    micro-batches that are not -100:

@@ -234,16 +234,6 @@ def test_the_update_goes_into_the_rows():
     check("y for x [5, 7, D]", adapter(tensor(x)), right, mistakes)
 
 
-def test_it_calls_the_layer():
-    adapter, _, _ = layer()
-    calls = []
-    adapter.linear.register_forward_hook(lambda *_: calls.append(1))
-    adapter(x_of())
-    if len(calls) != 1:
-        hint = "y = self.linear(x), once: it may be any layer, with a bias or without"
-        fail(f"calls of self.linear in a forward pass: expected 1, came {len(calls)}", hint)
-
-
 class Recorder(TorchDispatchMode):
     """Keeps every tensor that PyTorch's operations return."""
 
@@ -290,7 +280,7 @@ def test_what_is_large_is_never_made():
             hint = "B was filled up with zeros for all rows: B has len(rows) rows, index_add adds"
             fail(f"a tensor {list(made.shape)}, [out, rank]", hint)
     if base is None:
-        return  # the layer was not called: the test above says so
+        return  # the layer was not called: the next test says so
     own = {each.untyped_storage().data_ptr() for each in (base, y)}
     for made in tensors:
         is_wide = made.numel() == BATCH * T * OUT and made.shape[-1] == OUT
@@ -299,6 +289,16 @@ def test_what_is_large_is_never_made():
                 "an update for all outputs was made: it is [.., len(rows)], and index_add adds it"
             )
             fail(f"a tensor {list(made.shape)} beside linear(x) and y", hint)
+
+
+def test_it_calls_the_layer():
+    adapter, _, _ = layer()
+    calls = []
+    adapter.linear.register_forward_hook(lambda *_: calls.append(1))
+    adapter(x_of())
+    if len(calls) != 1:
+        hint = "y = self.linear(x), once: it may be any layer, with a bias or without"
+        fail(f"calls of self.linear in a forward pass: expected 1, came {len(calls)}", hint)
 
 
 def test_bfloat16_activations_stay_bfloat16():
@@ -324,13 +324,26 @@ def test_bfloat16_activations_stay_bfloat16():
     check_dtype("y for x in bfloat16", y, torch.bfloat16, hint)
 
 
+def test_A_and_B_stay_float32_after_a_forward_pass():
+    adapter, _, _ = layer(dtype=torch.bfloat16)
+    if adapter.A.dtype != torch.float32:
+        return  # it began so, which has a test of its own
+    try:
+        adapter(x_of(torch.bfloat16))
+    except RuntimeError:
+        return  # the test above says what is wrong
+    hint = "self.A.to(x.dtype) is a copy for this pass; self.A itself stays what it is"
+    check_dtype("A after a forward pass in bfloat16", adapter.A, torch.float32, hint)
+    check_dtype("B after a forward pass in bfloat16", adapter.B, torch.float32, hint)
+
+
 def test_gradients_reach_A_and_B_and_x():
     """With y.sum() as the loss every gradient is a sum that can be written down."""
     B, numbers = random_B(), random_numbers(BATCH, T, D, seed=7)
     adapter, W, bias = layer(B)
     x = tensor(numbers).requires_grad_()
     y = adapter(x)
-    if not isinstance(adapter.A, nn.Parameter) or not isinstance(adapter.B, nn.Parameter):
+    if not (adapter.A.requires_grad and adapter.B.requires_grad):
         return  # the test of the shapes says so
     if torch.allclose(y, tensor(numbers @ W.T + bias), atol=1e-4):
         return  # there is no update, which the test above says

@@ -294,6 +294,9 @@ def test_at_a_probe_everything_has_requires_grad():
             if layer.base.requires_grad:
                 hint = "the base weights woke up: only self.parameters and self.norms"
                 fail(f"{what}: the base weight of layer {i} has requires_grad", hint)
+        hint = "at a probe every layer is active: activate all of them in before_forward"
+        mistakes = {hint: [1, 3]}
+        check(f"{what}: active", selector.active, range(4), mistakes, hint)
         net.loss(as_scores([2, 9, 1, 7])[0]).backward()
         selector.after_backward()
 
@@ -342,7 +345,7 @@ def check_selection(scores, k_ratio, count):
     run_step(selector, net, as_scores(scores))
     what = f"scores {scores}, k_ratio {k_ratio}: active"
     check(what, selector.active, sorted(best), mistakes, hint="see 2 in the text")
-    if len(calls) < 2 or sorted(calls[-1]) != sorted(best):
+    if not calls or sorted(calls[-1]) != sorted(best):
         hint = "after_backward calls activate with the layers that it has selected"
         fail(f"{what}, but activate was called with {calls}", hint)
 
