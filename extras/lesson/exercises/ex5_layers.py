@@ -6,7 +6,7 @@ Dynamic Layer Selection trains, at any time, only the layers that matter now. Ev
 steps, step 0 included, a step is a probe: all layers get gradients, and the layers with the highest
 scores train until the next probe. A training loop calls the selector in this order:
 
-    selector.before_forward(step)        at a probe: everything gets requires_grad
+    selector.before_forward(step)        at a probe: adapters and norms get requires_grad
     for each micro-batch:
         loss.backward()                  PyTorch adds up the gradients in .grad
     selector.after_backward()            at a probe: scores, selects, freezes

@@ -274,11 +274,11 @@ def test_what_is_large_is_never_made():
     for made in tensors:
         if sizes(made) == sorted([len(ROWS), D]):
             hint = "B @ A was made: A x first, then B of that; two products with x, F.linear twice"
-            fail(f"a tensor {list(made.shape)}, [len(rows), D]", hint)
+            fail(f"forward makes a tensor {list(made.shape)}, [len(rows), D]", hint)
     for made in tensors:
         if sizes(made) == sorted([OUT, RANK]):
             hint = "B was filled up with zeros for all rows: B has len(rows) rows, index_add adds"
-            fail(f"a tensor {list(made.shape)}, [out, rank]", hint)
+            fail(f"forward makes a tensor {list(made.shape)}, [out, rank]", hint)
     if base is None:
         return  # the layer was not called: the next test says so
     own = {each.untyped_storage().data_ptr() for each in (base, y)}
@@ -288,7 +288,7 @@ def test_what_is_large_is_never_made():
             hint = (
                 "an update for all outputs was made: it is [.., len(rows)], and index_add adds it"
             )
-            fail(f"a tensor {list(made.shape)} beside linear(x) and y", hint)
+            fail(f"forward makes a tensor {list(made.shape)} beside linear(x) and y", hint)
 
 
 def test_it_calls_the_layer():
@@ -312,7 +312,7 @@ def test_bfloat16_activations_stay_bfloat16():
         is_activation = made.is_floating_point() and made.numel() == BATCH * T * size
         if is_activation and made.dtype != torch.bfloat16:
             fail(
-                f"x in bfloat16: there is a tensor {list(made.shape)} in {made.dtype}",
+                f"x in bfloat16: forward makes a tensor {list(made.shape)} in {made.dtype}",
                 hints.get(
                     size, "A x or B (A x) was cast up: cast A and B to x.dtype, nothing else"
                 ),
