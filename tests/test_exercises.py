@@ -824,8 +824,9 @@ def test_exercise_3_says_when_exercise_2_is_at_fault(rows, line, failures):
 
 @pytest.fixture
 def run_pytest(tmp_path, monkeypatch, capsys):
-    """A function that runs `python -m pytest -q` on a copy of these exercises, in which some files
-    hold this code. It returns the exit status and the lines that a reader sees in 80 columns."""
+    """A function that runs `python -m pytest -q` on a copy of the exercises whose code is given, or
+    of all of them as they are. It returns the exit status and the lines that a reader sees in 80
+    columns."""
     for name, value in {
         "COLUMNS": "80",
         "PYTEST_ADDOPTS": "",
@@ -842,8 +843,9 @@ def run_pytest(tmp_path, monkeypatch, capsys):
     def run(**files):
         for exercise, code in files.items():
             (tmp_path / f"{exercise}.py").write_text(IMPORTS + code)
+        tests = [str(tmp_path / f"test_{exercise}.py") for exercise in files or SOLUTIONS]
         status = pytest.main(
-            [str(tmp_path), "-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+            [*tests, "-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
         )
         return status, capsys.readouterr().out.splitlines()
 

@@ -62,8 +62,8 @@ by side, and `x.roll(d // 2, -1)` exchanges the halves of a head.
 
 To avoid:
 - The other convention: pairs of neighbours, x[..., 0::2] and x[..., 1::2], with tables made by
-  `repeat_interleave(2, -1)`. Other implementations store their weights for that. A mixture of the
-  two conventions is the most frequent mistake with RoPE.
+  `repeat_interleave(2, -1)`. Other implementations store their weights for that. Do not mix the
+  two.
 - Changing x. `x[..., : d // 2]` and the parts of `x.chunk(2, -1)` are views: who writes into them
   writes into x. `x.float()` is x itself where x is float32 already. Who writes a' into the first
   half has then lost the a that b' needs.
