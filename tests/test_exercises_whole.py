@@ -156,7 +156,7 @@ FIVE_STEPS = [
     ),
     (ADAMW + LOOP, LOOP + inside(ADAMW), "forgotten AdamW's moments"),
     ("[p for p in", '[p for n, p in model.named_parameters() if n[-1] == "B"]  #', "A and B both"),
-    ("in model.p", "in model.model.layers[2].p", "all A and B of the model"),
+    ("in model.p", "in model.model.layers[1].p", "all A and B of the model"),
     ("AdamW(trainable, weight_decay=0)", "SGD(trainable, lr=0.01)", "AdamW: its steps have"),
     ("weight_decay=0", "lr=1e-3", "weight_decay=0"),
     ("learning_rate(step)", "learning_rate(0)", "read once"),
@@ -198,6 +198,64 @@ SIXTY_STEPS = [
     (STEP, inside(STEP, "if step < 5:"), "one optimizer.step for each batch"),
     ("enumerate(batches)", "enumerate(batches[:5])", "in every step"),
     ("learning_rate(step)", "learning_rate(min(step, 4))", 'group["lr"] = learning_rate(step)'),
+]
+
+SOLUTIONS["ex8_memory"] = """
+def base_parameters(c):
+    D, d = c.hidden_size, c.head_dim
+    H, K = c.num_attention_heads, c.num_key_value_heads
+    attention = 2 * H * d * D + 2 * K * d * D
+    mlp = 3 * D * c.intermediate_size
+    embeddings = c.vocab_size * D * (1 if c.tie_word_embeddings else 2)
+    return c.num_hidden_layers * (attention + mlp + 2 * D) + embeddings + D
+def adapter_parameters(c, rank, low_freq_ratio):
+    D, L, d = c.hidden_size, c.num_hidden_layers, c.head_dim
+    H, K = c.num_attention_heads, c.num_key_value_heads
+    n = max(1, round(low_freq_ratio * d / 2))
+    return L * (rank * D + H * 2 * n * rank + rank * D + K * 2 * n * rank)
+def rosa_bytes(c, rank, low_freq_ratio, k_ratio):
+    P, L = adapter_parameters(c, rank, low_freq_ratio), c.num_hidden_layers
+    train = P * max(1, round(k_ratio * L)) // L
+    base = 2 * base_parameters(c)
+    return {"base": base, "adapters": 4 * P, "gradients": 4 * train, "moments": 8 * P}
+def full_bytes(c):
+    N = base_parameters(c)
+    return {"weights": 4 * N, "gradients": 4 * N, "moments": 8 * N}
+"""
+# (a text in the solution of exercise 8, the mistake in its place, words of the hint)
+MEMORY = [
+    ("2 * K * d * D", "2 * H * d * D", "k_proj and v_proj have K heads"),
+    ("2 * H * d * D + 2 * K * d * D", "3 * H * d * D + K * d * D", "v_proj has K heads too"),
+    ("3 * D * c.int", "2 * D * c.int", "gate, up and down"),
+    ("(1 if c.tie_word_embeddings else 2)", "2", "tied: lm_head is the embedding"),
+    ("(1 if c.tie_word_embeddings else 2)", "1", "embedding and lm_head both"),
+    ("embeddings + D", "embeddings", "the last norm is missing"),
+    ("(attention + mlp + 2 * D)", "(attention + mlp)", "two norms, and none"),
+    ("K * 2 * n * rank", "H * 2 * n * rank", "K has fewer heads than Q"),
+    (
+        "H * 2 * n * rank + rank * D + K * 2 * n",
+        "H * n * rank + rank * D + K * n",
+        "both rows of a",
+    ),
+    ("H * 2 * n * rank + rank * D + K", "H * 2 * n * rank + K", "Q and K each have an A"),
+    ("+ rank * D + K * 2 * n * rank", "", "k has an adapter too"),
+    ("H * 2 * n * rank + rank * D + K * 2 * n", "2 * n * rank + rank * D + 2 * n", "in every head"),
+    ("return L * (rank", "return (rank", "one layer: there are"),
+    ("low_freq_ratio * d / 2", "low_freq_ratio * d", "n counts pairs"),
+    ("round(low", "int(low", "n was rounded down"),
+    ("max(1, round(low_freq_ratio * d / 2))", "round(low_freq_ratio * d / 2)", "no pair is left"),
+    ("base = 2 *", "base = 4 *", "the base is frozen and stays in bfloat16"),
+    ("base = 2 *", "base =", "not bytes"),
+    ('"adapters": 4 * P', '"adapters": 2 * P', "A and B are masters in float32"),
+    ('"adapters": 4 * P', '"adapters": 4 * train', "the layers that rest have their adapters"),
+    ("4 * train", "4 * P", "the layers that rest have no gradients"),
+    ("4 * train", "2 * train", "gradients are float32"),
+    ("round(k_ratio", "int(k_ratio", "the count was rounded down"),
+    ('"moments": 8 * P', '"moments": 4 * P', "AdamW keeps two moments"),
+    ('"moments": 8 * P', '"moments": 8 * train', "a layer that rests keeps its moments"),
+    ('"moments": 8 * P', '"moments": 8 * (P + base // 2)', "the base is frozen: AdamW"),
+    ('"weights": 4', '"weights": 2', "what trains is float32"),
+    ('"moments": 8 * N', '"moments": 4 * N', "AdamW keeps two moments"),
 ]
 
 
@@ -266,3 +324,37 @@ def test_a_mistake_that_shows_in_sixty_steps_is_found(row, first_failure):
     right, wrong, hint = row
     error = first_failure("ex7_training", ex7_training=mutated("ex7_training", right, wrong))
     check_hint(error, hint)
+
+
+@pytest.fixture(scope="module")
+def memory_tests(tmp_path_factory):
+    """The tests of exercise 8. What they have counted and measured they keep for all tests here."""
+    file = tmp_path_factory.mktemp("ex8") / "ex8_memory.py"
+    file.write_text(SOLUTIONS["ex8_memory"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(file.parent), str(FOLDER), *sys.path])
+        names = runpy.run_path(FOLDER / "test_ex8_memory.py")
+        for path in FOLDER.glob("*.py"):
+            sys.modules.pop(path.stem, None)
+    return names
+
+
+def test_right_numbers_are_what_is_measured(memory_tests):
+    for key, test in memory_tests.items():
+        if key.startswith("test_"):
+            test()
+
+
+@pytest.mark.parametrize("row", MEMORY, ids=name)
+def test_a_mistake_on_paper_is_called_by_its_name(row, memory_tests, monkeypatch, tmp_path):
+    right, wrong, hint = row
+    (tmp_path / "student.py").write_text(mutated("ex8_memory", right, wrong))
+    for key, function in runpy.run_path(tmp_path / "student.py").items():
+        if callable(function):
+            monkeypatch.setattr(memory_tests["ex8_memory"], key, function)
+    with pytest.raises(pytest.fail.Exception) as raised:
+        for key, test in memory_tests.items():
+            if key.startswith("test_"):
+                test()
+    check_hint(raised.value, hint)
+    assert raised.value.sure

@@ -35,8 +35,9 @@ pytest_plugins = ["short_messages"]
 TINY = Path(llama.__file__).parent / "data" / "tiny"
 RANK, ALPHA = 8, 16
 STEPS, BATCH, PART = 60, 4, 2  # PART: examples in a micro-batch
-# Five seeds end between 0.14 and 0.18. On one and the same batch sixty times: 0.48.
-BOUND = 0.35
+# Eight seeds end between 0.085 and 0.152. Sixty times the same batch comes to 0.45, a prompt that is
+# learnt too to 0.43, a learning rate that is never set, AdamW's 0.001, to 0.82.
+BOUND = 0.3
 
 
 # --- the stages, each made once ---
@@ -182,9 +183,11 @@ def your_rope():
         yield
 
 
-def tiny():
-    """The bundled model in float32, with the frequencies of exercise 1."""
+def tiny(layers):
+    """The bundled model in float32, or its first layers, with the frequencies of exercise 1."""
     model = llama.Llama.from_pretrained(TINY, dtype=torch.float32)
+    model.config.num_hidden_layers = layers
+    model.model.layers = model.model.layers[:layers]
     model.inv_freq = ex1_rotation.rope_inverse_frequencies(model.config)
     return model
 
@@ -244,11 +247,11 @@ def weights_of(model):
     }
 
 
-def attach(ratio):
+def attach(ratio, layers):
     """A model that the reader's attach has adapted, and has been looked through; its weights before
     that."""
     torch.manual_seed(SEED)
-    model = tiny()
+    model = tiny(layers)
     linears, weights = targets(model), weights_of(model)
     tokens = torch.arange(3, 20)[None]
     with torch.no_grad():
@@ -461,10 +464,9 @@ class Watch:
         if self.compares_gradients and number < len(self.batches):
             parameters = [p for i in active for p in self.layers()[i].values() if p.requires_grad]
             if parameters:
-                self.gradients.append(compared(self.model, parameters, self.batches, number))
-            with torch.no_grad():
-                loss = self.model.loss(*collated(self.batches[number])).item()
-            self.losses.append(loss / response_tokens(self.batches[number]))
+                loss, *gradient = compared(self.model, parameters, self.batches, number)
+                self.losses.append(loss)
+                self.gradients.append(gradient)
 
     def after_step(self, optimizer, arguments, options):
         pairs = zip(self.layers(), self.before)
@@ -474,30 +476,35 @@ class Watch:
 
 
 def compared(model, parameters, batches, step):
-    """(found, expected, mistakes): the gradient of these parameters, what it should be at this
-    step, and what likely mistakes make of it. All are divided by the largest number expected."""
-    batch = batches[step]
-    parts = [batch[i : i + PART] for i in range(0, len(batch), PART)]
+    """(loss, found, expected, mistakes): the loss of the batch before this step, the gradient that
+    these parameters have, the one that they should have, and what likely mistakes make of it. All
+    gradients are divided by the largest number expected."""
 
-    def gradient(tokens, labels):
+    def loss_and_gradient(part, labels=None):
+        """Of all response tokens together, not of their mean."""
+        tokens, own_labels = collated(part)
         with torch.enable_grad():
-            found = torch.autograd.grad(model.loss(tokens, labels), parameters)
-        return torch.cat([each.flatten() for each in found])
+            loss = model.loss(tokens, own_labels if labels is None else labels)
+            gradient = torch.autograd.grad(loss, parameters)
+        return loss.item(), torch.cat([each.flatten() for each in gradient])
 
-    sums, N = [gradient(*collated(part)) for part in parts], response_tokens(batch)
-    means = [each / response_tokens(part) for each, part in zip(sums, parts)]
-    expected = sum(sums) / N
+    batch = batches[step]
+    N = response_tokens(batch)
+    loss, expected = (each / N for each in loss_and_gradient(batch))
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     found = torch.cat([each.flatten() for each in grads])
     scale = expected.abs().max()
     if torch.allclose(found / scale, expected / scale, atol=1e-4):
-        return expected / scale, expected / scale, {}  # equal but for rounding
+        return loss, expected / scale, expected / scale, {}  # equal but for rounding
+    parts = [batch[i : i + PART] for i in range(0, len(batch), PART)]
+    sums = [loss_and_gradient(part)[1] for part in parts]
+    means = [each / response_tokens(part) for each, part in zip(sums, parts)]
     tokens, labels = collated(batch)
     following = torch.where(tokens == 0, -100, tokens).roll(-1, 1)
     following[:, -1] = -100
     everything = torch.where(labels == -100, following, labels)
     mistakes = {
-        "the first batch again: batches[step]": gradient(*collated(batches[0]))
+        "the first batch again: batches[step]": loss_and_gradient(batches[0])[1]
         / response_tokens(batches[0]),
         "the last part, a smaller one, is lost: cut the batch to its end": means[0],
         "one call of accumulate_gradients with all parts: each call divides by its own tokens": sum(
@@ -505,23 +512,23 @@ def compared(model, parameters, batches, step):
         ),
         "a mean of means: one call of accumulate_gradients with all parts": sum(means) / 2,
         "only the last part is in there: no zero_grad between the parts": means[-1],
-        "the prompt was learnt too: give collate the pairs as they are": gradient(
-            tokens, everything
-        )
+        "the prompt was learnt too: give collate the pairs as they are": loss_and_gradient(
+            batch, everything
+        )[1]
         / (everything != -100).sum(),
         "the gradients are gone: zero_grad comes after optimizer.step": torch.zeros_like(expected),
     }
     mistakes = {hint: numbers / scale for hint, numbers in mistakes.items()}
-    return found / scale, expected / scale, mistakes
+    return loss, found / scale, expected / scale, mistakes
 
 
 @once
 def five_steps():
-    """Five steps of three short examples, with a probe at every second one. They show what the
-    order of the calls is, and what each step changes."""
+    """Five steps of three short examples on the first three layers, with a probe at every second
+    one. They show what the order of the calls is, and what each step changes."""
     earlier_exercises()
     with your_rope():
-        model, weights = attach(0.25)
+        model, weights = attach(0.25, layers=3)
         rng = np.random.default_rng(SEED)
         lengths = [(4, 2), (3, 3), (5, 4)]
         batches = [
@@ -570,9 +577,9 @@ def check_selector(watch):
     check_made(watch)
     selector, _ = watch.selectors[0]
     found = (selector.count, selector.select_every)
-    if found != (2, 2):
+    if found != (1, 2):
         hint = "hand k_ratio and select_every on: LayerSelector(model, k_ratio, select_every)"
-        fail(f"k_ratio 0.3 of 6 layers, select_every 2: expected (2, 2), came {found}", hint)
+        fail(f"0.3 of 3 layers, select_every 2: expected count 1 and 2, came {found}", hint)
     check_steps(watch)
 
 
@@ -712,7 +719,7 @@ def sixty_steps():
     """The loss on held-out examples, before and after. Returns the model."""
     five_steps()
     with your_rope():
-        model, weights = attach(0.5)
+        model, weights = attach(0.5, layers=6)
         _, training = examples()
         batches = [training[i : i + BATCH] for i in range(0, len(training), BATCH)]
         before = held_out_loss(model)
