@@ -4,6 +4,7 @@ name."""
 
 import re
 import runpy
+import shutil
 import sys
 
 import pytest
@@ -117,6 +118,28 @@ def inside(lines, condition=""):
     return f"        {condition}\n{inside(indented)}" if condition else indented
 
 
+WRONG_ROTATION = """rotate as turn
+def rotate(x, cos, sin):
+    return turn(x, cos, -sin)
+"""
+FAST_ROWS = """adapted_rows as rows
+def adapted_rows(*arguments):
+    return rows(*arguments, "high")
+"""
+FIRST_LAYERS = """gradient_norm
+class LayerSelector(LayerSelector):
+    def after_backward(self):
+        self.activate([0, 1])
+"""
+# exercise -> (a function that is a stub in one test; a text, and in another test what stands there)
+EARLIER = {
+    "ex1_rotation": ("rotate", "rotate\n", WRONG_ROTATION),
+    "ex2_rows": ("adapted_rows", "adapted_rows\n", FAST_ROWS),
+    "ex3_roae": ("RoAE", "self.alpha / self.rank", "self.alpha"),
+    "ex4_merge": ("merge", "adapter.alpha / adapter.rank", "adapter.alpha"),
+    "ex5_layers": ("LayerSelector", "gradient_norm\n", FIRST_LAYERS),
+    "ex6_micro_batches": ("collate", "total += loss.item()", "total += loss.item() / 2"),
+}
 # (a text in the solution of exercise 7, the mistake in its place, words of the hint)
 ATTACHING = [
     ("linear.out_features // head_dim", "model.config.num_attention_heads", "K has fewer heads"),
@@ -138,12 +161,9 @@ ATTACHING = [
     ),
 ]
 FIVE_STEPS = [
-    (SELECTOR, "    model.requires_grad_(False)\n" + SELECTOR, "make it when all of A and B do"),
     (SELECTOR + MADE + LOOP, MADE + LOOP + inside(SELECTOR), "a new one forgets which layers"),
-    ("(model, k_ratio, select_every)", "(model)", "hand k_ratio and select_every on"),
     (BEFORE, inside(BEFORE, "if step == 0:"), "in every step, not only in the first"),
     ("before_forward(step)", "before_forward(0)", "every step is a probe"),
-    ("before_forward(step)", "before_forward(step + 1)", "counted from 0, and step 0"),
     (
         MADE + LOOP + TO_STEP,
         LOOP + TO_BACKWARD + AFTER + inside(MADE, "if step == 0:") + RATE + STEP,
@@ -155,23 +175,33 @@ FIVE_STEPS = [
         "it must not hold the norms",
     ),
     (ADAMW + LOOP, LOOP + inside(ADAMW), "forgotten AdamW's moments"),
-    ("[p for p in", '[p for n, p in model.named_parameters() if n[-1] == "B"]  #', "A and B both"),
-    ("in model.p", "in model.model.layers[1].p", "all A and B of the model"),
-    ("AdamW(trainable, weight_decay=0)", "SGD(trainable, lr=0.01)", "AdamW: its steps have"),
-    ("weight_decay=0", "lr=1e-3", "weight_decay=0"),
     ("learning_rate(step)", "learning_rate(0)", "read once"),
     ('group["lr"] =', "lr =", "not set in the optimizer"),
-    (RATE + TO_BACKWARD + AFTER + STEP, TO_BACKWARD + AFTER + STEP + RATE, "one step late"),
     (AFTER + STEP, STEP + AFTER, "after_backward before optimizer.step"),
-    (AFTER, "", "after_backward() in every step"),
     (ZERO, "", "no zero_grad"),
-    (AFTER + STEP + ZERO, AFTER + ZERO + STEP, "zero_grad comes after optimizer.step"),
     ("enumerate(batches)", "enumerate([batches[0]] * len(batches))", "the first batch again"),
     (
         "accumulate_gradients(model, parts)",
         "sum(accumulate_gradients(model, [p]) for p in parts)",
         "each call divides by its own tokens",
     ),
+    (
+        "batch[i : i + n]",
+        "[(p[:1], p[1:] + r) for p, r in batch[i : i + n]]",
+        "the prompt was learnt",
+    ),
+]
+MORE_IN_FIVE_STEPS = [
+    (SELECTOR, "    model.requires_grad_(False)\n" + SELECTOR, "make it when all of A and B do"),
+    ("(model, k_ratio, select_every)", "(model)", "hand k_ratio and select_every on"),
+    ("before_forward(step)", "before_forward(step + 1)", "counted from 0, and step 0"),
+    ("[p for p in", '[p for n, p in model.named_parameters() if n[-1] == "B"]  #', "A and B both"),
+    ("in model.p", "in model.model.layers[1].p", "all A and B of the model"),
+    ("AdamW(trainable, weight_decay=0)", "SGD(trainable, lr=0.01)", "AdamW: its steps have"),
+    ("weight_decay=0", "lr=1e-3", "weight_decay=0"),
+    (RATE + TO_BACKWARD + AFTER + STEP, TO_BACKWARD + AFTER + STEP + RATE, "one step late"),
+    (AFTER, "", "after_backward() in every step"),
+    (AFTER + STEP + ZERO, AFTER + ZERO + STEP, "zero_grad comes after optimizer.step"),
     (
         ACCUMULATE,
         "        for part in parts:\n" + inside(ZERO + ACCUMULATE.replace("parts", "[part]")),
@@ -185,11 +215,6 @@ FIVE_STEPS = [
     ),
     ("range(0, len(batch), n)", "range(0, len(batch) - 1, n)", "cut the batch to its end"),
     ("[], micro_batch_size", "[], len(batches[0])", "the whole batch went through at once"),
-    (
-        "batch[i : i + n]",
-        "[(p[:1], p[1:] + r) for p, r in batch[i : i + n]]",
-        "the prompt was learnt",
-    ),
     ("    return losses\n", "", "a function gives back"),
 ]
 SIXTY_STEPS = [
@@ -259,14 +284,18 @@ MEMORY = [
 ]
 
 
+def forget():
+    """The modules that a test has imported from the exercises, or from a student's files."""
+    for path in FOLDER.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
 @pytest.fixture(autouse=True)
 def modules(monkeypatch):
-    """Modules that a test imports from the exercises, or from a student's files, are forgotten
-    after the test."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    for path in FOLDER.glob("*.py"):
-        monkeypatch.setitem(sys.modules, path.stem, None)
-        del sys.modules[path.stem]
+    forget()
+    yield
+    forget()
 
 
 @pytest.fixture
@@ -277,6 +306,7 @@ def first_failure(monkeypatch, tmp_path):
     def call(exercise, **files):
         for name, code in (SOLUTIONS | files).items():
             (tmp_path / f"{name}.py").write_text(code)
+        forget()
         monkeypatch.syspath_prepend(FOLDER)
         monkeypatch.syspath_prepend(tmp_path)
         for name, test in runpy.run_path(FOLDER / f"test_{exercise}.py").items():
@@ -307,15 +337,70 @@ def test_right_files_train_tiny(first_failure):
 
 
 def name(row):
-    return row[2]
+    return row[2]  # words of the hint
 
 
-@pytest.mark.parametrize("row", ATTACHING + FIVE_STEPS, ids=name)
+SLOW = [pytest.param(row, marks=pytest.mark.slow) for row in MORE_IN_FIVE_STEPS]
+
+
+@pytest.mark.parametrize("row", ATTACHING + FIVE_STEPS + SLOW, ids=name)
 def test_a_mistake_in_the_loop_is_called_by_its_name(row, first_failure):
     right, wrong, hint = row
     error = first_failure("ex7_training", ex7_training=mutated("ex7_training", right, wrong))
     check_hint(error, hint)
     assert error.sure
+
+
+@pytest.mark.parametrize("exercise", EARLIER)
+def test_a_stub_of_an_earlier_exercise_is_to_do_first(exercise, first_failure):
+    number, (function, _, _) = exercise[2], EARLIER[exercise]
+    stub = f"""
+def {function}(*arguments, **options):
+    raise NotImplementedError("exercise {number}: to do")
+"""
+    error = first_failure("ex7_training", **{exercise: SOLUTIONS[exercise] + stub})
+    assert isinstance(error, NotImplementedError)
+    assert str(error).startswith(f"exercise {number} first") and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("exercise", EARLIER)
+def test_a_mistake_in_an_earlier_exercise_is_to_be_mended_first(exercise, first_failure):
+    _, right, wrong = EARLIER[exercise]
+    code = mutated(exercise, right, wrong)
+    error = first_failure("ex7_training", **{exercise: code})
+    assert str(error).startswith(f"exercise {exercise[2]} first") and "\n" not in str(error)
+
+
+def test_a_stub_of_this_exercise_says_what_is_missing(first_failure):
+    stub = (FOLDER / "ex7_training.py").read_text()
+    assert str(first_failure("ex7_training", ex7_training=stub)).startswith("exercise 7: freeze")
+    stub_of_train = stub.partition("def train(")[2]
+    code = f"{ATTACH}\ndef train({stub_of_train}"
+    assert str(first_failure("ex7_training", ex7_training=code)).startswith("exercise 7: a step")
+
+
+def test_what_a_student_reads(tmp_path, monkeypatch, capsys):
+    """One mistake, told once, though three tests need what it breaks."""
+    for key, value in {
+        "COLUMNS": "80",
+        "PYTEST_ADDOPTS": "",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    }.items():
+        monkeypatch.setenv(key, value)
+    for key in ("checking", "short_messages", "test_ex7_training"):
+        shutil.copy(FOLDER / f"{key}.py", tmp_path)
+    for key, code in SOLUTIONS.items():
+        (tmp_path / f"{key}.py").write_text(code)
+    (tmp_path / "ex7_training.py").write_text(mutated("ex7_training", *ATTACHING[0][:2]))
+    (tmp_path / "pytest.ini").write_text("[pytest]")
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    assert pytest.main([str(tmp_path), *options]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:-1] == [
+        "ex7_training.py: model.layers.0.self_attn.k_proj: expected num_heads 2, came 6",
+        "    hint: K has fewer heads than Q: num_heads is out_features // head_dim",
+        "    and 2 more like it",
+    ]
 
 
 @pytest.mark.slow
@@ -334,8 +419,7 @@ def memory_tests(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(file.parent), str(FOLDER), *sys.path])
         names = runpy.run_path(FOLDER / "test_ex8_memory.py")
-        for path in FOLDER.glob("*.py"):
-            sys.modules.pop(path.stem, None)
+    forget()
     return names
 
 

@@ -48,7 +48,7 @@ another; so does setattr on its parent. `parts = [batch[i : i + n] for i in ...]
 To avoid: a copy of the model or of a linear layer; Q's number of heads for K; optimizer or
 LayerSelector made inside the loop; batches[0] at every step.
 First: exercises 1 to 6. While the test of one of them is red, the test of this one says which.
-It works if the held-out loss falls from about 2.7 to below 0.3: yours should come near 0.12.
+It works if the held-out loss falls from about 2.7 to below 0.3: yours should come near 0.1.
 
 Run: python -m pytest extras/lesson/exercises -q -k ex7     (pip install pytest, if it is not there)
 """

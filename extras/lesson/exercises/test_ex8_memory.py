@@ -1,5 +1,6 @@
-"""Exercise 8: first the numbers of parameters, exactly, then bytes, within 10 %. The models are made on the meta device, which has shapes and no memory. The adapters and
-AdamW's moments of 7B are made really: 0.4 GB."""
+"""Exercise 8: first the numbers of parameters, exactly, then bytes, within 10 %. The models are
+made on the meta device, which has shapes and no memory. The adapters of 7B and AdamW's moments are
+made really: 0.4 GB."""
 
 import functools
 from pathlib import Path
