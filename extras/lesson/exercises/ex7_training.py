@@ -61,10 +61,10 @@ from ex6_micro_batches import accumulate_gradients, collate  # noqa: F401 - for 
 
 def attach(model, rank, alpha, low_freq_ratio):
     """Freeze the model, wrap q_proj and k_proj of every layer. Returns this same model."""
-    raise NotImplementedError("exercise 7: freeze, then wrap q_proj and k_proj; see 1 in the text")
+    raise NotImplementedError("exercise 7: freeze, then wrap q_proj and k_proj; see 1")
 
 
 def train(model, batches, learning_rate, k_ratio=0.5, select_every=10, micro_batch_size=2):
     """Train what `attach` has added. batches: for each step its examples (prompt ids, response
     ids); learning_rate: a function, step -> float. Returns the loss of each step, floats."""
-    raise NotImplementedError("exercise 7: a step for each batch; see 2 in the text")
+    raise NotImplementedError("exercise 7: a step for each batch; see 2")

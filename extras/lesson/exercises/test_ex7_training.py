@@ -131,7 +131,7 @@ def solves_4():
 
 
 def solves_5():
-    model = llama.Llama(small_config())
+    model = rosa.attach(llama.Llama(small_config()), rank=2)
     selectors = [each.LayerSelector(model, 0.5, 2) for each in (ex5_layers, rosa)]
     numbers = tensor(random_numbers(4, 2, 16))
     for selector in selectors:
@@ -259,13 +259,13 @@ def attach(ratio, layers):
     tokens = torch.arange(3, 20)[None]
     with torch.no_grad():
         logits = model(tokens)
-    made = []  # of each RoAE: the arguments by name, and what came of it
+    made = []  # the arguments of each RoAE, by name
     init = ex3_roae.RoAE.__init__
 
     def note(self, *arguments, **options):
         bound = inspect.signature(init).bind(self, *arguments, **options)
         bound.apply_defaults()
-        made.append((bound.arguments, self))
+        made.append(bound.arguments)
         init(self, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -287,11 +287,11 @@ def attach(ratio, layers):
 
 
 def check_arguments(model, linears, made, ratio):
-    """made: the arguments of every RoAE."""
+    """made: the arguments of every RoAE, by name."""
     names = {id(linear): name for name, linear in linears.items()}
     config = model.config
     expected = {"rank": RANK, "alpha": ALPHA, "low_freq_ratio": ratio}
-    for arguments, _ in made:
+    for arguments in made:
         name = names.get(id(arguments["linear"]))
         if name is None:
             hint = "wrap the model's own linear layer: no copy, and q_proj and k_proj alone"
@@ -386,6 +386,7 @@ class Watch:
         self.compares_gradients = compares_gradients
         self.events = []  # "before_forward", "forward", "after_backward", "step"
         self.steps = []  # what before_forward was called with
+        self.probes = []  # those of them that the selector made a probe
         self.sizes = []  # examples in each forward pass
         self.leftover = False  # whether a step began with gradients of the step before
         self.selectors = []  # (selector, how many of A and B asked for gradients in each layer)
@@ -415,11 +416,13 @@ class Watch:
         def new_before_forward(selector, step):
             self.events.append("before_forward")
             self.steps.append(step)
-            return before_forward(selector, step)
+            before_forward(selector, step)
+            if selector.probing:
+                self.probes.append(step)
 
         def new_after_backward(selector):
             self.events.append("after_backward")
-            return after_backward(selector)
+            after_backward(selector)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cls, "__init__", new_init)
@@ -578,12 +581,13 @@ def check_made(watch):
 
 def check_selector(watch):
     check_made(watch)
-    selector, _ = watch.selectors[0]
-    found = (selector.count, selector.select_every)
-    if found != (1, 2):
-        hint = "hand k_ratio and select_every on: LayerSelector(model, k_ratio, select_every)"
-        fail(f"0.3 of 3 layers, select_every 2: expected count 1 and 2, came {found}", hint)
     check_steps(watch)
+    selector, _ = watch.selectors[0]
+    hint = "hand k_ratio and select_every on: LayerSelector(model, k_ratio, select_every)"
+    if selector.count != 1:
+        fail(f"k_ratio 0.3 of 3 layers: expected 1 to be selected, came {selector.count}", hint)
+    if watch.probes != [0, 2, 4]:
+        fail(f"select_every 2: expected probes at 0, 2 and 4, came {watch.probes}", hint)
 
 
 def check_steps(watch):
