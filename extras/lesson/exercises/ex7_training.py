@@ -32,7 +32,7 @@ on the toy task. Then it merges your adapters (exercise 4) and asks the model so
    Then every step does this, in this order:
 
     learning rate         learning_rate(step) into the "lr" of every optimizer.param_groups
-    before_forward(step)  at a probe all layers and the norms ask for gradients
+    before_forward(step)  at a probe all layers and the norms get requires_grad
     micro-batches         the step's examples, cut into parts of micro_batch_size; the last part
                           may be smaller. collate makes (tokens, labels) of each part.
     accumulate_gradients  one call with all parts: it divides by the response tokens of all of them
