@@ -708,8 +708,8 @@ def modules(monkeypatch):
 @pytest.fixture
 def failures(monkeypatch, tmp_path):
     """A function that runs the tests of an exercise with this code in the place of the reader's;
-    exercise 3 also calls exercise 2, which is solved unless other code is given. It returns a pair
-    for each test that failed: whether the hint is sure, that is, no guess, and the message."""
+    exercise 3 also calls exercise 2, which is solved unless other code is given. It returns a
+    Failure of short_messages.py for each test that failed."""
     monkeypatch.syspath_prepend(FOLDER)
 
     def install(exercise, code):
@@ -727,17 +727,31 @@ def failures(monkeypatch, tmp_path):
                 try:
                     test()
                 except (Exception, pytest.fail.Exception) as error:
-                    what = "" if hasattr(error, "sure") else f"{type(error).__name__}: "
-                    found.append((getattr(error, "sure", False), f"{name}: {what}{error}"))
+                    found.append(Failed(error))
         return found
 
     return call
 
 
+class Failed:
+    """What short_messages.py reads of a failure."""
+
+    def __init__(self, error):
+        message = str(error) if hasattr(error, "sure") else f"{type(error).__name__}: {error}"
+        self.what, _, self.hint = message.partition("\n")
+        self.sure = getattr(error, "sure", False)
+        self.is_guess = hasattr(error, "sure") and not self.sure
+        self.fitting = getattr(error, "fitting", ())
+
+    def __repr__(self):
+        return f"{self.what} ({self.hint}, {'sure' if self.sure else 'a guess'})"
+
+
 def first_shown(found):
-    """The message that the reader sees first, as short_messages.py has it: where there are hints
-    that are sure, the guesses are left out."""
-    return ([message for sure, message in found if sure] or [each for _, each in found])[0]
+    """What the reader sees of the first failure. Where its hint is a guess, the next one is added:
+    it is the first that is sure, if there is one."""
+    told, _ = runpy.run_path(str(FOLDER / "short_messages.py"))["told"](found)
+    return "\n".join(f"{what}\n{hint}" for what, hint, _ in told[: 1 if found[0].sure else 2])
 
 
 @pytest.mark.parametrize("exercise", SOLUTIONS)
@@ -819,7 +833,7 @@ def test_exercise_3_says_when_exercise_2_is_at_fault(rows, line, failures):
         "missing": (FOLDER / "ex2_rows.py").read_text(),
     }[rows]
     found = failures("ex3_roae", WRITTEN_OUT["ex3_roae"], code)
-    assert len(found) > 8 and all(line in message for _, message in found)
+    assert len(found) > 8 and all(line in f"{each.what}{each.hint}" for each in found)
 
 
 @pytest.fixture
@@ -840,12 +854,22 @@ def run_pytest(tmp_path, monkeypatch, capsys):
     # pytest shall not read the settings of the project
     (tmp_path / "pytest.ini").write_text("[pytest]")
 
-    def run(**files):
+    def run(capture="no", **files):
         for exercise, code in files.items():
             (tmp_path / f"{exercise}.py").write_text(IMPORTS + code)
+        for path in FOLDER.glob("*.py"):  # what a run before this one has imported
+            sys.modules.pop(path.stem, None)
         tests = [str(tmp_path / f"test_{exercise}.py") for exercise in files or SOLUTIONS]
         status = pytest.main(
-            [*tests, "-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+            [
+                *tests,
+                "-q",
+                f"--capture={capture}",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:faulthandler",
+            ]
         )
         return status, capsys.readouterr().out.splitlines()
 
@@ -867,7 +891,7 @@ def stub_messages(exercise):
 def test_the_stub_of_exercise_3_says_what_is_missing_once_exercise_2_is_solved(failures):
     [message] = stub_messages("ex3_roae")
     found = failures("ex3_roae", (FOLDER / "ex3_roae.py").read_text())
-    assert len(found) > 8 and all(message in each for _, each in found)
+    assert len(found) > 8 and all(message in each.what for each in found)
 
 
 def test_every_stub_is_red_and_says_what_is_missing(run_pytest):
@@ -900,11 +924,41 @@ def test_what_is_wrong_is_said_in_a_few_lines(run_pytest):
     assert status == 1 and re.fullmatch(r"\d+ passed, \d+ wrong.*", lines[-1]) and len(lines) < 60
 
 
-def test_where_a_mistake_is_known_no_guess_is_shown(run_pytest):
+def test_the_first_failure_is_told_and_what_later_ones_are_sure_of_but_no_later_guess(run_pytest):
     code = WRITTEN_OUT["ex5_layers"].replace("descending=True", "descending=False")
     _, lines = run_pytest(ex5_layers=code.replace(".norm()", ".norm() * 3"))
-    hints = [line.strip() for line in lines if "hint" in line]
-    assert hints == ["hint: these are the lowest scores"]
-    assert any(
-        re.fullmatch(r"ex5_layers.py: \d+ more tests fail, perhaps .*", line) for line in lines
-    )
+    hints = [line.strip() for line in lines if re.match("    (hint|perhaps)", line)]
+    assert hints[0].startswith("hint: no mistake that we know gives this")
+    assert hints[1:] == ["perhaps: these are the lowest scores"]
+    assert re.fullmatch(r"ex5_layers.py: \d+ more tests fail, perhaps .*", lines[-2])
+    code = WRITTEN_OUT["ex5_layers"].replace("descending=True", "descending=False")
+    _, lines = run_pytest(ex5_layers=code)
+    assert [each for each in lines if "hint" in each] == ["    hint: these are the lowest scores"]
+
+
+def test_of_two_mistakes_that_fit_the_one_is_told_that_another_test_has_found(run_pytest):
+    """Gradients of 3 and 4: 7 is the sum of two norms, and of absolute values too."""
+    code = WRITTEN_OUT["ex5_layers"].replace("]).norm()", "]).abs().sum()")
+    _, lines = run_pytest(ex5_layers=code)
+    assert lines[2:4] == [
+        "ex5_layers.py: gradients [3] and [4]: their norm: expected 5, came 7",
+        "    hint: the sum of absolute values: the root of the sum of squares",
+    ]
+
+
+def test_what_the_reader_prints_is_shown_where_a_test_fails(run_pytest):
+    code = WRITTEN_OUT["ex2_rows"].replace("    return", "    print('n is', n)\n    return")
+    _, lines = run_pytest(capture="sys", ex2_rows=code.replace("-n:]", ":n]"))
+    assert "    your print: n is 1" in lines
+    _, lines = run_pytest(ex2_rows=code)
+    assert not any("your print" in line for line in lines)
+
+
+def test_a_file_that_python_cannot_read_is_a_line_and_other_exercises_run(run_pytest):
+    _, lines = run_pytest(ex1_rotation="def f(:\n", ex2_rows=WRITTEN_OUT["ex2_rows"])
+    place = f"ex1_rotation.py:{IMPORTS.count(chr(10)) + 1}"
+    assert f"{place}: SyntaxError: invalid syntax" in lines and "    in: def f(:" in lines
+    assert re.fullmatch(r"12 passed, \d+ wrong in .*", lines[-1]) and len(lines) < 9
+    _, lines = run_pytest(ex3_roae=WRITTEN_OUT["ex3_roae"], ex2_rows="no_such_name")
+    assert sum("NameError: name 'no_such_name' is not defined" in line for line in lines) == 1
+    assert any("the rows come from exercise 2" in line for line in lines)

@@ -1,4 +1,4 @@
-"""Exercise 7: your RoSA trains tiny.                                          About an hour.
+"""Exercise 7: your RoSA trains tiny.                                          About 30 minutes.
 
 Until here each part was tested alone. Now your parts run together. The test loads the bundled
 model, data/tiny, puts your RoPE into it (exercise 1), and lets your code train it for sixty steps
@@ -7,13 +7,14 @@ on the toy task. Then it merges your adapters (exercise 4) and asks the model so
 1. attach. First freeze the whole model. Then wrap q_proj and k_proj of every layer in a RoAE of
    exercise 3. The order matters: a RoAE that is there already would be frozen with the rest.
 
-    model                                        after attach
-      model.layers[i].self_attn.q_proj  Linear     RoAE(Linear), A and B train
-      model.layers[i].self_attn.k_proj  Linear     RoAE(Linear), A and B train
-      everything else                              frozen
+    model                                              after attach
+      model.model.layers[i].self_attn.q_proj  Linear     RoAE(Linear), A and B train
+      model.model.layers[i].self_attn.k_proj  Linear     RoAE(Linear), A and B train
+      everything else                                    frozen
 
    Keys have fewer heads than queries in many models: one head of K serves several heads of Q. This
-   is grouped-query attention. tiny has 6 heads of Q and 2 of K. All heads have the same head_dim.
+   is grouped-query attention. tiny has 6 heads of Q and 2 of K. Every head, of Q or of K, has
+   model.config.head_dim dimensions.
    A RoAE of Q therefore has more rows in B than one of K. With D = hidden_size, d = head_dim and
    n = max(1, round(low_freq_ratio * d / 2)) pairs a head, so many numbers train in a layer:
 
@@ -47,7 +48,10 @@ number of heads of any projection. model.set_submodule(name, module) puts a modu
 another; so does setattr on its parent. `parts = [batch[i : i + n] for i in ...]` cuts a list.
 To avoid: a copy of the model or of a linear layer; Q's number of heads for K; optimizer or
 LayerSelector made inside the loop; batches[0] at every step.
-First: exercises 1 to 6. While the test of one of them is red, the test of this one says which.
+First: exercises 1 to 6. The test of this one runs their tests before anything else. While one of
+them is red, it says which exercise that is, and no more.
+When it is green, it prints what your RoSA has done: the loss before and after, the layers selected
+at each probe, and what the model answers to a question before, after, and when it is merged.
 It works if the held-out loss falls from about 2.7 to below 0.3: yours should come near 0.1.
 
 Run: python -m pytest extras/lesson/exercises -q -k ex7     (pip install pytest, if it is not there)

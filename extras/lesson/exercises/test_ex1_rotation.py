@@ -5,12 +5,26 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from checking import as_array, check, check_dtype, difference, fail, random_numbers, same, tensor
-from ex1_rotation import rope_inverse_frequencies, rope_table, rotate
+from checking import (
+    as_array,
+    check,
+    check_dtype,
+    difference,
+    fail,
+    random_numbers,
+    same,
+    tensor,
+    yours,
+)
 
 import model
 
 pytest_plugins = ["short_messages"]
+
+ex1_rotation = yours("ex1_rotation")
+rope_inverse_frequencies = ex1_rotation.rope_inverse_frequencies
+rope_table = ex1_rotation.rope_table
+rotate = ex1_rotation.rotate
 
 LOW_PRECISION = torch.bfloat16, torch.float16
 
@@ -96,7 +110,7 @@ def check_rotation(what, x, angles):
 
 
 def config_of(head_dim, rope_theta=10000.0):
-    return SimpleNamespace(head_dim=head_dim, rope_theta=rope_theta)
+    return SimpleNamespace(head_dim=head_dim, rope_theta=rope_theta, rope_scaling=None)
 
 
 def mistakes_in_frequencies(d, theta):

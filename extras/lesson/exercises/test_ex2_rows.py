@@ -3,10 +3,12 @@
 import math
 
 import torch
-from checking import as_array, check, check_dtype, fail
-from ex2_rows import adapted_rows
+from checking import as_array, check, check_dtype, fail, yours
 
 pytest_plugins = ["short_messages"]
+
+ex2_rows = yours("ex2_rows")
+adapted_rows = ex2_rows.adapted_rows
 
 DOWN = "n was rounded down: round(1.6) is 2, int(1.6) is 1"
 SHARE_OF_D = "n counts pairs: a share of d/2, not of d"
