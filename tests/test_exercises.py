@@ -348,6 +348,29 @@ MISTAKES = [
     ),
     ("ex2_rows", ".flatten()", ".flatten().flip(0).tolist()", "one list in ascending order"),
     ("ex2_rows", ".flatten()", ".flatten().int()", "torch.tensor(rows)"),
+    (
+        "ex2_rows",
+        "return",
+        """if round(low_freq_ratio * half) == 0:
+        return torch.tensor([], dtype=torch.long)
+    return""",
+        "no row: n is at least 1",
+    ),
+    (
+        "ex2_rows",
+        "view(num_heads, 2, half)[:, :, -n:]",
+        "view(2, half, num_heads)[:, -n:]",
+        "heads come first",
+    ),
+    (
+        "ex2_rows",
+        "return",
+        """return torch.tensor(
+        [h * d + s + i for h in range(32) for s in (0, half) for i in range(half - n, half)])
+    return""",
+        "num_heads or d a fixed number",
+    ),
+    ("ex2_rows", "d = ", "num_heads = 2; d = ", "num_heads is fixed at 2"),
     ("ex3_roae", "linear.out_features, num", "linear.in_features, num", "adapted_rows(linear.out"),
     ("ex3_roae", "zeros(len(rows)", "zeros(linear.out_features", "B has a row for each of `rows`"),
     ("ex3_roae", "zeros(len(rows), rank)", "zeros(rank, len(rows))", "transposed"),
@@ -520,6 +543,37 @@ MISTAKES = [
     ("ex5_layers", "]).norm()", "]).square().sum()", "the root is missing"),
     ("ex5_layers", "in weights]", "in weights[:1]]", "one norm weight only"),
     ("ex5_layers", ".grad.float()", ".grad", "the norm was made in bfloat16"),
+    ("ex5_layers", "weight.grad.float() for", "weight.float() for", "norms of the weights: .grad"),
+    (
+        "ex5_layers",
+        "weight.grad.float() for",
+        "weight.detach() * weight.grad.float() for",
+        "gradients times weights",
+    ),
+    (
+        "ex5_layers",
+        "best = self.scores.argsort(descending=True)[:self.count].tolist()",
+        "best = [int(score) for score in sorted(self.scores)[:self.count]]",
+        "sorted(scores)[:count] are scores",
+    ),
+    (
+        "ex5_layers",
+        "        if not self.probing:\n            return\n",
+        "",
+        "at a step that is no probe after_backward returns at once",
+    ),
+    (
+        "ex5_layers",
+        "round(k_ratio * len(self.parameters))",
+        "int(k_ratio * len(self.parameters) + 0.5)",
+        "round(2.5) is 2",
+    ),
+    (
+        "ex5_layers",
+        "self.probing = step %",
+        "self.n = getattr(self, 'n', -1) + 1; self.probing = self.n %",
+        "counted by itself",
+    ),
     (
         "ex5_layers",
         "weight.requires_grad_(True)",
@@ -660,7 +714,39 @@ MISTAKES = [
         "ex6_micro_batches",
         "        loss.backward()\n        total += loss.item()\n",
         "        total = total + loss\n        total.backward(retain_graph=True)\n",
-        "these went backward again",
+        "no retain_graph",
+    ),
+    (
+        "ex6_micro_batches",
+        "loss.backward()\n        total += loss.item()\n    return total",
+        "loss.backward(retain_graph=True)\n        total = total + loss\n    return total.item()",
+        "no retain_graph",
+    ),
+    ("ex6_micro_batches", "labels != -100).sum()", "labels > 0).sum()", "0 is a token like any"),
+    (
+        "ex6_micro_batches",
+        "    return total",
+        "    nn.utils.clip_grad_norm_(model.parameters(), 1.0)\n    return total",
+        "no clipping here",
+    ),
+    (
+        "ex6_micro_batches",
+        "    return total",
+        "    model.zero_grad()\n    return total",
+        "at the end",
+    ),
+    (
+        "ex6_micro_batches",
+        "logits = model(tokens).flatten(0, 1)",
+        "labels = labels[:, 1:]; logits = model(tokens)[:, :-1].flatten(0, 1)",
+        "shifted a second time",
+    ),
+    ("ex6_micro_batches", "total += loss.item()", "total = loss.item()", "add up"),
+    (
+        "ex6_micro_batches",
+        'reduction="sum") / N',
+        'reduction="mean") * (labels != -100).sum() / N',
+        "0/0",
     ),
     ("ex6_micro_batches", "        loss.backward()\n", "", "there was no backward pass"),
     ("ex6_micro_batches", "total += loss.item()", "total = total + loss", "loss.item()"),
@@ -798,6 +884,18 @@ OTHERWISE = {  # other ways to solve an exercise
         "ex4_merge",
         "weight[rows] += update",
         "weight.copy_(weight.float().index_add(0, rows, update))",
+    ),
+    "ex6: whole rows padded, then cut": (
+        "ex6_micro_batches",
+        "    T = max(",
+        """    T = max(len(prompt) + len(response) for prompt, response in examples)
+    ids = torch.zeros(len(examples), T, dtype=torch.long)
+    labels = torch.full((len(examples), T), -100)
+    for i, (p, r) in enumerate(examples):
+        ids[i, : len(p + r)] = torch.tensor(p + r)
+        labels[i, len(p) : len(p + r)] = torch.tensor(r)
+    return ids[:, :-1].to(device), labels[:, 1:].to(device)
+    T = max(""",
     ),
     "ex5: topk": (
         "ex5_layers",
@@ -944,6 +1042,15 @@ def test_of_two_mistakes_that_fit_the_one_is_told_that_another_test_has_found(ru
         "ex5_layers.py: gradients [3] and [4]: their norm: expected 5, came 7",
         "    hint: the sum of absolute values: the root of the sum of squares",
     ]
+
+
+def test_what_exercise_7_tells_is_at_the_end(run_pytest, tmp_path):
+    (tmp_path / "test_ex9.py").write_text(
+        'pytest_plugins = ["short_messages"]\n'
+        "def test_it():\n    import checking\n    checking.STORY.append('loss 3 before, 2 after')"
+    )
+    _, lines = run_pytest(ex9="")
+    assert "your RoSA" in lines[-3] and lines[-2] == "loss 3 before, 2 after"
 
 
 def test_what_the_reader_prints_is_shown_where_a_test_fails(run_pytest):

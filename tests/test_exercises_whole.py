@@ -197,7 +197,7 @@ MORE_IN_FIVE_STEPS = [
     ("(model, k_ratio, select_every)", "(model)", "hand k_ratio and select_every on"),
     ("before_forward(step)", "before_forward(step + 1)", "counted from 0, and step 0"),
     ("[p for p in", '[p for n, p in model.named_parameters() if n[-1] == "B"]  #', "A and B both"),
-    ("in model.p", "in model.model.layers[1].p", "all A and B of the model"),
+    ("in model.p", "in model.model.layers[:2].p", "all A and B of the model"),
     ("AdamW(trainable, weight_decay=0)", "SGD(trainable, lr=0.01)", "AdamW: its steps have"),
     ("weight_decay=0", "lr=1e-3", "weight_decay=0"),
     (RATE + TO_BACKWARD + AFTER + STEP, TO_BACKWARD + AFTER + STEP + RATE, "one step late"),
@@ -217,6 +217,20 @@ MORE_IN_FIVE_STEPS = [
     ("range(0, len(batch), n)", "range(0, len(batch) - 1, n)", "cut the batch to its end"),
     ("[], micro_batch_size", "[], len(batches[0])", "the whole batch went through at once"),
     ("    return losses\n", "", "a function gives back"),
+    ("    return losses\n", "    return losses[-1]\n", "return the list of losses"),
+    ("[], micro_batch_size", "[], 2", "their size is the argument micro_batch_size"),
+    ("[], micro_batch_size", "[], len(batches[0]) // 2", "parts of 2"),
+    (
+        "micro_batch_size\n",
+        "micro_batch_size\n    batches = [2 * b for b in batches]\n",
+        "goes through once",
+    ),
+    (TO_BACKWARD, PARTS + ACCUMULATE + BEFORE, "before_forward comes before the forward pass"),
+    (
+        "[p for p in model.parameters() if p.requires_grad]",
+        '[p for n, p in model.named_parameters() if "norm" not in n]',
+        "all A and B of the model, and nothing else",
+    ),
 ]
 SIXTY_STEPS = [
     ("weight_decay=0", "weight_decay=0, maximize=True", "it grows: a sign"),
@@ -338,6 +352,18 @@ def mutated(exercise, right, wrong):
 def test_right_files_train_tiny(first_failure):
     error = first_failure("ex7_training")
     assert error is None, str(error)
+    told = "\n".join(sys.modules["checking"].STORY)
+    assert re.fullmatch(
+        r"""loss      [\d.]+ before, 0\.[01]\d+ after 60 steps, on questions held out
+trained   24,576 numbers, which are 1.0% of the model
+selected  at step (\d0? [#.]{6}(, )?){6}
+question  .*\?
+expected  (.*)
+before    .*
+after     (.*)
+merged    \4, and no adapter is left""",
+        told,
+    ), told
 
 
 def name(row):

@@ -1,4 +1,4 @@
-"""Exercise 2: the rows that RoAE adapts. About 15 minutes.
+"""Exercise 2: the rows that RoAE adapts. About 10 minutes.
 
 You write one function of rosa.py, `adapted_rows`. Your exercise 3 will call it.
 
@@ -20,9 +20,9 @@ An example. Two heads of d = 8 and low_freq_ratio = 0.5: four pairs a head, n = 
 
     adapted_rows(16, 2, 0.5)  ->  [2, 3, 6, 7, 10, 11, 14, 15]
 
-The share is one of pairs, so it is a share of d/2 and not of d. Every pair has two rows, so half of
-the pairs are half of the rows. However small the ratio, one pair remains. With low_freq_ratio = 1
-these are all rows, and what follows is plain LoRA.
+low_freq_ratio says which part of the d/2 pairs of a head adapts. Every pair has two rows, so n pairs
+are 2 * n rows. However small the ratio, one pair remains. With low_freq_ratio = 1 these are all
+rows, and what follows is plain LoRA.
 
 To do: return the rows as a LongTensor in ascending order, num_heads * 2 * n of them. out_features
 is H * d, so d = out_features // num_heads. Nested loops will do; a .view of torch.arange needs

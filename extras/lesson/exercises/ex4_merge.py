@@ -1,4 +1,4 @@
-"""Exercise 4: merging the updates into the weights. About 20 minutes.
+"""Exercise 4: merging the updates into the weights. About 15 minutes.
 
 You write one function of rosa.py, `merge`. It takes a whole model with its adapters, and gives back
 the model without adapters that computes the same.

@@ -1,4 +1,4 @@
-"""Exercise 5: DLS, which layers train. About 30 minutes.
+"""Exercise 5: DLS, which layers train. About 40 minutes.
 
 You write `gradient_norm` and the class `LayerSelector` of rosa.py, without its ablations.
 
@@ -18,6 +18,7 @@ With four layers, k_ratio = 0.5 and select_every = 3:
                           probe                   probe                   probe
     have requires_grad    ████    █··█    █··█    ████    ██··    ██··    ████
     are updated           █··█    █··█    █··█    ██··    ██··    ██··    ·██·
+    highest scores        0, 3                    0, 1                    1, 2
 
 1. Scores. A layer's score is the L2 norm of the gradients of its two norm weights, taken together
    as if they were one long vector. Norm weights are few, and all that attention and MLP read passes
@@ -70,7 +71,8 @@ import torch  # noqa: F401 - for your code
 
 
 def gradient_norm(weights):
-    """The L2 norm of the gradients of these weights, taken together: a float32 scalar."""
+    """The L2 norm of the gradients of these weights, taken together: a float32 tensor without
+    dimensions, or a float."""
     raise NotImplementedError("exercise 5: one norm of all .grad; see 1 in the text")
 
 

@@ -19,13 +19,17 @@ whatever the size of the parts.
 
    tokens and labels are [B, T], LongTensors on the device. T is the longest example's length - 1.
    Pad tokens with 0, which is also the id of a token that a response may hold. Attention looks back
-   only, so what stands to the right of a response does not reach it. The lists of the examples stay
+   only, so what stands to the right of a response does not reach it. Any id may stand there, also
+   the last one of a shorter example. No end-of-sequence token is added. The lists of the examples stay
    what they are, since the next epoch uses them again.
 
 2. The loss of the batch is the mean over its N response tokens. N counts all labels of all
    micro-batches that are not -100:
 
     loss = (sum of the token losses of micro-batch 1) / N  +  (sum ... of micro-batch 2) / N  +  ...
+
+   The labels of collate are shifted already, so the loss does not shift them again. The caller has
+   cleared .grad before the first pass.
 
    Each summand is one forward and one backward pass, before the next forward pass. So the memory
    holds the activations of one micro-batch only. That is what micro-batches are for.

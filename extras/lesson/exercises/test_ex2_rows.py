@@ -60,7 +60,6 @@ def check_rows(num_heads, d, ratio, n):
         ),
         (SHARE_OF_D, with_n(max(1, round(ratio * d)))),
         (SHARE_OF_D, with_n(max(1, int(ratio * d)))),
-        ("no row: n is at least 1, max(1, ...)", []),
         (DOWN, with_n(max(1, int(ratio * pairs)))),
         (DOWN, with_n(max(1, int(ratio * d) // 2))),
         (
@@ -74,14 +73,34 @@ def check_rows(num_heads, d, ratio, n):
         swapped = max(1, round(ratio * (num_heads // 2)))
         swapped = rows_of(last(swapped, num_heads // 2), num_heads, range(d))
         mistakes.append(("num_heads and d are exchanged: d = out_features // num_heads", swapped))
+    columns = [  # .view(2, half, heads), in which heads are neighbours
+        r for r in rows if r // num_heads % pairs in right
+    ]
+    mistakes.append(
+        ("heads come first: .view(num_heads, 2, d // 2), and then the last n pairs", columns)
+    )
+    for fixed in (2, 4, 8, 12, 16, 32):
+        own = num_heads * d // fixed  # d, were there so many heads
+        if fixed != num_heads and own >= 2:
+            of_fixed = rows_of(last(max(1, round(ratio * (own // 2))), own // 2), own, range(fixed))
+            if of_fixed not in [each for _, each in mistakes]:
+                mistakes.append((f"num_heads is fixed at {fixed}: it is an argument", of_fixed))
+    mistakes = [(hint, each) for hint, each in mistakes if len(each)]
+    mistakes.append(("no row: n is at least 1, max(1, ...)", []))
     expected = rows_of(right, d, heads)
-    what = f"{num_heads} head(s) of d = {d}, low_freq_ratio {ratio}"
+    what = f"{num_heads} head{'s' * (num_heads > 1)} of d = {d}, low_freq_ratio {ratio}"
     found = adapted_rows(num_heads * d, num_heads, ratio)
     numbers = as_array(what, found)
     if numbers.tolist() != expected == sorted(numbers.flatten().tolist()):
         fail(
             f"{what}: the right rows, shape {list(numbers.shape)}",
             "one list in ascending order: flatten, sort",
+        )
+    if numbers.size and not (0 <= numbers.min() and numbers.max() < len(rows)):
+        outside = numbers[(numbers < 0) | (numbers >= len(rows))].flatten()[0]
+        fail(
+            f"{what}: there are the rows 0 to {len(rows) - 1}, came row {outside:.0f} too",
+            "is num_heads or d a fixed number? head h has the rows h * d to h * d + d - 1",
         )
     check(what, found, expected, mistakes, hint="compare with the drawing in the text")
 

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import torch
-from checking import check, check_dtype, fail, random_numbers, tensor, yours
+from checking import as_array, check, check_dtype, fail, random_numbers, tensor, yours
 from torch import nn
 
 pytest_plugins = ["short_messages"]
@@ -18,9 +18,12 @@ SECTION_1 = "see 1 in the text"
 
 
 class Norm(nn.Module):
+    """The weights are no ones: what should be made of gradients alone shows."""
+
     def __init__(self, size):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size), requires_grad=False)
+        weight = 2 + tensor(random_numbers(size, seed=99)).abs()
+        self.weight = nn.Parameter(weight, requires_grad=False)
 
 
 class Layer(nn.Module):
@@ -73,11 +76,30 @@ def run_step(selector, net, gradients, step=0):
         fail(what, "first the test of which steps are probes", sure=False)
     for part in gradients:
         net.loss(part).backward()
-    selector.after_backward()
+    after_backward(selector, step)
+
+
+def after_backward(selector, step):
+    """At a step that is no probe, nothing may happen, and so nothing can fail."""
+    try:
+        selector.after_backward()
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        if step % selector.select_every == 0:
+            raise
+        fail(
+            f"after_backward at step {step}, select_every {selector.select_every}: "
+            f"{type(error).__name__}: {error}",
+            "at a step that is no probe after_backward returns at once: if not self.probing",
+        )
 
 
 def parameters_with_gradients(numbers):
-    parameters = [nn.Parameter(torch.ones(len(each))) for each in numbers]
+    parameters = [
+        nn.Parameter(2 + tensor(random_numbers(len(each), seed=i)).abs())
+        for i, each in enumerate(numbers)
+    ]
     for parameter, gradient in zip(parameters, numbers):
         parameter.grad = tensor(gradient)
     return parameters
@@ -131,7 +153,21 @@ def mistakes_in_scores(gradients):
 def check_norm(what, numbers):
     total = np.array([numbers], dtype=np.float64)
     mistakes = [(hint, float(each[0])) for hint, each in mistakes_in_norms(total)]
-    found = gradient_norm(parameters_with_gradients(numbers))
+    parameters = parameters_with_gradients(numbers)
+    weights = torch.cat([each.detach() for each in parameters])
+    gradients = torch.cat([each.grad for each in parameters])
+    mistakes += [
+        ("these are norms of the weights: .grad", weights.norm()),
+        (
+            "gradients times weights: a score is of the gradients alone",
+            (weights * gradients).norm(),
+        ),
+        (
+            "divided by the norm of the weights: a score is of the gradients alone",
+            gradients.norm() / weights.norm(),
+        ),
+    ]
+    found = gradient_norm(parameters)
     check(what, found, float(length(total)[0]), mistakes, hint=SECTION_1)
 
 
@@ -144,7 +180,7 @@ def test_a_norm_of_several_numbers():
 
 
 def test_a_norm_is_float32():
-    weights = [nn.Parameter(torch.ones(300, dtype=torch.bfloat16)) for _ in range(2)]
+    weights = [nn.Parameter(torch.full((300,), 3, dtype=torch.bfloat16)) for _ in range(2)]
     for weight in weights:
         weight.grad = torch.ones(300, dtype=torch.bfloat16)
     found = gradient_norm(weights)
@@ -160,8 +196,8 @@ def test_a_norm_is_float32():
 
 
 def test_how_many_layers_train():
-    sizes = [(5, 0.4), (4, 0.4), (4, 0.3), (3, 0.01), (3, 1.0)]
-    shares = [k_ratio * layers for layers, k_ratio in sizes]  # 2, 1.6, 1.2, 0.03, 3
+    sizes = [(5, 0.4), (4, 0.4), (4, 0.3), (3, 0.01), (3, 1.0), (5, 0.5)]
+    shares = [k_ratio * layers for layers, k_ratio in sizes]  # 2, 1.6, 1.2, 0.03, 3, 2.5
     found = [LayerSelector(Model(layers), k_ratio).count for layers, k_ratio in sizes]
     mistakes = {
         "the count was rounded down: round(1.6) is 2, int(1.6) is 1": [
@@ -169,11 +205,14 @@ def test_how_many_layers_train():
         ],
         "the count was rounded down, to 0: max(1, round(...))": [int(share) for share in shares],
         "the count was rounded up: round to the nearest": [math.ceil(share) for share in shares],
+        "round(2.5) is 2: Python's round takes the even neighbour of a half": [
+            max(1, math.floor(share + 0.5)) for share in shares
+        ],
         "no layer: max(1, ...)": [round(share) for share in shares],
         "not rounded: max(1, round(...))": shares,
     }
-    what = "count of 5, 4, 4, 3, 3 layers, k_ratio 0.4, 0.4, 0.3, 0.01, 1"
-    check(what, found, [2, 2, 1, 1, 3], mistakes, hint="see 2 in the text")
+    what = "count of 5, 4, 4, 3, 3, 5 layers, k_ratio 0.4, 0.4, 0.3, 0.01, 1, 0.5"
+    check(what, found, [2, 2, 1, 1, 3, 2], mistakes, hint="see 2 in the text")
 
 
 def test_which_steps_are_probes():
@@ -184,7 +223,7 @@ def test_which_steps_are_probes():
         selector.before_forward(step)
         found.append(selector.probing)
         net.loss(np.ones((3, 2, 1))).backward()
-        selector.after_backward()
+        after_backward(selector, step)
     mistakes = {
         "every step is a probe: step % select_every == 0": [1] * 7,
         "probes are off by one: step 0 is the first": [0, 0, 1, 0, 0, 1, 0],
@@ -196,6 +235,14 @@ def test_which_steps_are_probes():
     }
     what = "probing at steps 0 to 6, select_every 3"
     check(what, found, [1, 0, 0, 1, 0, 0, 1], mistakes, hint="see 5 in the text")
+    selector, found = LayerSelector(Model(3), 0.5, select_every=3), []
+    for step in (4, 6, 9, 2, 3):  # as after a resumed run: steps need not follow each other
+        selector.before_forward(step)
+        found.append(selector.probing)
+    hint = "counted by itself: the step is the argument of before_forward"
+    mistakes = {hint: [1, 0, 0, 1, 0]}
+    what = "probing at steps 4, 6, 9, 2, 3, select_every 3"
+    check(what, found, [0, 1, 1, 0, 1], mistakes, hint=hint)
 
 
 # --- activate ---
@@ -337,6 +384,10 @@ def check_selection(scores, k_ratio, count):
         "by score: sort the indices": best[::-1],
         "by score, the highest last: sort the indices": best,
         "these are scores, not indices of layers": sorted(np.array(scores)[best]),
+        "sorted(scores)[:count] are scores, and the lowest; argsort gives indices": sorted(scores)[
+            :count
+        ],
+        "as many layers as should rest are active": sorted(order[count - len(scores) :]),
         "all layers are active after a probe: activate the best ones": range(len(scores)),
         "no layer is active": [],
         "these are the first layers, whatever the scores": range(count),
@@ -417,7 +468,7 @@ def test_between_probes_nothing_changes():
     net = Model(4)
     selector = LayerSelector(net, 0.5, select_every=3)
     run_step(selector, net, as_scores([2, 9, 1, 7]), 0)
-    scores = [float(score) for score in selector.scores]
+    scores = as_array("scores", selector.scores)
     run_step(selector, net, as_scores([9, 1, 9, 1]), 1)
     check("active after step 1, no probe", selector.active, [1, 3], hint="see 5 in the text")
     check("scores after step 1, no probe", selector.scores, scores, hint="see 5 in the text")
@@ -439,7 +490,8 @@ def test_a_training_run_moves_what_is_active_and_nothing_else():
         before = [[p.clone() for p in layer.parameters()] for layer in net.model.layers]
         selector.before_forward(step)
         net.loss(as_scores(scores.get(step, [1, 1, 1, 1]))[0]).backward()
-        selector.after_backward()
+        after_backward(selector, step)
+        left = [n for n, p in net.named_parameters() if "layernorm" in n and p.requires_grad]
         optimizer.step()
         optimizer.zero_grad()
         row = []
@@ -449,7 +501,11 @@ def test_a_training_run_moves_what_is_active_and_nothing_else():
                 for (name, p), each in zip(layer.named_parameters(), old)
             }
             if moved["base"] or any(m for name, m in moved.items() if "layernorm" in name):
-                hint = "the optimizer saw a gradient of a weight that only measures: .grad = None"
+                hint = ".grad was left: the optimizer saw a gradient of a weight that only measures"
+                if left:
+                    hint = "requires_grad was left after the probe: so norms get gradients again"
+                if moved["base"]:
+                    hint = "only self.parameters and self.norms ever get requires_grad"
                 fail(f"step {step} has moved a norm or a base weight", hint)
             row.append(moved["A"] and moved["B"])
         updated.append(row)

@@ -2,10 +2,11 @@
 table of logits, a row for each token, so that every gradient can be computed by hand."""
 
 import math
+import weakref
 
 import numpy as np
 import torch
-from checking import check, check_dtype, fail, random_numbers, tensor, yours
+from checking import as_array, check, check_dtype, fail, random_numbers, tensor, yours
 from torch import nn
 
 pytest_plugins = ["short_messages"]
@@ -17,8 +18,8 @@ collate = ex6_micro_batches.collate
 V = 7
 NONE = -100
 # Two micro-batches: six response tokens, and one.
-TOKENS = [[[1, 2, 3, 4], [5, 6, 1, 2]], [[3, 1, 0, 0], [2, 0, 0, 0]]]
-LABELS = [[[2, 3, 4, 5], [NONE, NONE, 2, 3]], [[NONE, 6, NONE, NONE], [NONE] * 4]]
+TOKENS = [[[1, 2, 0, 4], [5, 6, 1, 2]], [[3, 1, 0, 0], [2, 0, 0, 0]]]
+LABELS = [[[2, 0, 4, 5], [NONE, NONE, 2, 3]], [[NONE, 6, NONE, NONE], [NONE] * 4]]
 NOT_SHIFTED = "not shifted: a position's label is the token after it"
 FIRST_LOST = "the first response token is lost: the prompt's last token predicts it"
 LEFT = "this is padded on the left"
@@ -71,17 +72,26 @@ def test_padding_is_on_the_right_and_not_learnt():
     )
     mistakes = {
         LEFT: [0, 0, 0, 5],
-        "the last id is never an input: leave it out": [5, 3, 0, 0],
         "tokens are padded with 0; -100 is a label": [5, NONE, NONE, NONE],
     }
-    check("tokens of the shorter example", tokens[1], [5, 0, 0, 0], mistakes)
+    check_tokens("tokens of the shorter example", tokens, [5, 0, 0, 0], 1, 1, mistakes)
+
+
+def check_tokens(what, tokens, expected, row, length, mistakes=(), hint="see 1 in the text"):
+    """A row of tokens. Behind the last label, at `length`, any id may stand."""
+    found = as_array(what, tokens)[row]
+    if found.shape == (len(expected),) and (found[length:] >= 0).all():
+        found[length:] = expected[length:]
+    check(what, found, expected, mistakes, hint)
 
 
 def test_the_longest_example_may_come_last():
     tokens, labels = collate([([5], [3]), ([1, 2], [4, 0]), ([5, 6, 7], [8, 9])])
     hint = "T is the longest example's length - 1"
-    expected = [[5, 0, 0, 0], [1, 2, 4, 0], [5, 6, 7, 8]]
-    check("tokens of three examples", tokens, expected, hint=hint)
+    for row, (expected, length) in enumerate(
+        [([5, 0, 0, 0], 1), ([1, 2, 4, 0], 3), ([5, 6, 7, 8], 4)]
+    ):
+        check_tokens(f"tokens of example {row} of three", tokens, expected, row, length, hint=hint)
     expected = [[3, NONE, NONE, NONE], [NONE, 4, 0, NONE], [NONE, NONE, 8, 9]]
     by_id = "the id 0 of a response is learnt: where padding is, say the lengths, not the ids"
     mistakes = {by_id: [expected[0], [NONE, 4, NONE, NONE], expected[2]]}
@@ -130,9 +140,13 @@ def by_hand(table, tokens, labels):
 
 def check_loss_and_gradient(table, which):
     """which: 0, the loss; 1, the gradient."""
-    model = model_of(table)
+    model, came = model_of(table), []
+    model.weight.register_hook(lambda gradient: came.append(gradient.any().item()))
     loss = accumulate_gradients(model, micro_batches())
     found = [loss, model.weight.grad][which]
+    if which == 1 and any(came) and (found is None or not found.any()):
+        hint = "zero_grad at the end: the optimizer needs what is in .grad; the caller clears it"
+        fail(".grad was there, and is empty after the last pass", hint)
     if found is None:
         fail(
             ["the loss is None", "the weight has no .grad"][which],
@@ -145,7 +159,13 @@ def check_loss_and_gradient(table, which):
     N, padded = sum(own), np.size(LABELS)
     with_padding = by_hand(table, TOKENS, np.maximum(LABELS, 0))[which]
     means = first / own[0] + second / own[1]
-    no_zero_grad = "no zero_grad between the passes"
+    no_zero_grad = ["add up the losses", "no zero_grad between the passes"][which]
+    again = [  # the labels moved by one once more
+        by_hand(table, np.array(t)[:, :-1], np.array(each)[:, 1:])[which]
+        for t, each in zip(TOKENS, LABELS)
+    ]
+    left = np.sum([np.array(part)[:, 1:] != NONE for part in LABELS])
+    shifted = "shifted a second time: collate has shifted the labels"
     mistakes = {
         "a mean of means: divide the sums by the batch's tokens": means / 2,
         "a sum of means: divide the sums by the batch's tokens": means,
@@ -154,6 +174,11 @@ def check_loss_and_gradient(table, which):
         ),
         "divided by the tokens and by the number of micro-batches": (first + second) / N / 2,
         A_SUM: first + second,
+        shifted: sum(again) / N,
+        f"{shifted}, and N counts them all": sum(again) / left,
+        "0 is a token like any other: N is the labels that are not -100": (
+            (first + second) / sum(np.sum(np.array(part) > 0) for part in LABELS)
+        ),
         "padding and prompt were counted: N is the labels that are not -100": (
             (first + second) / padded
         ),
@@ -184,18 +209,33 @@ def test_the_loss_of_a_model_that_knows_nothing():
     check(f"{V} equal logits, 3 response tokens: the loss", found, one, mistakes)
 
 
+class Kept:
+    """What autograd keeps for the backward pass. It lives as long as autograd holds it."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
 class Watched(nn.Module):
-    """A model that keeps, at each forward pass, the gradient that it has until then."""
+    """A model that keeps, at each forward pass, the gradient that it has until then, and whether
+    something of an earlier pass is still held for its backward pass."""
 
     def __init__(self, table):
         super().__init__()
         self.table = model_of(table)
-        self.gradients = []
+        self.gradients, self.holds, self.kept = [], [], []
+
+    def keep(self, tensor):
+        kept = Kept(tensor)
+        self.kept.append(weakref.ref(kept))
+        return kept
 
     def forward(self, tokens):
         gradient = self.table.weight.grad
         self.gradients.append(None if gradient is None else gradient.clone())
-        return self.table(tokens)
+        self.holds.append(any(kept() for kept in self.kept))
+        with torch.autograd.graph.saved_tensors_hooks(self.keep, lambda kept: kept.tensor):
+            return self.table(tokens).exp().log()
 
 
 def test_each_micro_batch_goes_backward_before_the_next_comes():
@@ -216,6 +256,12 @@ def test_each_micro_batch_goes_backward_before_the_next_comes():
         elif is_last_alone(model, table):
             hint = "only the last micro-batch: no zero_grad between the passes"
         fail("at the second forward pass .grad is still empty", hint)
+    if model.holds[1]:
+        hint = (
+            "no retain_graph: it keeps the activations of a micro-batch after its backward pass, "
+            "and losses that are added up go backward again"
+        )
+        fail("at the second forward pass the activations of the first are still held", hint)
 
 
 def is_last_alone(model, table):
@@ -235,28 +281,43 @@ def test_the_gradient_of_two_micro_batches():
 
 def test_the_loss_is_a_float():
     found = accumulate_gradients(model_of(np.zeros((V, V))), micro_batches())
-    if type(found) is not float:
+    if not isinstance(found, float):
         hint = "loss.item(): a tensor would keep the graph, and its activations, alive"
         fail(f"the loss: expected a float, came {type(found).__name__}", hint)
 
 
 def test_the_size_of_the_micro_batches_does_not_matter():
     table, tokens, labels = random_numbers(V, V, seed=3), sum(TOKENS, []), sum(LABELS, [])
-    expected = by_hand(table, tokens, labels)[1] / 7
-    hint = (
-        "sums of token losses over the tokens of all micro-batches; a part without any label adds "
-        "0, not 0/0"
-    )
+    expected_loss, expected = (each / 7 for each in by_hand(table, tokens, labels))
+    hint = "sums of token losses over the tokens of all micro-batches"
     for size in (1, 2, 4):
         model, starts = model_of(table), range(0, 4, size)
         parts = micro_batches(
             [tokens[i : i + size] for i in starts], [labels[i : i + size] for i in starts]
         )
-        accumulate_gradients(model, parts)
+        loss = accumulate_gradients(model, parts)
         what, found = f"the gradient, {size} row(s) at a time", model.weight.grad
         if found is None:
             fail(f"{what}: the weight has no .grad", "first the tests above", sure=False)
+        for name, each in (("gradient", found), ("loss", loss)):
+            if np.isnan(as_array(name, each)).any():
+                no_mean = "0/0: a part without any label adds 0; it has no mean"
+                fail(f"the {name}, {size} row(s) at a time: came nan", no_mean)
         check(what, found, expected, hint=hint)
+        check(f"the loss, {size} row(s) at a time", loss, expected_loss, hint=hint)
+
+
+def test_a_large_gradient_stays_large():
+    """One token, which is surely wrong: the norm of its gradient is 1.4."""
+    table = 9 * np.eye(V)
+    model = model_of(table)
+    accumulate_gradients(model, micro_batches([[[1]]], [[[2]]]))
+    expected = by_hand(table, [1], [2])[1]
+    clipped = expected / np.linalg.norm(expected)
+    found, hint = model.weight.grad, "no clipping here: that is the caller's"
+    if found is not None:
+        what = "the gradient of one token, of norm 1.4"
+        check(what, found, expected, {hint: clipped}, "no clipping here, and no scaling")
 
 
 def test_no_step_is_made():
