@@ -42,7 +42,8 @@ members are half a head apart, they are not neighbours. Here d = 8:
     b' = b * cos + a * sin
 
    For all pairs at once this is (a, b) * (cos, cos) + (b, a) * (-sin, sin). The tables are the
-   second factors. x is [B, heads, T, d]. The result has the shape and the dtype of x, and x itself
+   second factors. Hugging Face has the minus in a function, rotate_half, and (sin, sin) in the
+   table. Here it is in the table, and nowhere else. x is [B, heads, T, d]. The result has the shape and the dtype of x, and x itself
    stays what it is.
 
 An example: d = 4, theta = 10000, one head, one token at position 2. The pairs are (0, 2), (1, 3).
@@ -65,8 +66,8 @@ To avoid:
   `repeat_interleave(2, -1)`. Other implementations store their weights for that. Do not mix the
   two.
 - Changing x. `x[..., : d // 2]` and the parts of `x.chunk(2, -1)` are views: who writes into them
-  writes into x. `x.float()` is x itself where x is float32 already. Who writes a' into the first
-  half has then lost the a that b' needs.
+  writes into x. `x.float()` is x itself where x is float32 already. And when a' is in the first
+  half, the a that b' needs is lost.
 
 Why it works: the dot product of a query at position m and a key at position n depends on m - n
 alone. One of the last tests looks at that.

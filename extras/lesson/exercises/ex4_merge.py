@@ -46,8 +46,9 @@ Precision. A and B are float32, W may be bfloat16. Make the sum in float32 and r
 the end. Whoever casts the update to W's dtype, and then adds, rounds twice, and loses small updates
 more often.
 
-To avoid: linear.weight = nn.Parameter(...), which is another tensor; alpha alone; `return model`
-inside the loop, which ends it after the first adapter.
+To avoid: linear.weight = nn.Parameter(...), which is another tensor; writing into weight.float(),
+which is a copy where the weight is bfloat16; alpha alone, or alpha // rank; `return model` inside
+the loop, which ends it after the first adapter.
 
 Run: python -m pytest extras/lesson/exercises -q -k ex4      (pip install pytest, if it is missing)
 """

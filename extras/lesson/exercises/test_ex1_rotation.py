@@ -52,6 +52,9 @@ INTERLEAVED = (
     "the pairs are halves, (i, i + d/2), the tables are of neighbours, as repeat_interleave makes "
     "them: use those that came"
 )
+OTHER_AXIS = "rolled along the positions: the dimension of a head is the last, .roll(d // 2, -1)"
+ROLLED_BY_1 = "rolled by one: the halves change places, .roll(d // 2, -1)"
+FLIPPED = "flip turns the order around: (b, a) are the halves exchanged, .roll(d // 2, -1)"
 ROLLED = "roll without a dimension runs through all tokens: .roll(d // 2, -1)"
 
 
@@ -99,6 +102,9 @@ def mistakes_in(x, angles):
         INTERLEAVED: x * interleaved(cos) + np.roll(x, half, -1) * signs * interleaved(abs_sin),
         NO_SWAP: x * cos + x * sin,
         IN_PLACE: overwritten,
+        OTHER_AXIS: x * cos + np.roll(x, half, -2) * sin,
+        ROLLED_BY_1: x * cos + np.roll(x, 1, -1) * sin,
+        FLIPPED: x * cos + x[..., ::-1] * sin,
         ROLLED: x * cos + np.roll(x, half) * sin,
     }
 
@@ -119,6 +125,7 @@ def mistakes_in_frequencies(d, theta):
     return [
         ("in reverse order: pair 0 is the fastest", theta ** (-2 * i[::-1] / d)),
         ("the exponent is -2i / d, not -i / d: a head has d/2 pairs", theta ** (-i / d)),
+        ("arange(0, d, 2) is 2i already: the exponent is -2i / d", theta ** (-4 * i / d)),
         ("the exponent is negative", theta ** (2 * i / d)),
         ("pairs are counted from 0", theta ** (-2 * (i + 1) / d)),
         (one_each, theta ** (-2 * dimensions / d)),
@@ -150,6 +157,9 @@ def test_the_shape_of_the_tables():
     hints = {
         (3, 2): "a column for each dimension, not for each pair: torch.cat, then unsqueeze(0)",
         (1, 3, 2): "a column for each dimension, not for each pair: torch.cat((cos, cos), -1)",
+        (3, 1, 4): "the 1 stands in front of T, for the heads: unsqueeze(0), not unsqueeze(1)",
+        (1, 6, 2): "the halves stand below each other: side by side with torch.cat(..., -1)",
+        (6, 2): "the halves stand below each other: side by side with torch.cat(..., -1)",
         (3, 4): "a dimension of 1 stands in front, for the heads: unsqueeze(0)",
     }
     for name, table in zip(("cos", "sin"), found):
@@ -225,7 +235,13 @@ def test_the_angle_is_position_times_frequency():
 
 def test_angles_of_late_positions_are_as_exact():
     """Float32 has angles near 8000 to a thousandth. Bfloat16 has them to 16 or 32, float16 to 4."""
-    positions, inv_freq = np.array([1001, 1003, 8001, 8003]), np.array([1, 0.9, 0.05])
+    early, inv_freq = np.array([0, 1, 2]), np.array([1, 0.9, 0.05])
+    for found, expected in zip(
+        rope_table(torch.tensor(early), tensor(inv_freq)), tables(early[:, None] * inv_freq)
+    ):
+        if not same(as_array("table", found), expected, 0.02):
+            return  # it is wrong from the start, which the test above says
+    positions = np.array([1001, 1003, 8001, 8003])
     found = rope_table(torch.tensor(positions), tensor(inv_freq))
     rounded = [as_array("", torch.tensor(positions).to(dtype)) for dtype in LOW_PRECISION]
     for which, name in enumerate(("cos", "sin")):
@@ -283,8 +299,10 @@ def test_a_bfloat16_x_is_rotated_in_float32():
     product was rounded too, and the two products nearly cancel, it is off by far more."""
     x = tensor(random_numbers(2, 4, 32, 16, seed=5), torch.bfloat16)
     angles = 3 * random_numbers(32, 8, seed=6)
-    found = as_array("x", rotate(x, *map(tensor, tables(angles))))
     exact = turn(as_array("x", x), angles)
+    if not same(as_array("x", rotate(x.float(), *map(tensor, tables(angles)))), exact):
+        return  # it is wrong in float32 too, which the tests above say
+    found = as_array("x", rotate(x, *map(tensor, tables(angles))))
     if found.shape != exact.shape or not (abs(found - exact) <= abs(exact) / 250 + 1e-5).all():
         place = np.unravel_index((abs(found - exact) / (abs(exact) + 1e-3)).argmax(), exact.shape)
         fail(

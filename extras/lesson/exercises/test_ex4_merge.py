@@ -31,10 +31,19 @@ def adapter_of(W, A, B, alpha, num_heads=1, ratio=0.5, bias=None, dtype=torch.fl
     return adapter
 
 
+def merged(model):
+    """The reader's merge. A copy of the model is said first, and alone."""
+    found = merge(model)
+    if isinstance(found, nn.Module) and found is not model:
+        hint = "no copy: change the model that came, and `return model`"
+        fail("merge: expected the model that was given, came another model", hint)
+    return found
+
+
 def merge_one(adapter):
     """The reader's merge of a model that is this adapter alone. Returns the weight."""
     linear = adapter.linear
-    merge(nn.ModuleDict({"q_proj": adapter}))
+    merged(nn.ModuleDict({"q_proj": adapter}))
     return linear.weight
 
 
@@ -46,7 +55,7 @@ def add(W, rows, update):
 
 
 # W [8, 7], A [3, 7], B [4, 3]: no two sizes are the same. 2 heads of 4: the rows are 1, 3, 5, 7.
-ROWS, RANK, ALPHA = [1, 3, 5, 7], 3, 6
+ROWS, RANK, ALPHA = [1, 3, 5, 7], 3, 10
 # A second adapter with other sizes: W [4, 5], A [2, 5], B [2, 2]; one head of 4, rows 1 and 3.
 ROWS_2, RANK_2, ALPHA_2 = [1, 3], 2, 5
 
@@ -105,6 +114,9 @@ def test_two_rows_by_hand():
         "the rows were replaced: add to them": [[1, 1], update[0], [1, 1], update[1]],
         "these are the first rows: W[rows]": add(W, [0, 1], update),
         "merged twice: the update counts double": add(W, [1, 3], 2 * update),
+        "subtracted: add it": add(W, [1, 3], -update),
+        f"not scaled: {SCALE}": add(W, [1, 3], update / 3),
+        f"scaled by 2, whatever alpha and rank are: {SCALE}": add(W, [1, 3], 2 / 3 * update),
     }
     found = merge_one(adapter_of(W, A, B, 3))
     expected = [[1, 1], [4, 7], [1, 1], [31, 61]]
@@ -118,6 +130,9 @@ def test_the_scale():
         NOT_IN_PLACE: W,
         f"scaled by alpha alone: {SCALE}": add(W, ROWS, ALPHA * update),
         f"not scaled: {SCALE}": add(W, ROWS, update),
+        f"alpha // rank cuts the fraction off: {SCALE}": add(W, ROWS, ALPHA // RANK * update),
+        f"scaled by 2, whatever alpha and rank are: {SCALE}": add(W, ROWS, 2 * update),
+        "the rank is adapter.rank; 64 is only its default": add(W, ROWS, ALPHA / 64 * update),
         f"scaled by 1 / rank: {SCALE}": add(W, ROWS, update / RANK),
         "merged twice: the update counts double": add(W, ROWS, 2 * ALPHA / RANK * update),
         f"scaled by rank / alpha: {SCALE}": add(W, ROWS, RANK / ALPHA * update),
@@ -133,7 +148,7 @@ def test_the_scale():
         "subtracted: add it": add(W, ROWS, -ALPHA / RANK * update),
     }
     found = merge_one(first_adapter())
-    check("weight [8, 7], alpha 6, rank 3", found, expected_weights()[0], mistakes)
+    check(f"weight [8, 7], alpha {ALPHA}, rank {RANK}", found, expected_weights()[0], mistakes)
 
 
 def test_rows_are_rows():
@@ -157,7 +172,7 @@ def test_every_adapter_is_merged():
     model = model_of_two()
     weights = [model.get_submodule(name).linear.weight for name in ADAPTED]
     before = [weight.clone() for weight in weights]
-    merge(model)
+    merged(model)
     W, A, B, _ = second_problem()
     scaled_as_first = add(W, ROWS_2, ALPHA / RANK * B @ A)
     some_are_merged = any(not torch.equal(*pair) for pair in zip(weights, before))
@@ -175,7 +190,7 @@ def test_the_layer_stands_where_its_adapter_stood():
     model = model_of_two()
     linears = {name: model.get_submodule(name).linear for name in ADAPTED}
     names_before = {name for name, _ in model.named_parameters()}
-    merge(model)
+    merged(model)
     left = [name for name in ADAPTED if isinstance(model.get_submodule(name), rosa.RoAE)]
     for name, linear in linears.items():
         found = model.get_submodule(name)
@@ -197,7 +212,7 @@ def test_the_layer_stands_where_its_adapter_stood():
 
 def test_the_model_comes_back():
     model = model_of_two()
-    found = merge(model)
+    found = merged(model)
     if found is not model:
         fail(f"expected the model, came {type(found).__name__}", "return model")
 
@@ -205,7 +220,7 @@ def test_the_model_comes_back():
 def test_a_model_without_adapters_stays():
     model = nn.ModuleDict({"q_proj": first_adapter().linear})
     before = model["q_proj"].weight.clone()
-    merge(model)
+    merged(model)
     if not torch.equal(model["q_proj"].weight, before):
         fail("a model without adapters has changed", "merge what adapters(model) has, no more")
 
@@ -260,7 +275,10 @@ def test_bfloat16_is_rounded_once():
     adapter = adapter_of(np.ones((2, 1)), A, B, 1, ratio=1.0, dtype=torch.bfloat16)
     weight = merge_one(adapter)
     check_dtype("weight", weight, torch.bfloat16, "a merged weight keeps its dtype")
-    mistakes = {"rounded twice: add in float32, then cast the sum": [1, 2], NOT_IN_PLACE: [1, 1]}
+    mistakes = {
+        "rounded twice: add in float32, then cast the sum": [1, 2],
+        ".float() is a copy where the weight is bfloat16: write the sum into the weight": [1, 1],
+    }
     check(
         "1 + a little more than 1/256, and 1 + 1, in bfloat16",
         weight[:, 0],

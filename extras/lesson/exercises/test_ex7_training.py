@@ -716,7 +716,7 @@ def tell(watch, before, after, answer_before):
     STORY[:] = [
         f"loss      {before:.3f} before, {after:.3f} after {STEPS} steps, on questions held out",
         f"trained   {trained:,} numbers, which are {trained / total:.1%} of the model",
-        f"selected  at step {', '.join(strips)}",
+        f"selected  step {', '.join(strips)}",
         f"question  {' '.join(question.split())}",
         f"expected  {tokenizer.decode(response)}",
         f"before    {answer_before}",
@@ -761,4 +761,4 @@ def test_the_merged_model_answers_as_before():
             )
         if model.generate(prompts, 32, eos_id=2) != answers:
             fail("greedy answers have changed by merging", "see exercise 4")
-        STORY.append(f"merged    {answer(model)}, and no adapter is left")
+        STORY.append(f"merged    {answer(model)} (no adapter is left)")

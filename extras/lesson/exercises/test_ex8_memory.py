@@ -27,6 +27,15 @@ EXAMPLE = llama.LlamaConfig(
 )
 CONFIGS = {
     "the example in the text": EXAMPLE,
+    "heads of another size, H * d = 60 and D = 36": llama.LlamaConfig(
+        hidden_size=36,
+        intermediate_size=40,
+        num_hidden_layers=7,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=10,
+        vocab_size=10,
+    ),
     "tiny": llama.LlamaConfig.from_file(TINY),
     "LLaMA-2-7B": llama.LlamaConfig(),
     "LLaMA-3-8B": llama.LlamaConfig(
@@ -112,6 +121,10 @@ def check_base(name):
         "o_proj is missing: each layer has q, k, v and o": N - L * H * d * D,
         "one layer: there are num_hidden_layers of them": N - (L - 1) * layer_of(c),
     }
+    if H * d != D:
+        mistakes["q_proj is [H*d, D] and o_proj [D, H*d]: H*d need not be D"] = (
+            N - 2 * L * (H * d - D) * D
+        )
     if c.tie_word_embeddings:
         mistakes["tied: lm_head is the embedding, and counts once"] = N + embedding
     else:
@@ -146,6 +159,9 @@ def check_adapters(name, rank, ratio):
         "both rows of a pair adapt: 2n rows in a head, not n": of(rows(n) // 2),
         "Q and K each have an A: rank * D twice": of(rows(n), D),
         "A is missing: rank * D, for q and for k": of(rows(n), 0),
+        "the A of k has D columns, as all matrices that read x: rank * D": of(
+            rows(n), D + K * c.head_dim
+        ),
         "this is q alone: k has an adapter too": of(H * 2 * n, D),
         "2n rows in every head, H heads of q and K of k": of(2 * 2 * n),
         "the rows of a layer count once for q and once for k": of(2 * n),
@@ -187,6 +203,7 @@ def check_rosa(name, rank, ratio, k_ratio, measured):
         "base": {
             "the base is frozen and stays in bfloat16: 2 bytes": 4 * N,
             "these are numbers, not bytes: 2 bytes each": N,
+            "the adapters have a line of their own: the base alone": 2 * N + 4 * P,
         },
         "adapters": {
             "A and B are masters in float32, not bfloat16: 4 bytes": 2 * P,
@@ -195,6 +212,8 @@ def check_rosa(name, rank, ratio, k_ratio, measured):
         },
         "gradients": {
             "the layers that rest have no gradients: k_ratio of the layers": 4 * P,
+            "whole layers train: max(1, round(k_ratio * L)) of them": 4 * k_ratio * P,
+            "one layer trains at least: max(1, round(k_ratio * L))": 0,
             "gradients are float32, as A and B are: 4 bytes": 2 * active,
             "these are numbers, not bytes: 4 bytes each": active,
             "the count was rounded down: max(1, round(k_ratio * L))": 4 * rounded_down,
@@ -229,7 +248,12 @@ def check_full(name, measured):
 def check_numbers():
     for name in CONFIGS:
         check_base(name)
-    for name in ("tiny", "LLaMA-2-7B", "LLaMA-3-8B"):
+    for name in (
+        "heads of another size, H * d = 60 and D = 36",
+        "tiny",
+        "LLaMA-2-7B",
+        "LLaMA-3-8B",
+    ):
         check_adapters(name, RANK, RATIO)
     check_adapters("tiny", 8, 0.3)  # 4.8 pairs
     check_adapters("tiny", 8, 0.01)  # 0.16 pairs
@@ -248,7 +272,7 @@ def test_the_numbers_of_the_adapters():
 
 def test_the_bytes_of_tiny_as_measured():
     check_numbers()
-    for ratio, k_ratio in ((RATIO, K_RATIO), (1.0, 1.0)):  # and LoRA
+    for ratio, k_ratio in ((RATIO, K_RATIO), (RATIO, 0.01), (1.0, 1.0)):  # and LoRA
         check_rosa("tiny", RANK, ratio, k_ratio, measured_rosa("tiny", ratio, k_ratio))
     check_full("tiny", measured_full())
 
