@@ -43,8 +43,8 @@ members are half a head apart, they are not neighbours. Here d = 8:
 
    For all pairs at once this is (a, b) * (cos, cos) + (b, a) * (-sin, sin). The tables are the
    second factors. Hugging Face has the minus in a function, rotate_half, and (sin, sin) in the
-   table. Here it is in the table, and nowhere else. x is [B, heads, T, d]. The result has the shape and the dtype of x, and x itself
-   stays what it is.
+   table. Here it is in the table, and nowhere else. x is [B, heads, T, d]. The result has the shape
+   and the dtype of x, and x itself stays what it is.
 
 An example: d = 4, theta = 10000, one head, one token at position 2. The pairs are (0, 2), (1, 3).
 

@@ -20,9 +20,9 @@ An example. Two heads of d = 8 and low_freq_ratio = 0.5: four pairs a head, n = 
 
     adapted_rows(16, 2, 0.5)  ->  [2, 3, 6, 7, 10, 11, 14, 15]
 
-low_freq_ratio says which part of the d/2 pairs of a head adapts. Every pair has two rows, so n pairs
-are 2 * n rows. However small the ratio, one pair remains. With low_freq_ratio = 1 these are all
-rows, and what follows is plain LoRA.
+low_freq_ratio says which part of the d/2 pairs of a head adapts. Every pair has two rows, so n
+pairs are 2 * n rows. However small the ratio, one pair remains. With low_freq_ratio = 1 these are
+all rows, and what follows is plain LoRA.
 
 To do: return the rows as a LongTensor in ascending order, num_heads * 2 * n of them. out_features
 is H * d, so d = out_features // num_heads. Nested loops will do; a .view of torch.arange needs

@@ -47,8 +47,8 @@ In forward: call self.linear(x), which also adds the bias. F.linear(x, M) comput
 y.index_add(-1, rows, update) adds to some of the outputs. So does y[..., rows] += update. That one
 writes into the output of self.linear, and that is allowed, because nobody else holds it.
 
-To avoid: W x without the bias; alpha without rank, or alpha // rank; torch.randn for A; detach, torch.no_grad and
-dropout in forward.
+To avoid: W x without the bias; alpha without rank, or alpha // rank; torch.randn for A; detach,
+torch.no_grad and dropout in forward.
 
 Run: python -m pytest extras/lesson/exercises -q -k ex3      (pip install pytest, if it is missing)
 """

@@ -20,8 +20,8 @@ whatever the size of the parts.
    tokens and labels are [B, T], LongTensors on the device. T is the longest example's length - 1.
    Pad tokens with 0, which is also the id of a token that a response may hold. Attention looks back
    only, so what stands to the right of a response does not reach it. Any id may stand there, also
-   the last one of a shorter example. No end-of-sequence token is added. The lists of the examples stay
-   what they are, since the next epoch uses them again.
+   the last one of a shorter example. No end-of-sequence token is added. The lists of the examples
+   stay what they are, since the next epoch uses them again.
 
 2. The loss of the batch is the mean over its N response tokens. N counts all labels of all
    micro-batches that are not -100:

@@ -14,9 +14,9 @@ on the toy task. Then it merges your adapters (exercise 4) and asks the model so
 
    Keys have fewer heads than queries in many models: one head of K serves several heads of Q. This
    is grouped-query attention. tiny has 6 heads of Q and 2 of K. Every head, of Q or of K, has
-   model.config.head_dim dimensions.
-   A RoAE of Q therefore has more rows in B than one of K. With D = hidden_size, d = head_dim and
-   n = max(1, round(low_freq_ratio * d / 2)) pairs a head, so many numbers train in a layer:
+   model.config.head_dim dimensions. A RoAE of Q therefore has more rows in B than one of K. With
+   D = hidden_size, d = head_dim and n = max(1, round(low_freq_ratio * d / 2)) pairs a head, so many
+   numbers train in a layer:
 
     q_proj    rank * D + H * 2n * rank           H = num_attention_heads
     k_proj    rank * D + K * 2n * rank           K = num_key_value_heads

@@ -1,7 +1,8 @@
 """Exercise 8: what RoSA costs in memory, on paper first.                Half an hour.
 
 A 7B model fits on a card or it does not. One can know that before one starts. Here you count, with
-pencil and paper first, and without tensors. Then the test makes the tensors and counts their bytes. Your numbers of parameters must be exact, your bytes within 10 %.
+pencil and paper first, and without tensors. Then the test makes the tensors and counts their bytes.
+Your numbers of parameters must be exact, your bytes within 10 %.
 
 A config has these fields: hidden_size D, intermediate_size I, num_hidden_layers L, head_dim d,
 num_attention_heads H, num_key_value_heads K, vocab_size V, tie_word_embeddings.

@@ -103,9 +103,9 @@ class Failure:
 
 def told(failures):
     """The failures of a file, in the order of its tests, as [what, hint, how many more have this
-    hint], and how many are not told. The first is always told, as it is the simplest. Where some
-    hints are sure, guesses that come later are not told, because they would mislead. Where the
-    first is a guess itself, a later hint may be about what follows from it: "perhaps"."""
+    hint], and how many are not told. The first is always told, as it is the simplest. Where it is
+    a guess, or some hints are sure, guesses that come later are not told, because they would
+    mislead. A later hint that is sure may then be about what follows from the first: "perhaps"."""
     certain = [failure.hint for failure in failures if failure.sure]
     for failure in failures:  # of several mistakes that fit, the one that another test has found
         for hint in certain:
@@ -117,7 +117,7 @@ def told(failures):
         key = failure.hint or failure.what
         if key in shown:
             shown[key][-1] += 1
-        elif failure is first or failure.sure or not certain:
+        elif failure is first or failure.sure or not (certain or first.is_guess):
             hint = failure.hint
             if first.is_guess and failure is not first:
                 hint = hint.replace("hint:", "perhaps:", 1)

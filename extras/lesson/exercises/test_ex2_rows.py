@@ -66,7 +66,11 @@ def check_rows(num_heads, d, ratio, n):
             "round(2.5) is 2: Python's round takes the even neighbour of a half",
             with_n(max(1, math.floor(ratio * pairs + 0.5))),
         ),
-        ("n was rounded up: round to the nearest", with_n(math.ceil(ratio * pairs))),
+        # of a half, which is rounded up too, the mistake above is the likely one
+        (
+            "n was rounded up: round to the nearest",
+            with_n(math.ceil(ratio * pairs) if ratio * pairs % 1 != 0.5 else n),
+        ),
         ("all rows: with n = 0 the slice [-n:] is everything; n is at least 1", rows),
     ]
     if num_heads % 2 == 0:
@@ -101,6 +105,7 @@ def check_rows(num_heads, d, ratio, n):
         fail(
             f"{what}: there are the rows 0 to {len(rows) - 1}, came row {outside:.0f} too",
             "is num_heads or d a fixed number? head h has the rows h * d to h * d + d - 1",
+            sure=False,
         )
     check(what, found, expected, mistakes, hint="compare with the drawing in the text")
 
