@@ -284,6 +284,7 @@ MISTAKES = [
     ("ex1_rotation", "(-2 *", "(-1 *", "the exponent is -2i / d, not -i / d"),
     ("ex1_rotation", "(d // 2) / d", "(d // 2) // d", "// cuts"),
     ("ex1_rotation", "return theta", "return 10000.0", "theta is config.rope_theta"),
+    ("ex1_rotation", "h = x.float()", "h = x.bfloat16().float()", "nearly right"),
     ("ex1_rotation", "-2 * torch", "-4 * torch", "arange(0, d, 2) is 2i already"),
     ("ex1_rotation", "cos), -1)[None]", "cos), -1)[:, None]", "not unsqueeze(1)"),
     ("ex1_rotation", "cat((cos, cos), -1)", "cat((cos, cos), 0)", "stand below each other"),
