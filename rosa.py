@@ -300,7 +300,7 @@ class LayerSelector:
 def gradient_norm(weights):
     """The L2 norm of the gradients of these weights, taken together. A weight that was not used has
     no gradient."""
-    gradients = [weight.grad.float() for weight in weights if weight.grad is not None]
+    gradients = [weight.grad.float().flatten() for weight in weights if weight.grad is not None]
     return torch.cat(gradients).norm()
 
 

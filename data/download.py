@@ -58,7 +58,7 @@ FETCHED = [
 
 def parse_args(arguments=None):
     p = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     p.error = fail
     p.add_argument("task", choices=(*FETCHED, "all"), help="whose files to fetch")

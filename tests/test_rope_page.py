@@ -70,10 +70,9 @@ def test_it_starts_with_the_models_numbers_and_the_projects_share():
     share = inspect.signature(rosa.attach).parameters["low_freq_ratio"].default
     start = f"theta: 100000, tokens: 8192, share: {share}, pair: 23 }}"
     assert start in DRAWING and PRESETS[1][1:] == (100000, 8192)
-    norms = np.load(LESSON / "norms.npz")["smollm2"]  # [layers, d]
-    assert f"const HEAD_DIM = {norms.shape[1]};" in FORMULAS
-    pairs = np.hypot(norms[:, :32], norms[:, 32:]).mean(0)
-    assert pairs.argmax() == 23  # "SmolLM2's largest"
+    norms = np.load(LESSON / "measured.npz")["smollm2_norms"]  # [layers, d/2]
+    assert f"const HEAD_DIM = {2 * norms.shape[1]};" in FORMULAS
+    assert norms.mean(0).argmax() == 23  # "SmolLM2's largest"
 
 
 def test_its_presets_are_the_notebooks_and_say_their_numbers():
@@ -83,7 +82,7 @@ def test_its_presets_are_the_notebooks_and_say_their_numbers():
         assert label.endswith(f"theta {theta:,}, {tokens:,} tokens")
     for name, (label, theta, tokens) in zip(("tiny", "SmolLM2-135M"), PRESETS):
         assert name.startswith(label.split(":")[0])
-        assert f'"{name}": ({theta:.1f}, {tokens})' in code
+        assert f'"{name}": ({theta:_}, {tokens})' in code
     assert json.loads((ROOT / "data/tiny/config.json").read_text())["head_dim"] == 32
     assert "heads of <i>tiny</i> have <i>d</i> = 32" in PAGE
 

@@ -18,11 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import tasks
 
 
-def main():
+def parse_args(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("file", type=Path, help="the file to write")
     parser.add_argument("--data-dir", default=tasks.DATA_DIR, help="where download.py has put them")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(args):
     examples = []
     for name in ("gsm8k", "SVAMP"):
         path = Path(args.data_dir) / "dataset" / name / "test.json"
@@ -37,4 +40,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())

@@ -123,20 +123,24 @@ def read_runs(directory):
     measured["rank_rate"] = [[accuracy(f"r{rank}-{rate}-s0") for rate in RATES] for rank in RANKS]
     measured["full_rates"] = [float(rate) for rate in FULL_RATES]
     measured["full_accuracy"] = [accuracy(f"full-{rate}-s0") for rate in FULL_RATES]
+    measured["rank_64_alpha_16"] = accuracy("r64-1e-2-a16-s0")
     for pairs in PAIRS:
-        runs = [validations(f"{pairs}25{seed}") for seed in ("", "-s1")]
-        measured["smollm2_steps"] = [step for step, _ in runs[0]]
-        measured[f"smollm2_{pairs}"] = [[loss for _, loss in run] for run in runs]
+        run = validations(f"{pairs}25")
+        measured["smollm2_steps"] = [step for step, _ in run]
+        measured[f"smollm2_{pairs}"] = [loss for _, loss in run]
     return measured
 
 
-def main():
+def parse_args(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--smollm2", type=Path, help="directory of SmolLM2-135M-Instruct")
     parser.add_argument("--theta", type=Path, help="folder with theta10000 and theta100")
     parser.add_argument("--runs", type=Path, help="folder with the runs of train.py")
     parser.add_argument("--data-dir", default=tasks.DATA_DIR)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(args):
     lesson = notebook()
     path = LESSON / "measured.npz"
     kept = dict(np.load(path)) if path.is_file() else {}
@@ -158,4 +162,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_args())
