@@ -183,10 +183,11 @@ class LayerSelector:
     measures these gradients and never updates the norms. Of the L layers in which something trains,
     max(1, round(k_ratio * L)) are selected. If all L are selected, probes only record the scores.
 
-    The norms are a fair measure of a layer: every layer has the same two, of the same size, and all
-    input of its attention and its MLP passes through them. The gradients of the adapters would say
-    less: at step 0, where B is zero, the gradient of every A is zero, and that of B depends on the
-    random A.
+    That the norms measure a layer is the paper's choice. Every layer has the same two, of the same
+    size, and all input of its attention and its MLP passes through them. The gradients of the
+    adapters would select other layers: at step 0, where B is zero, the gradient of every A is zero,
+    and that of B depends on the random A. Which of the two finds the better layers is open: see
+    section 9 of the notebook in extras/lesson.
 
     A probe fails if a score is not finite. Then nothing is selected. The selection before the probe
     stays (before the first probe that is all layers), and the next step is a probe again. The step

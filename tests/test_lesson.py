@@ -69,7 +69,7 @@ def test_the_predictions_fare_as_the_text_says():
     published = turned(KEPT["smollm2_norms"], 100_000, 8192)
     pretrained = turned(KEPT["smollm2_norms"], 10_000, 2048)
     now = turned(KEPT["theta10000_norms"], 10_000, 256)
-    stated = numbers(r"in SmolLM2 by ([\d.]+) over .*?, by ([\d.]+) over .*? time \(([\d.]+) rad")
+    stated = numbers(r"in SmolLM2 by ([\d.]+) over .*?, by ([\d.]+) over .*?10,000 by ([\d.]+) rad")
     assert stated == [round(found, 1) for found in (published, pretrained, now)]
     assert max(published, pretrained, now) < 2 * math.pi
     assert KEPT["theta100_norms"].mean(0).argmax() == 0
@@ -80,6 +80,11 @@ def test_the_predictions_fare_as_the_text_says():
     assert numbers(r"SmolLM2 loses ([\d.]+) without the slow half, ([\d.]+) w") == [
         round(float(slow), 1),
         round(float(fast), 1),
+    ]
+    third = KEPT["smollm2_without_slowest"][10]
+    assert numbers(r"worse \((\d) nats\) than without any Q at all \((\d) nats\)") == [
+        round(float(third)),
+        round(float(KEPT["smollm2_without_slowest"][-1])),
     ]
     # 3: level, and falling; what the slow half is worth
     for theta, shares in ((100, (0.85, 1.15)), (10_000, (0.4, 0.65))):
@@ -100,7 +105,7 @@ def test_rank_and_rate_are_as_the_text_says():
     assert stated == [round(float(accuracy[0, 2])), round(float(accuracy[3, 0]))]
     assert accuracy[0, 0] < 10  # "has hardly begun"
     assert accuracy[3, 2] < 10  # "diverges"
-    assert numbers(r"(\d+) per cent at its better rate") == [
+    assert numbers(r"(\d+) per cent at the better of two rates") == [
         round(100 * float(KEPT["full_accuracy"].max()))
     ]
     assert numbers(r"right in (\d+) per cent") == [round(100 * float(KEPT["rank_64_alpha_16"]))]
@@ -116,24 +121,23 @@ def test_the_draw_fared_as_the_text_says():
         for output in cell["outputs"]
     )
     final = {
-        name: [round(float(loss), 3) for loss in losses.split()]
+        name: pytest.approx([float(loss) for loss in losses.split()], abs=6e-4)
         for name, losses in re.findall(r"^(\w+) +held-out loss (.*)$", printed, re.M)
     }
-    check_draw(final)
+    check_draw({name: losses.expected for name, losses in final.items()})
     three = r"(\d\.\d+), (\d\.\d+) and (\d\.\d+)"
     assert numbers(f"best by far, {three}") == final["all"]
-    assert numbers(f"is worst, {three}") == final["static"]
-    assert numbers(f"told apart: {three} by gradients") == final["grad"]
-    assert numbers(f"by gradients, {three} at random") == final["random"]
-    assert numbers(f"no better, {three}") == final["own"]
+    assert numbers(f"and the draw, {three}") == final["random"]
+    assert numbers(f"no worse than the method, {three}") == final["grad"]
+    assert numbers(f"what trains gave {three}") == final["own"]
+    assert numbers(f"half of the adapters never train, {three}") == final["static"]
 
 
 def check_draw(final):
-    """What holds of the five ways to choose layers on any machine: all layers are best, the first
-    choice kept is worst, and the method and the draw are near each other."""
+    """What holds of the five ways to choose layers on any machine: all layers are best, and the
+    method is no better than the draw by much, nor worse."""
     mean = {name: sum(losses) / len(losses) for name, losses in final.items()}
-    assert mean["all"] < 0.6 * min(mean["grad"], mean["random"], mean["own"])
-    assert mean["static"] > max(mean["grad"], mean["random"])
+    assert mean["all"] < 0.7 * min(mean[name] for name in mean if name != "all")
     assert 1 / 3 < mean["grad"] / mean["random"] < 3
 
 
@@ -196,4 +200,6 @@ def test_it_runs_from_top_to_bottom_and_shows_what_it_says(tmp_path, monkeypatch
     # 10. Micro-batches
     assert found["micro_batch_error"] < 1e-4 < 0.01 < found["mean_error"]
     # 11. Slow, fast or random pairs
-    assert found["curves"]["high"][-1] < 1.2 * found["curves"]["low"][-1]
+    mean = {pairs: sum(losses) for pairs, losses in found["by_pairs"].items()}
+    assert mean["random"] < 1.2 * min(mean["low"], mean["high"])
+    assert 1 / 2 < mean["low"] / mean["high"] < 2
