@@ -366,6 +366,7 @@ def test_a_result_of_another_adapter_is_not_shown(ckpt, capsys, how):
 # --- what the scripts say ---
 
 
+@pytest.mark.slow
 def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkeypatch):
     run(train, *SHORT_ROSA_RUN, "--max-steps", 1, "--out", "a")
     monkeypatch.setattr(

@@ -163,10 +163,14 @@ def assert_same_run(out, other, dtype=torch.float32):
         assert_close(one[name], two[name], dtype=dtype, **rounding)
 
 
+SLOW = pytest.mark.slow
 UNEVEN, FULL = "--batch-size 5 --micro-batch-size 1 --targets q,k,v,down", "--method full --lr 1e-5"
 
 
-@pytest.mark.parametrize("world, options", [(4, ""), (3, UNEVEN), (2, FULL)])
+@pytest.mark.parametrize(
+    "world, options",
+    [(3, UNEVEN), pytest.param(4, "", marks=SLOW), pytest.param(2, FULL, marks=SLOW)],
+)
 def test_several_processes_compute_what_one_computes(ckpt, world, options):
     run_alone(options)
     printed = together(world, train, f"{RUN} {options} --out many")
@@ -314,7 +318,10 @@ ALL, TIED = (
 )
 
 
-@pytest.mark.parametrize("options, changes", [("", {}), ("--plain", {}), (ALL, TIED)])
+@pytest.mark.parametrize(
+    "options, changes",
+    [("", {}), pytest.param("--plain", {}, marks=SLOW), pytest.param(ALL, TIED, marks=SLOW)],
+)
 def test_sharded_processes_compute_the_same_hold_a_half_each_and_resume_unsharded(
     ckpt, options, changes
 ):
@@ -406,9 +413,9 @@ def test_a_signal_to_one_ends_all_after_their_step_and_other_numbers_of_processe
 
 DEATHS = [
     (1, killed, ""),
-    (0, killed, ""),
-    (2, killed, "--shard"),
-    (1, broken, ""),
+    pytest.param(0, killed, "", marks=SLOW),
+    pytest.param(2, killed, "--shard", marks=SLOW),
+    pytest.param(1, broken, "", marks=SLOW),
     (0, without_room, ""),
 ]
 

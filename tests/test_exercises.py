@@ -888,9 +888,9 @@ def test_our_own_code_solves_it_and_so_does_what_is_broken_below(exercise, failu
     )
 
 
-# To save time, every third of them runs with the slow tests alone.
+# To save time, two thirds of them run with the slow tests alone.
 ROWS = [
-    pytest.param(*row, marks=[pytest.mark.slow] * (i % 3 == 2)) for i, row in enumerate(MISTAKES)
+    pytest.param(*row, marks=[pytest.mark.slow] * (i % 3 > 0)) for i, row in enumerate(MISTAKES)
 ]
 
 

@@ -222,6 +222,7 @@ def test_every_command_runs_on_the_bundled_model(tmp_path, monkeypatch):
         if '"instruction"' in match["text"]
     ]
     Path("mine.jsonl").write_text(block)
+    Path("examples.json").write_text(json.dumps(toy.examples("train", 40)))
     kinds = {"extras.figure1": ["--limit", "2"], "extras.make_tiny": ["--minutes", "0.005"]}
     kinds |= {"train.py": [], "eval.py": [], "extras.merge": [], "extras.compare": []}
     ran = 0
