@@ -250,6 +250,7 @@ def test_a_run_that_was_stopped_or_has_learned_nothing_says_so_in_the_table(ckpt
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_run_that_was_stopped_or_has_learned_nothing_is_used_with_a_line(
     ckpt, capsys
 ):

@@ -392,6 +392,7 @@ def without_room():
     runs.write = write
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_ends_all_after_their_step_and_other_numbers_of_processes_resume(ckpt):
     command = f"{RUN} --max-steps 12 --out"
     train.run(f"{command} one".split())
@@ -615,6 +616,7 @@ def test_what_the_first_cannot_write_ends_the_others_too(ckpt):
     assert codes == [2] * 3 and errors == ["eval.py: many/results.json: No space left on device"]
 
 
+@pytest.mark.slow
 def test_torchrun(ckpt):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = f"{RUN} --train-file data.json --max-steps 100000 --epochs 100000 --out many".split()

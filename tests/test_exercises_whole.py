@@ -354,6 +354,7 @@ def mutated(exercise, right, wrong):
     return SOLUTIONS[exercise].replace(right, wrong)
 
 
+@pytest.mark.slow
 def test_right_files_train_tiny(first_failure):
     error = first_failure("ex7_training")
     assert error is None, str(error)
