@@ -15,6 +15,7 @@ Both lie beside the adapter, or under --out. Questions that the same adapter, co
 answered already are not asked again."""
 
 import math
+import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +33,7 @@ from extras.checkpoints import (
     choose_device_and_dtype,
     find_checkpoint,
     load_model,
+    say_if_begin_is_unstated,
     say_if_bfloat16_is_slow,
 )
 from extras.commands import add_device_arguments, count, run_script, script_parser
@@ -90,6 +92,7 @@ def main(args):
         if is_first():
             answer_prompt(args, engine, model, tokenizer)
         return
+    say_if_begin_is_unstated(ckpt, tokenizer)
     print(
         f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; "
         f"adapter: {args.adapter or 'none'}"
@@ -427,7 +430,7 @@ def parse_args(arguments=None):
     add_device_arguments(more)
     args = parser.parse_args(arguments)
     if args.out is None:
-        base = f"{Path(args.ckpt).absolute().name}-{args.task}-base"
+        base = f"{Path(os.path.abspath(args.ckpt)).name}-{args.task}-base"
         args.out = args.adapter or Path("runs") / base
     return args
 

@@ -153,6 +153,8 @@ class Llama(nn.Module):
         for file in weight_files(directory):
             with safe_open(file, framework="pt") as stored:  # memory-mapped
                 for name in stored.keys():
+                    if name in tensors:
+                        raise ValueError(f"{name} is in {file} and in another file of the model")
                     if not name.endswith("rotary_emb.inv_freq"):  # from before transformers 4.32
                         tensors[name] = stored.get_tensor(name)
         # named_parameters() lists a tied weight once, as the embedding, and the files store it so.
@@ -265,6 +267,14 @@ def rope_inverse_frequencies(config):
             f"rope_scaling with rope_type {scaling.get('rope_type')!r} is not implemented: only "
             "linear and llama3 are"
         )
+    for name in (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ):
+        if name not in scaling:
+            raise ValueError(f"rope_scaling with rope_type 'llama3' has no {name}")
     # LLaMA 3.1 divides the frequencies of the pairs that turn little within the original context,
     # keeps those of the pairs that turn often, and blends between the two.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
@@ -458,11 +468,11 @@ class LlamaConfig:
         path = Path(path)
         if path.is_dir():
             path = path / "config.json"
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
         generation = path.with_name("generation_config.json")
         generation_config = {}
         if generation.is_file():
-            generation_config = json.loads(generation.read_text(encoding="utf-8"))
+            generation_config = json.loads(generation.read_text(encoding="utf-8-sig"))
         try:
             return cls.from_dict(raw, generation_config)
         except ValueError as error:
@@ -533,7 +543,7 @@ def weight_files(directory):
     if single.is_file():
         return [single]
     index = directory / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"]
+    weight_map = json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"]
     return [directory / name for name in sorted(set(weight_map.values()))]
 
 

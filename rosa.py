@@ -392,7 +392,7 @@ def load_adapter(model, directory):
 
     Raises ValueError or OSError, naming what does not fit, before the model is changed."""
     directory = Path(directory)
-    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8-sig"))
     with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
         metadata = json.loads((file.metadata() or {}).get("rosa", "{}"))
         tensors = {name: file.get_tensor(name) for name in file.keys()}

@@ -18,6 +18,7 @@ per selection of layers, with their scores. At its end the run adds its picture,
 
 import argparse
 import math
+import os
 import random
 import time
 from pathlib import Path
@@ -36,6 +37,7 @@ from extras.checkpoints import (
     find_checkpoint,
     load_model,
     read_json,
+    say_if_begin_is_unstated,
     say_if_bfloat16_is_slow,
 )
 from extras.commands import (
@@ -67,7 +69,8 @@ def main(args):
     runs.check_out(args, ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     args.dtype = str(dtype).removeprefix("torch.")  # what "auto" has come to is part of the run
-    train_set, val_set, places_in_file, too_long = load_data(args, load_tokenizer(ckpt))
+    tokenizer = load_tokenizer(ckpt)
+    train_set, val_set, places_in_file, too_long = load_data(args, tokenizer)
     # With --shard each process will hold a share of the frozen weights (FSDP2). The model is then
     # memory-mapped on the CPU, and its weights stay in their files until shard() reads them.
     model = load_model(ckpt, device, dtype, mapped=args.shard)
@@ -93,6 +96,7 @@ def main(args):
     total_steps = min(args.epochs * batches_per_epoch, args.max_steps or math.inf)
     warmup = max(1, math.ceil(0.05 * total_steps))
     say_if_bfloat16_is_slow(device, dtype)
+    say_if_begin_is_unstated(ckpt, tokenizer)
     print_overview(args, ckpt, model, device, selector, trainable)
     print(
         f"data       {len(train_set):,} examples of {sum(lengths):,} tokens to train on, "
@@ -114,7 +118,7 @@ def main(args):
         kernels.compile_layers(model)
     if args.checkpoint_activations:
         kernels.checkpoint_activations(model)
-    run = runs.Run(args, ckpt, model, trainable, optimizer, selector)
+    run = runs.Run(args, ckpt, tokenizer, model, trainable, optimizer, selector)
     # With --resume this loads the adapters, AdamW's moments, the scores and the active layers, and
     # returns the number of the step after which they were saved. It cuts the logs back to that
     # step; a validation that was due there is made again below. Without --resume it returns None.
@@ -555,7 +559,7 @@ def check_args(args):
     if args.out is None:
         # A run is named after its task, else after its training file.
         trained_on = args.task or Path(args.train_file or "toy").stem
-        ckpt_name = Path(args.ckpt).absolute().name
+        ckpt_name = Path(os.path.abspath(args.ckpt)).name
         args.out = Path("runs") / f"{ckpt_name}-{trained_on}-{args.method.replace(':', '-')}"
     args.task = args.task or "toy"
     return args

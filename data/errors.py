@@ -6,6 +6,7 @@ mistake."""
 
 import dis
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -25,6 +26,18 @@ def user_file(path):
         raise UserError(f"{error.filename or path}: {error.strerror or error}") from error
     except SafetensorError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def read_text(path):
+    """The text in a file that the user has named: UTF-8, with a byte order mark or without. Raises
+    UserError."""
+    try:
+        with user_file(path):
+            return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not text in UTF-8: {error.reason} at byte {error.start}"
+        ) from None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from data import toy
-from data.errors import UserError, user_file
+from data.errors import UserError, read_text
 
 # task -> the names of its test sets. `extract_answer` knows how the answers to each are read.
 TASKS = {
@@ -284,13 +284,7 @@ def as_text(value):
 def read_records(file):
     """(place, value) of every element of a JSON array, or of every line of JSON Lines. The places
     of an array are "record 0", "record 1" and so on, those of JSON Lines "line 1", "line 2"."""
-    try:
-        with user_file(file):
-            text = Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} is not text in UTF-8: {error.reason} at byte {error.start}"
-        ) from None
+    text = read_text(file)
     if text.lstrip().startswith("["):
         return [(f"record {i}", value) for i, value in enumerate(parse(text, file))]
     if goes_over_lines(text.lstrip()):
@@ -336,8 +330,16 @@ CHOICES = {
     "winogrande": r"option[12]",
 }
 CHOICES |= dict.fromkeys(("social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookqa"), r"answer[1-5]")
-# The letter in "The answer is (B)"
-SAID = r"[Aa]nswer(?: is|:)[\s:*(]*([A-E])\b"
+# What may stand around a letter: brackets, quotes, asterisks, spaces, commands of LaTeX and tags of
+# HTML, but no end of a part of a sentence
+MARKS = r"(?:\\[a-zA-Z]+|</?\w+>|[^\w.,;!?]|_)*"
+KIND = r"(?i:answer|option|choice)"
+# The letter in "The answer is (B)", "**Choice:** option `B`", "B is the correct answer"
+SAID = rf"{KIND}(?: (?i:is|would be|must be|should be)\b|\W*[:=]){MARKS}"
+SAID += rf"(?:(?i:the )?(?:{KIND}|letter)\b{MARKS})?([A-E])(?![A-Za-z0-9])"
+SAID += rf"|\b([A-E]){MARKS}(?<=\W)is the (?:(?:correct|right|best|final) )*{KIND}\b"
+# What stands between thousands, as in LaTeX's 9{,}500
+THOUSANDS = r"(?<=\d)(?:\{,\}|,?\\[,!; ])(?=\d{3}(?!\d))"
 # The article at the beginning of a sentence, as in "A train ...". {} stands for the words before
 # which an A is not the article but the letter.
 ARTICLE = r"(?<![a-z,] )\bA (?!(?:{})\b(?!-))[a-z]"
@@ -354,16 +356,18 @@ def extract_answer(name, response):
     response gives no answer.
 
     The answer is the one that LLM-Adapters extracts, case counting: the last number with its commas
-    removed, and in commonsense the first option that is named. There are three differences: ".5" is
-    a half, "untrue" does not name true, and in AQuA the choice is the last letter said to be the
-    answer, or else the last letter that stands alone. In LLM-Adapters it is the first capital A to
-    E, even that of "Because"."""
+    removed, and in commonsense the first option that is named. There are four differences: ".5" is
+    a half, LaTeX's thousands ("9{,}500") and the minus of Unicode belong to a number, "untrue" does
+    not name true, and in AQuA the choice is the last letter said to be the answer, or else the last
+    letter that stands alone. In LLM-Adapters it is the first capital A to E, even that of
+    "Because"."""
     if name in CHOICES:
         named = re.findall(CHOICES[name], response)
         return named[0] if named else ""
     if name == "AQuA":
         letters = chosen_letters(response)
         return letters[-1] if letters else ""
+    response = re.sub(THOUSANDS, "", response).replace("\u2212", "-")
     # A point begins a number only where no word ends: "Rs.75" is 75.
     numbers = re.findall(r"-?(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)", response.replace(",", ""))
     return numbers[-1] if numbers else ""
@@ -372,12 +376,17 @@ def extract_answer(name, response):
 def chosen_letters(response):
     """The letters A to E that a response to a question of AQuA names as its choice, in order."""
     article = ARTICLE.format(AFTER_LETTER.replace(" ", "|"))
-    said = re.findall(SAID, re.sub(article, "", response))
+    said = said_letters(re.sub(article, "", response))
     if said:
         return said
     alone = re.findall(r"\b[A-E]\b", re.sub(ARTICLE.format("is"), "", response))
     # Where no other letter is named, an A that may be an article is the choice.
-    return alone or re.findall(SAID, response)
+    return alone or said_letters(response)
+
+
+def said_letters(response):
+    """The letters that are said to be the answer, the option or the choice, in order."""
+    return [match[1] or match[2] for match in re.finditer(SAID, response)]
 
 
 def is_correct(name, response, answer):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 from sentencepiece import SentencePieceProcessor
 
-from data.errors import UserError, user_file
+from data.errors import UserError, read_text, user_file
 
 HERE = Path(__file__).resolve().parent
 # How a token is found in a text: the flags in a checkpoint's files, and their defaults.
@@ -36,6 +36,7 @@ def load_tokenizer(ckpt):
         .bos_id, the id that begins every sequence, or None if the model has no such id
         .eos_id, the id that ends every response
         .vocab_size
+        .begin_is_stated, whether the checkpoint says if bos_id begins a sequence
     Raises UserError."""
     directory = Path(ckpt) if Path(ckpt).is_dir() else HERE / ckpt  # `tiny` lies beside this file
     settings = read_settings(directory)
@@ -56,9 +57,11 @@ def load_tokenizer(ckpt):
             tokenizer = SentencePieceTokenizer(model, settings)
         except UserError:  # the file is absent, or it is LLaMA 3's, which is in tiktoken's format
             raise UserError(needed) from None
-        if may_differ(serialized, tokenizer):
+        if may_differ(serialized, settings, tokenizer):
             print(f"{needed}; {model} is read instead, which may give other ids", file=sys.stderr)
 
+    # A tokenizer.json always says it, in its post-processor.
+    tokenizer.begin_is_stated = serialized.is_file() or settings.add_bos is not None
     rows = settings.rows or tokenizer.vocab_size
     # Special tokens such as <pad> may lie beyond the model's rows, since no text produces them.
     if tokenizer.text_size > rows:
@@ -82,8 +85,9 @@ def read_json(file):
     if not file.is_file():
         return {}
     try:
-        with user_file(file):
-            return {**json.loads(file.read_text(encoding="utf-8"))}
+        return {**json.loads(read_text(file))}
+    except UserError:
+        raise
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is not a JSON object ({error}): fix or download it") from None
 
@@ -97,7 +101,8 @@ def read_settings(directory):
     bos, eos: the tokens that begin and end a sequence, or None
     eos_id: the id of eos in the model's config, or -1
     rows: the size of the model's vocabulary, or None
-    add_bos, add_prefix_space, legacy, tokenizer_class: how a text is encoded"""
+    add_bos: whether the beginning-of-sequence token is put before a text; None where it is not said
+    add_prefix_space, legacy, tokenizer_class: how a text is encoded"""
     config = read_json(directory / "config.json")
     stated = read_json(directory / "tokenizer_config.json")
     older = "added_tokens_decoder" not in stated
@@ -137,7 +142,7 @@ def read_settings(directory):
         eos=named["eos_token"],
         eos_id=eos_id if type(eos_id) is int else -1,
         rows=rows if type(rows) is int and rows > 0 else None,
-        add_bos=stated.get("add_bos_token", True),
+        add_bos=stated.get("add_bos_token"),
         add_prefix_space=stated.get("add_prefix_space"),
         legacy=bool(stated.get("legacy", tokenizer_class not in ("LlamaTokenizer", ""))),
         tokenizer_class=tokenizer_class,
@@ -171,9 +176,10 @@ class SentencePieceTokenizer:
     """The tokenizer of LLaMA 1 and 2 and of Mistral: it puts a space before a text, and bytes stand
     for unknown characters.
 
-    The ids are those of transformers 5. Its LlamaTokenizer puts no space before a text that begins
-    with a space; its other classes put a second space there, as SentencePiece does. After an added
-    token they put a space if the config says `legacy`."""
+    The ids are those of transformers 5. Its LlamaTokenizer normalises nothing, whatever the model's
+    own settings are, and puts no space before a text that begins with a space. Its other classes
+    heed these settings, and put a second space there, as SentencePiece does. After an added token
+    they put a space if the config says `legacy`."""
 
     def __init__(self, file, settings):
         with user_file(file):
@@ -183,19 +189,21 @@ class SentencePieceTokenizer:
         for token in settings.special:
             before = rb"(?<=\n." + re.escape(token.encode()) + rb"\x15.{4}\x18)"
             proto = re.sub(before + rb"\x04", b"\x03", proto, flags=re.DOTALL)
-        # The field normalizer_spec { add_dummy_prefix: false } in the encoding of protobuf. It
-        # overrides the file's own field when it stands behind it.
-        no_prefix = b"\x1a\x02\x18\x00"
+        llama = settings.tokenizer_class in ("LlamaTokenizer", "")
+        prefixed, plain = b"", normalizer_spec(add_dummy_prefix=False)
+        if llama:
+            exact = {"precompiled_charsmap": b"", "remove_extra_whitespaces": False}
+            prefix = settings.add_prefix_space is not False
+            prefixed = normalizer_spec(**exact, add_dummy_prefix=prefix)
+            plain = normalizer_spec(**exact, add_dummy_prefix=False)
         try:
-            self.prefixing = SentencePieceProcessor(model_proto=proto)
-            self.plain = model = SentencePieceProcessor(model_proto=proto + no_prefix)
+            self.prefixing = SentencePieceProcessor(model_proto=proto + prefixed)
+            self.plain = model = SentencePieceProcessor(model_proto=proto + plain)
         except (RuntimeError, OSError) as error:
             raise UserError(
                 f"{file} is not a SentencePiece model ({str(error).strip()}): download it again"
             ) from None
-        llama = settings.tokenizer_class in ("LlamaTokenizer", "")
-        if llama and settings.add_prefix_space is False:
-            self.prefixing = self.plain
+        self.puts_space = self.prefixing.encode("a") != self.plain.encode("a")
         # Whether a space is put before the text after an added token, and before a text that begins
         # with a space
         self.prefix_parts = settings.legacy
@@ -213,7 +221,7 @@ class SentencePieceTokenizer:
         # SentencePiece returns -1 for an id that the model does not have.
         bos_id = model.bos_id() if model.bos_id() >= 0 else None
         eos_id = model.eos_id() if model.eos_id() >= 0 else settings.eos_id
-        self.bos_id = self.ids.get(settings.bos, bos_id) if settings.add_bos else None
+        self.bos_id = self.ids.get(settings.bos, bos_id) if settings.add_bos is not False else None
         self.eos_id = self.ids.get(settings.eos, eos_id)
         self.special = {i for i in range(size) if model.is_control(i) or model.is_unknown(i)}
         self.special.add(self.eos_id)
@@ -223,9 +231,13 @@ class SentencePieceTokenizer:
         patterns = []
         # The longest token comes first, since Python takes the first pattern that fits.
         for token in sorted(self.added.values(), key=len, reverse=True):
-            left = r"\s*" if settings.added[token]["lstrip"] else ""
-            right = r"\s*" if settings.added[token]["rstrip"] else ""
-            patterns.append(f"{left}({re.escape(token)}){right}")
+            flags = settings.added[token]
+            left = r"\s*" if flags["lstrip"] else ""
+            right = r"\s*" if flags["rstrip"] else ""
+            found = re.escape(token)
+            if flags["single_word"]:  # only where no letter or digit is next to it
+                found = rf"(?<!\w){found}(?!\w)"
+            patterns.append(f"{left}({found}){right}")
         self.pattern = re.compile("|".join(patterns) or "(?!)")
 
     def encode(self, text):
@@ -260,19 +272,50 @@ class SentencePieceTokenizer:
         return text
 
 
-def may_differ(file, tokenizer):
-    """Whether a tokenizer.json has other added tokens, or begins a text with another token, than a
-    SentencePieceTokenizer."""
+def normalizer_spec(**fields):
+    """The field normalizer_spec of a SentencePiece model, in the encoding of protobuf. Behind a
+    file's content it overrides the fields in the file."""
+    tags = {
+        "precompiled_charsmap": 0x12,
+        "add_dummy_prefix": 0x18,
+        "remove_extra_whitespaces": 0x20,
+    }
+    spec = b""
+    for name, value in fields.items():
+        length_or_value = len(value) if isinstance(value, bytes) else value
+        spec += bytes([tags[name], length_or_value])
+    return bytes([0x1A, len(spec)]) + spec
+
+
+def may_differ(file, settings, tokenizer):
+    """Whether a tokenizer.json has other added tokens than a SentencePieceTokenizer, or begins a
+    text otherwise: with another token, or with a space or without one."""
     raw = read_json(file)
     try:
         tokens = {token["content"]: token["id"] for token in raw.get("added_tokens", ())}
         post_processor = raw.get("post_processor") or {}
         template = post_processor.get("single") or [{}]
         first = template[0].get("SpecialToken", {}).get("id")
-    except (AttributeError, KeyError, TypeError):
+        steps = []  # of the normalizer and the pre-tokenizer
+        for step in (raw.get("normalizer") or {}, raw.get("pre_tokenizer") or {}):
+            steps += step.get("normalizers") or step.get("pretokenizers") or [step]
+        puts_space = any(is_prefixing(step) for step in steps)
+    except (AttributeError, KeyError, TypeError, IndexError):
         return True
     ids = {token: tokenizer.plain.piece_to_id(token) for token in tokens} | tokenizer.ids
-    return any(ids[token] != i for token, i in tokens.items()) or ids.get(first) != tokenizer.bos_id
+    if any(ids[token] != i for token, i in tokens.items()) or ids.get(first) != tokenizer.bos_id:
+        return True
+    if settings.tokenizer_class == "LlamaTokenizer" or not any(steps):
+        return False  # JsonTokenizer.follow_llama puts the space, whatever the file says
+    return puts_space != tokenizer.puts_space
+
+
+def is_prefixing(step):
+    """Whether a step of a tokenizer.json puts a space before a text."""
+    if step.get("type") == "Metaspace":
+        scheme = "always" if step.get("add_prefix_space", True) else "never"
+        return step.get("prepend_scheme", scheme) != "never"
+    return step.get("type") == "Prepend"
 
 
 class JsonTokenizer:
@@ -281,12 +324,16 @@ class JsonTokenizer:
 
     def __init__(self, file, settings):
         from tokenizers import AddedToken, Tokenizer
+        from tokenizers import __version__ as version
 
         try:
             self.model = model = Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
-            problem = f"is no tokenizer that the package tokenizers reads ({error})"
-            raise UserError(f"{file} {problem}: download it again") from None
+            read_json(file)  # whether it is whole
+            problem = f"is no tokenizer that the package tokenizers {version} reads ({error})"
+            raise UserError(
+                f"{file} {problem}: a newer one may read it, pip install -U tokenizers"
+            ) from None
         is_byte_level = "ByteLevel" in f"{model.pre_tokenizer}{model.decoder}"
         if settings.tokenizer_class == "LlamaTokenizer" and not is_byte_level:
             self.follow_llama(settings)

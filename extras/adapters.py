@@ -38,6 +38,7 @@ HARMLESS = {
     "init_lora_weights",
     "auto_mapping",
     "peft_version",
+    "layers_to_transform",
     "layers_pattern",
     "megatron_core",
     "qalora_group_size",
@@ -86,13 +87,13 @@ def load_adapter(model, directory):
     say_if_of_another_base(adapter, getattr(model, "name_or_path", ""))
     if adapter.needs_peft:
         return load_peft(model, adapter)
-    arguments = lora_arguments(adapter)
+    arguments, tensors = lora_of(model, adapter)
     config = adapter.config | {"base_model_name_or_path": None}
     is_rosas_own = adapter.metadata == arguments and config == rosa.lora_config(arguments)
     with refusals_of("rosa"):
         if is_rosas_own:
             return rosa.load_adapter(model, adapter.directory)
-        return rosa.load_tensors(model, adapter.directory, arguments, adapter.tensors)
+        return rosa.load_tensors(model, adapter.directory, arguments, tensors)
 
 
 def read_adapter(directory):
@@ -151,11 +152,42 @@ def say_if_of_another_base(adapter, base):
 
 # --- LoRA, as PEFT and RoSA write it ---
 
+NAME_LISTS = ("target_modules", "exclude_modules", "layers_pattern")
+# A tensor's name: where the writer's model has its layers, the linear layer, the factor, and in
+# some files the adapter's name.
+LORA_NAME = re.compile(r"((?:.*\.)?)(layers\.\d+\.[\w.]+)\.(lora_[AB])(\.[^.]+)?\.weight")
+PREFIX = "base_model.model.model."  # of these names in what PEFT's save_pretrained writes
 
-def lora_arguments(adapter):
-    """The arguments of rosa.attach for an adapter whose peft_type is LORA. RoSA's metadata say
-    which rows adapt; without metadata all rows do. Raises UserError for what rosa.py does not
-    implement, and where the two files are not of one adapter."""
+
+def usual_names(file, tensors):
+    """(tensors, prefix): the tensors under the names that PEFT's save_pretrained gives them, and
+    the prefix that their names had. Raises UserError where they are of several adapters."""
+    usual = {}
+    found = {}  # (prefix, adapter's name) -> the first tensor's name
+    for name, tensor in tensors.items():
+        match = LORA_NAME.fullmatch(name)
+        if match:
+            prefix, module, factor, adapter = match.groups()
+            found.setdefault((prefix, adapter), name)
+            name = f"{PREFIX}{module}.{factor}.weight"
+        usual[name] = tensor
+    if len(found) > 1:
+        first, second, *_ = found.values()
+        raise UserError(
+            f"{file} holds several adapters, {first} and {second}: save the one that is meant"
+        )
+    (prefix, _), *_ = [*found, (PREFIX, None)]
+    return usual, prefix
+
+
+def lora_of(model, adapter):
+    """(arguments, tensors) of an adapter whose peft_type is LORA: those of rosa.attach and
+    rosa.load_tensors for this model.
+
+    RoSA's metadata say which rows adapt; without metadata all rows do. A linear layer that the
+    adapter leaves as it is, while it adapts the same one of another layer, gets A and B of zeros.
+    Raises UserError for what rosa.py does not implement, and where the two files are not of one
+    adapter."""
     path = adapter.directory / "adapter_config.json"
     config, metadata = adapter.config, adapter.metadata
     for name, value in config.items():
@@ -166,14 +198,23 @@ def lora_arguments(adapter):
                 f"{path}: {name} = {value!r:.60} is not implemented: let PEFT convert it to a "
                 "plain LoRA"
             )
-    targets = held_targets(adapter.tensors)
-    check_targets(adapter, targets, metadata.get("targets", targets))
+        if name in NAME_LISTS and not is_name_list(value):
+            raise UserError(f"{path}: {name} must be a name or a list of names, not {value!r:.60}")
+    layers = config.get("layers_to_transform")
+    if not all(type(i) is int for i in (layers if isinstance(layers, list) else [layers or 0])):
+        raise UserError(
+            f"{path}: layers_to_transform must be a layer's number or a list, not {layers!r:.60}"
+        )
     for name in adapter.tensors:
-        if ".layers." not in name:
+        if "layers." not in name:
             raise UserError(
                 f"{adapter.directory} holds {name}, which is in no layer: let PEFT merge it, "
                 "merge_and_unload()"
             )
+    tensors, prefix = usual_names(adapter.directory / "adapter_model.safetensors", adapter.tensors)
+    held = dict.fromkeys(name.removeprefix(PREFIX).partition(".lora_")[0] for name in tensors)
+    named = named_modules(model, config, prefix)
+    targets = check_targets(model, adapter, held, named)
     arguments = {
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
@@ -184,33 +225,118 @@ def lora_arguments(adapter):
         rosa.check_arguments(**arguments)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
+    if not metadata:
+        tensors |= zeros_where_nothing_adapts(model, targets, named, arguments["rank"])
     if config.get("use_rslora"):  # rsLoRA scales by alpha / sqrt(r), LoRA by alpha / r
         arguments["alpha"] *= math.sqrt(config["r"])
-    return arguments | {"targets": targets}
+    return arguments | {"targets": targets}, tensors
 
 
-def held_targets(tensors):
-    """The targets of rosa.attach of which there are tensors: q, k, v, o, gate, up, down."""
-    names = " ".join(tensors)
-    return [target for target, module in rosa.TARGETS.items() if f".{module}.lora_A." in names]
+def is_name_list(value):
+    """Whether a value of adapter_config.json is a name, a list of names, or null."""
+    names = value if isinstance(value, list) else [value or ""]
+    return all(isinstance(name, str) for name in names)
 
 
-def check_targets(adapter, held, stated):
-    """Raise UserError unless RoSA's metadata (stated) and adapter_config.json name the very modules
-    of which the file holds tensors."""
-    directory, config = adapter.directory, adapter.config
-    if sorted(map(str, stated)) != sorted(held):
-        raise UserError(f"{directory} says that it adapts {stated}, and holds tensors of {held}")
+def linear_layers(model):
+    """The name of each linear layer that may be adapted, "layers.0.self_attn.q_proj" -> its
+    target, "q"."""
+    names = {}
+    for i in range(len(model.model.layers)):
+        for target, module in rosa.TARGETS.items():
+            names[f"layers.{i}.{module}"] = target
+    return names
+
+
+def named_modules(model, config, prefix):
+    """The linear layers of the model that PEFT adapts by this adapter_config.json, as
+    `linear_layers` names them. prefix: that of the tensors in the file, whose model may have kept
+    its layers in another place."""
+    places = {"model.", prefix.removeprefix("base_model.model.")}
     named = []
-    for target, module in rosa.TARGETS.items():
-        is_excluded = is_named(module, config.get("exclude_modules"))
-        if is_named(module, config.get("target_modules")) and not is_excluded:
-            named.append(target)
-    if named != held:
+    for name in linear_layers(model):
+        if any(is_adapted(f"{place}{name}", config) for place in places):
+            named.append(name)
+    return named
+
+
+def is_adapted(name, config):
+    """Whether PEFT adapts the module of this name, "model.layers.0.self_attn.q_proj", by these
+    fields of its config: target_modules, exclude_modules, layers_to_transform, layers_pattern."""
+    targets = config.get("target_modules")
+    if is_named(name, config.get("exclude_modules")) or not is_named(name, targets):
+        return False
+    layers = config.get("layers_to_transform")  # a number or a list of numbers
+    is_list = not isinstance(targets, str)
+    if layers is None or layers == [] or not is_list or name in targets:
+        return True
+    patterns = config.get("layers_pattern") or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            match = re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name)
+        except re.error:
+            match = None
+        if match:
+            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def is_named(name, names):
+    """Whether PEFT finds a module by target_modules or exclude_modules: a list of names or of their
+    ends, "all-linear", or a pattern for the whole name."""
+    if names == "all-linear":
+        return True
+    if isinstance(names, str):
+        try:
+            return re.fullmatch(names, name) is not None
+        except re.error:
+            return False
+    return any(name == end or name.endswith(f".{end}") for end in names or ())
+
+
+def check_targets(model, adapter, held, named):
+    """The targets of rosa.attach: q, k, v, o, gate, up, down. Raises UserError unless
+    adapter_config.json and RoSA's metadata name the modules of which the file holds tensors.
+
+    held: the modules whose tensors are in the file, such as layers.0.self_attn.q_proj; named: those
+    of the model that adapter_config.json names."""
+    directory, config = adapter.directory, adapter.config
+    targets = targets_of(held)
+    stated = adapter.metadata.get("targets", targets)
+    if sorted(map(str, stated)) != sorted(targets):
+        raise UserError(f"{directory} says that it adapts {stated}, and holds tensors of {targets}")
+    if targets_of(named) != targets:
         raise UserError(
-            f"{directory}: adapter_config.json names the modules {in_words(named)}, the file holds "
-            f"tensors of {in_words(held)}: copy both files again, of one adapter"
+            f"{directory}: adapter_config.json names the modules {in_words(targets_of(named))}, "
+            f"the file holds tensors of {in_words(targets)}: copy both files again, of one adapter"
         )
+    for name in held:
+        if name in linear_layers(model) and name not in named:
+            raise UserError(
+                f"{directory}: it holds tensors of {name}, which adapter_config.json does not "
+                "name: copy both files again, of one adapter"
+            )
+    narrowing = [
+        name for name in ("layers_to_transform", "exclude_modules") if config.get(name) is not None
+    ]
+    names = config["target_modules"]
+    if isinstance(names, str) or any(re.search(r"\d", name) for name in names):
+        narrowing.insert(0, "target_modules")
+    absent = [name for name in named if name not in held]
+    if narrowing and absent:
+        raise UserError(
+            f"{directory}: by {' and '.join(narrowing)} in adapter_config.json it adapts "
+            f"{len(named)} linear layers of this model, and the file holds nothing of "
+            f"{len(absent)} of them, {absent[0]} the first: it is of a model with other layers, or "
+            "the two files are not of one adapter"
+        )
+    return targets
+
+
+def targets_of(modules):
+    """The targets of rosa.attach to which modules such as layers.0.self_attn.q_proj belong."""
+    ends = {".".join(module.split(".")[2:]) for module in modules}
+    return [target for target, module in rosa.TARGETS.items() if module in ends]
 
 
 def in_words(targets):
@@ -218,19 +344,18 @@ def in_words(targets):
     return ", ".join(rosa.TARGETS[target].split(".")[1] for target in targets) or "none"
 
 
-def is_named(module, names):
-    """Whether PEFT finds a module of a layer, "self_attn.q_proj", say, by target_modules or
-    exclude_modules: a list of names or of their ends, "all-linear", or a pattern for the whole
-    name."""
-    full = f"model.layers.0.{module}"
-    if names == "all-linear":
-        return True
-    if isinstance(names, str):
-        try:
-            return re.fullmatch(names, full) is not None
-        except re.error:
-            return False
-    return any(full == name or full.endswith(f".{name}") for name in names or ())
+def zeros_where_nothing_adapts(model, targets, named, rank):
+    """A and B of zeros, under their names in a file, for each linear layer that belongs to one of
+    the targets and is not named."""
+    zeros = {}
+    for name, target in linear_layers(model).items():
+        if target in targets and name not in named:
+            linear = model.model.get_submodule(name)
+            if isinstance(linear, rosa.RoAE):
+                linear = linear.linear
+            zeros[f"{PREFIX}{name}.lora_A.weight"] = torch.zeros(rank, linear.in_features)
+            zeros[f"{PREFIX}{name}.lora_B.weight"] = torch.zeros(linear.out_features, rank)
+    return zeros
 
 
 # --- what the package peft runs ---
@@ -263,6 +388,12 @@ def attach_peft(model, peft_type, options):
         raise UserError(
             f"peft:{peft_type} with init_lora_weights {initial!r}: peft draws the base anew when "
             "the adapter is read, so that it would be another model's: choose pissa, or true"
+        )
+    if "peft_type" in options:
+        raise UserError(
+            "--peft-config names an adapter's adapter_config.json: it takes the options of the "
+            'method alone, such as {"target_modules": ["q_proj"]}; eval.py runs an adapter, by '
+            "--adapter"
         )
     was_training = model.training
     try:

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from data.errors import UserError, refusals_of, user_file
+from data.errors import UserError, read_text, refusals_of, user_file
 from extras.distributed import is_first, processes
 from extras.source import HERE, edited
 from model import FAMILIES, Llama, LlamaConfig
@@ -49,6 +49,11 @@ def find_checkpoint(ckpt):
     for directory in (Path(ckpt), Path("checkpoints") / ckpt, HERE / "data" / ckpt):
         if (directory / "config.json").is_file():
             return directory
+    if (Path(ckpt) / "adapter_config.json").is_file():
+        raise UserError(
+            f"{ckpt} is an adapter's directory: give it by --adapter (eval.py), and its base model "
+            "by --ckpt"
+        )
     if Path(ckpt).is_dir():
         raise UserError(
             f"the directory {str(ckpt)!r} has no config.json: give that of a Hugging Face "
@@ -69,25 +74,53 @@ def find_checkpoint(ckpt):
         # else.
         commit = Path(head.read_text(errors="replace").strip()).name
         directory = cache / "snapshots" / commit
-    if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
+    if is_whole(directory):
         return directory
-    raise UserError(
-        f"{absent}, and Hugging Face's cache {hub_cache()} does not hold {repository}. To "
-        "download it (hf comes "
-        f"with pip install huggingface_hub): hf download {repository} --include '*.json' "
-        f"--include 'tokenizer*' --include 'model*.safetensors'"
+    there = ""
+    for snapshot in sorted(cache.glob("snapshots/*")):
+        if is_whole(snapshot):
+            raise UserError(
+                f"{absent}; Hugging Face's cache holds {repository}, but {head} does not name what "
+                f"is there: --ckpt {snapshot}"
+            )
+        names = sorted(file.name for file in snapshot.iterdir())
+        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+        if pickles and not any(name.endswith(".safetensors") for name in names):
+            there = f" ({snapshot} has pickled weights only, {pickles[0]}, which are not read)"
+    files = "['*.json', '*.txt', '*.jinja', 'tokenizer*', 'model*.safetensors']"
+    fetch = (
+        "from huggingface_hub import snapshot_download as get; "
+        f"get('{repository}', allow_patterns={files})"
     )
+    # Double quotes outside: so this line runs in every shell, that of Windows included.
+    advice = f'To download it (pip install huggingface_hub): python -c "{fetch}"'
+    if there:
+        advice = "Choose a checkpoint that has model.safetensors, or convert it"
+    raise UserError(
+        f"{absent}, and Hugging Face's cache {hub_cache()} does not hold {repository}{there}. "
+        f"{advice}"
+    )
+
+
+def is_whole(directory):
+    """Whether a directory in the cache has a config and weights."""
+    return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
 
 
 def hub_cache():
-    """Where huggingface_hub keeps what it downloads."""
-    home = os.environ.get("HF_HOME") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
-    )
-    cache = os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")
-    return Path(os.path.expandvars(cache)).expanduser()
+    """Where huggingface_hub keeps what it downloads, by the variables that it heeds."""
+    cache = Path("~", ".cache")
+    for name, folder in (
+        ("XDG_CACHE_HOME", "huggingface"),
+        ("HF_HOME", "hub"),
+        ("HUGGINGFACE_HUB_CACHE", ""),
+        ("HF_HUB_CACHE", ""),
+    ):
+        cache = Path(os.environ.get(name) or cache) / folder
+    return Path(os.path.expandvars(cache.expanduser()))
 
 
+# The files beside config and weights on which an answer depends
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -97,11 +130,18 @@ COMPANIONS = (
     "chat_template*",
     "generation_config.json",
 )
+# What a new checkpoint does not take over from an older one: weights in whatever format, pickles,
+# archives, and what a run of train.py or an adapter has left there
+WEIGHTS = (
+    ".safetensors .bin .pt .pth .ckpt .pkl .pickle .joblib .h5 .msgpack .onnx .onnx_data .gguf"
+)
+WEIGHTS += " .ggml .tflite .npz .npy .distcp .nemo .zip .tar .gz .partial"
+OF_A_RUN = "args.json log.jsonl layers.jsonl summary.json run.png results.json predictions.jsonl"
+OF_A_RUN += " losses.json adapter_config.json"
 
 
 def companions(ckpt):
-    """What a checkpoint directory holds beside config and weights: the tokenizer's files, the
-    generation config."""
+    """The tokenizer's files and the generation config of a checkpoint directory."""
     files = set()
     for pattern in COMPANIONS:
         files |= {file for file in ckpt.glob(pattern) if file.is_file()}
@@ -109,8 +149,31 @@ def companions(ckpt):
 
 
 def copy_companions(source, directory):
-    for file in companions(source):
-        shutil.copyfile(file, directory / file.name)
+    """Copy all that a checkpoint directory holds beside config and weights: the tokenizer, chat
+    templates, the licence. No pickle is copied."""
+    for file in [*source.iterdir(), *source.glob("additional_chat_templates/*")]:
+        is_weight = file.suffix in WEIGHTS.split() or file.name.endswith(".index.json")
+        is_other = file.name in ("config.json", *OF_A_RUN.split()) or file.name.startswith(".")
+        if is_weight or is_other or not file.is_file():
+            continue
+        copy = directory / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def name_end(directory, eos_id):
+    """Let config.json and generation_config.json in a checkpoint directory name the id `eos_id`
+    among those that end an answer, so that the `generate` of transformers stops there."""
+    files = [directory / "config.json", directory / "generation_config.json"]
+    held = {file: read_json(file, missing={}) for file in files}
+    stating = [file for file in files if held[file].get("eos_token_id") is not None]
+    for file in stating or files[1:]:
+        raw = held[file]
+        stated = raw.get("eos_token_id")
+        ids = stated if isinstance(stated, list) else [stated]
+        if eos_id not in ids:
+            raw["eos_token_id"] = eos_id if stated in (None, []) else [*ids, eos_id]
+            file.write_text(json.dumps(raw, indent=2) + "\n")
 
 
 def choose_device_and_dtype(device="auto", dtype="auto"):
@@ -156,6 +219,17 @@ def say_if_bfloat16_is_slow(device, dtype):
         print(
             f"this {name} computes bfloat16 in software, slowly: --dtype float32 is faster here",
             file=sys.stderr,
+        )
+
+
+def say_if_begin_is_unstated(ckpt, tokenizer):
+    """Print a line where a checkpoint does not say whether its texts begin with a token, and
+    transformers begins them otherwise than data/tokenizer.py."""
+    if not tokenizer.begin_is_stated and tokenizer.bos_id is not None and is_first():
+        print(
+            f"tokenizer  {ckpt} does not say whether token {tokenizer.bos_id} begins a text: it "
+            'does here, not in transformers 5. "add_bos_token": true in tokenizer_config.json says '
+            "it to both"
         )
 
 
@@ -219,9 +293,7 @@ def translate_config(directory, raw, generation):
     if raw.get("architectures"):
         raw["architectures"] = [usual_architecture(name) for name in raw["architectures"]]
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    rope = dict(raw.get(key) or {})
-    if "type" in rope:  # as transformers called it before 4.43
-        rope.setdefault("rope_type", rope.pop("type"))
+    rope = scaling_of(raw)
     if rope.get("rope_type") == "linear" and "original_max_position_embeddings" not in rope:
         # The config does not say whether max_position_embeddings is before or after the scaling:
         # it is taken to be before.
@@ -234,6 +306,20 @@ def translate_config(directory, raw, generation):
             return LlamaConfig.from_dict(raw, generation)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def scaling_of(raw):
+    """rope_scaling, or rope_parameters, of a config.json, by the names of transformers 5."""
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    if "type" in rope:  # as transformers called it before 4.43
+        rope.setdefault("rope_type", rope.pop("type"))
+    if rope.get("rope_type") == "llama3":
+        # It may stand beside rope_scaling, where it comes first for transformers, or nowhere.
+        context = raw.get("original_max_position_embeddings")
+        if context is None:
+            context = rope.get("original_max_position_embeddings", stated_context(raw))
+        rope["original_max_position_embeddings"] = context
+    return rope
 
 
 def stated_context(raw):
@@ -303,7 +389,7 @@ def split(name, entry, config):
 
 
 # load_model replaces this method, as long as it is the one of this fingerprint.
-PLAIN = {(Llama, "from_pretrained"): "88a6bc8b7d60"}
+PLAIN = {(Llama, "from_pretrained"): "5429502ac6db"}
 
 
 def load_model(ckpt, device="cpu", dtype=None, mapped=False):
@@ -443,6 +529,7 @@ def check_rope(raw):
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise UserError(f"rope_scaling must be an object, not {rope!r}")
+    rope = scaling_of(raw)
     check_positive("rope_theta", rope.get("rope_theta", raw.get("rope_theta", 1.0)))
     numbers = {"linear": ["factor"]}
     numbers["llama3"] = [
@@ -451,7 +538,7 @@ def check_rope(raw):
         "high_freq_factor",
         "original_max_position_embeddings",
     ]
-    for name in numbers.get(str(rope.get("rope_type", rope.get("type"))), ()):
+    for name in numbers.get(str(rope.get("rope_type")), ()):
         check_positive(f"rope_scaling's {name}", rope.get(name))
     low, high = rope.get("low_freq_factor", 0), rope.get("high_freq_factor", 1)
     if low >= high:
@@ -575,11 +662,10 @@ def read_json(path, missing=None):
     that is given."""
     if missing is not None and not Path(path).exists():
         return missing
-    with user_file(path):
-        content = Path(path).read_bytes()
+    text = read_text(path)
     try:
-        value = json.loads(content.decode())
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a thousand brackets
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, or a thousand brackets
         raise UserError(f"{path} is not a JSON file ({error}): fix or download it") from None
     if not isinstance(value, dict):
         raise UserError(

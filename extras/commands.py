@@ -42,6 +42,7 @@ def run_script(name, parse_args, main, arguments=None, last_sentence=None):
     def with_last_sentence(message):
         return f"{message}. {last_sentence(arguments)}" if last_sentence else str(message)
 
+    open_standard_streams()
     show_what_can_be_shown()
     try:
         join_processes()
@@ -90,6 +91,14 @@ def add_innermost_line(error):
         error.add_note("".join(traceback.format_list(own[-1:])).rstrip())
 
 
+def open_standard_streams():
+    """Where the shell has closed stdout or stderr (2>&-) open the null device in its place: else a
+    progress bar would fail, and the next file to be opened would be taken for that stream."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+
 def show_what_can_be_shown():
     """Print a question mark for a character that the terminal or file cannot show, and raise no
     error."""
@@ -128,7 +137,7 @@ def one_line(message):
         shown = c if c.isprintable() else ascii(c)[1:-1]
         text += shown
     # The end of a long message is kept, since it says what to do.
-    return text if len(text) <= 600 else f"{text[:400]} ... {text[-180:]}"
+    return text if len(text) <= 600 else f"{text[:320]} ... {text[-260:]}"
 
 
 def resume_command(script, arguments):

@@ -7,13 +7,14 @@ Without it: model.loss(tokens, labels) on text of one's own.
 """
 
 import math
+import os
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from data import tasks
-from data.errors import UserError, user_file
+from data.errors import UserError, read_text
 from data.tokenizer import load_tokenizer
 from extras import adapters, checkpoints
 from extras.checkpoints import (
@@ -41,13 +42,7 @@ def load_texts(file, tokenizer, limit, skip_empty):
     if file.suffix in (".json", ".jsonl"):
         placed = tasks.placed_examples(file, skip_empty=skip_empty)[:limit]
         return [(place, tasks.encode_example(example, tokenizer)) for place, example in placed]
-    with user_file(file):
-        content = file.read_bytes()
-    try:
-        text = content.decode()
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not text in UTF-8") from None
-    ids = tokenizer.encode(text)
+    ids = tokenizer.encode(read_text(file))
     if not ids:
         raise UserError(f"{file} holds no text")
     start = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
@@ -100,7 +95,7 @@ def main(args):
     checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
     say_if_unfinished(adapter or ckpt)
-    out = Path(args.out or adapter or f"runs/{ckpt.absolute().name}-base")
+    out = Path(args.out or adapter or f"runs/{Path(os.path.abspath(ckpt)).name}-base")
     make_writable(out)
 
     # --- the losses ---

@@ -12,6 +12,7 @@ instruction and its response, and no story has the numbers of a test problem of 
 model knows the words and the arithmetic, and cannot do the task."""
 
 import io
+import json
 import math
 import random
 import string
@@ -134,6 +135,18 @@ def rows(rng, tokenizer, count):
     return torch.tensor(stream[: count * (CONTEXT + 1)]).view(count, CONTEXT + 1)
 
 
+# How transformers shall use tokenizer.model: every text begins with <s>.
+TOKENIZER_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "legacy": False,
+}
+
+
 def main(args):
     rng = random.Random(0)
     torch.manual_seed(0)
@@ -190,6 +203,7 @@ def main(args):
                 flush=True,
             )
     model.to(torch.bfloat16).save_pretrained(args.out)
+    (args.out / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=2) + "\n")
 
 
 def parse_args(arguments=None):

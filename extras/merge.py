@@ -29,6 +29,7 @@ from extras.checkpoints import (
     find_checkpoint,
     hub_name,
     meta_model,
+    name_end,
     read_checkpoint,
     read_tensor,
     usual_architecture,
@@ -80,6 +81,7 @@ def merge_checkpoint(ckpt, directory, out):
         if config != checkpoint.raw:
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_companions(ckpt, partial)
+        name_end(partial, tokenizer.eos_id)
 
         prompts = [tasks.encode_prompt(example, tokenizer) for example in toy.examples("test", 4)]
         tokens, lengths = pad(prompts)
@@ -210,13 +212,13 @@ def updater(model, adapter):
     """A function from a weight's name and the weight to the weight that rosa.merge makes of it with
     an adapter, in float32 at least; a weight that has no adapter is returned as it is. model: the
     checkpoint's on the meta device."""
-    directory, tensors = adapter.directory, adapter.tensors
+    directory = adapter.directory
     if adapter.peft_type != "LORA":
         raise UserError(
             f"{directory} is an adapter of type {adapter.peft_type}, which rosa.merge cannot "
             "merge: load both with the package peft, and call merge_and_unload()"
         )
-    arguments = adapters.lora_arguments(adapter)
+    arguments, tensors = adapters.lora_of(model, adapter)
     with refusals_of("rosa"):
         rosa.check_adapter(model, directory, arguments, tensors)
     for name, tensor in tensors.items():

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from data import tasks
 from data.errors import UserError
 from extras import adapters
-from extras.checkpoints import checkpoint_files, copy_companions, read_json
+from extras.checkpoints import checkpoint_files, copy_companions, name_end, read_json
 from extras.commands import Stop
 from extras.distributed import by_the_first, gather, is_first
 from extras.records import (
@@ -75,10 +75,11 @@ class Run:
 
     trainable: name -> parameter of all that trains, in the optimiser's order."""
 
-    def __init__(self, args, ckpt, model, trainable, optimizer, selector):
+    def __init__(self, args, ckpt, tokenizer, model, trainable, optimizer, selector):
         self.args = args
         self.out = args.out
         self.ckpt = ckpt
+        self.tokenizer = tokenizer
         self.model = model
         self.trainable = trainable
         self.optimizer = optimizer
@@ -218,11 +219,14 @@ class Run:
             if self.kept == "checkpoint":
                 self.model.save_pretrained(new)
                 copy_companions(self.ckpt, new)
+                name_end(new, self.tokenizer.eos_id)
             else:
                 adapters.save_adapter(self.model, new)
-            for file in new.iterdir():
-                write(self.out / file.name, lambda partial, file=file: os.replace(file, partial))
-            new.rmdir()
+            for file in [file for file in new.rglob("*") if file.is_file()]:
+                place = self.out / file.relative_to(new)
+                place.parent.mkdir(exist_ok=True)
+                write(place, lambda partial, file=file: os.replace(file, partial))
+            shutil.rmtree(new)
 
     @by_the_first
     def save_state(self, step):
@@ -406,7 +410,9 @@ def draw_run(out):
     validations = validations_of(log)
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")  # the shape of a slide
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 3])
-    figure.suptitle(f"{Path(args['ckpt']).absolute().name} on {trained_on(args)}: {args['method']}")
+    figure.suptitle(
+        f"{Path(os.path.abspath(args['ckpt'])).name} on {trained_on(args)}: {args['method']}"
+    )
 
     numbers = [record["step"] for record in steps]
     losses = [record["loss"] for record in steps]  # None, drawn as a gap, where it is not finite

@@ -352,7 +352,9 @@ def test_what_hugging_faces_cache_calls_main_lies_in_the_cache(expect_error, rev
     Path("no cache/models--some--model/snapshots").mkdir(parents=True)
     Path("no cache/models--some--model/refs").mkdir()
     Path("no cache/models--some--model/refs/main").write_bytes(revision)
-    expect_error("eval.py --ckpt some/model", "does not hold some/model", "hf download some/model")
+    expect_error(
+        "eval.py --ckpt some/model", "does not hold some/model", "get('some/model', allow_patterns="
+    )
 
 
 # --- config.json ---
@@ -770,7 +772,7 @@ def test_an_example_that_is_too_long_is_named_by_its_place_in_the_file(expect_er
 
 DOWNLOAD = "python data/download.py all"
 FLAGS = [  # (command, what is typed after it, the message)
-    (EVAL, "--ckpt llama2-7b", "hf download meta-llama/Llama-2-7b-hf --include"),
+    (EVAL, "--ckpt llama2-7b", "get('meta-llama/Llama-2-7b-hf', allow_patterns=["),
     (EVAL, f"--ckpt 'a\nb\x1b[2J{'c' * 200}'", "no checkpoint 'a\\nb\\x1b[2J"),
     (
         TRAIN,

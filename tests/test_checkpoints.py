@@ -2,9 +2,15 @@
 that does not fit."""
 
 import json
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import rosa
 from data.errors import UserError
-from extras import checkpoints
+from extras import adapters, checkpoints
 from extras.checkpoints import find_checkpoint, hub_cache, load_model
 from extras.merge import merge_checkpoint
 from model import Llama
@@ -43,30 +49,138 @@ def test_a_name_is_looked_for_here_then_in_the_cache_of_hugging_face(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", "$PWD/cache")
     monkeypatch.setenv("PWD", str(tmp_path))
-    patterns = r"--include '\*.json' --include 'tokenizer\*' --include 'model\*.safetensors'"
+    with pytest.raises(UserError, match='To download it .*: python -c "from hugg.*"$') as error:
+        find_checkpoint(name)
+    code = str(error.value).partition('python -c "')[2][:-1]
+    # What the line fetches, in any shell: its code has no double quote, dollar or backslash.
+    assert not re.search(r'["$\\`!%]', code)
+    fetched = []
 
-    def is_absent():
-        with pytest.raises(
-            UserError, match=f"To download it .*: hf download {repository} {patterns}"
-        ):
-            find_checkpoint(name)
+    def snapshot_download(*given, **named):
+        fetched.append((given, named))
 
-    is_absent()
+    package = SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", package)
+    Path("line.py").write_text(code)
+    runpy.run_path("line.py")
+    ((repositories, options),) = fetched
+    assert repositories == (repository,)
+    wanted = "config.json tokenizer.model merges.txt chat_template.jinja tokenizer_config.json"
+    wanted += " model-00001-of-00002.safetensors model.safetensors.index.json"
+    unwanted = "pytorch_model.bin original/consolidated.00.pth consolidated.safetensors x.gguf"
+    for files, is_wanted in ((wanted, True), (unwanted, False)):
+        for file in files.split():
+            assert any(fnmatch(file, each) for each in options["allow_patterns"]) is is_wanted, file
+
     cached = tmp_path / "cache" / ("models--" + repository.replace("/", "--"))
     model.save_pretrained(cached / "snapshots" / "0123abc")
-    is_absent()  # no revision is the main one yet
+    # No revision is the main one yet: what lies there is named
+    with pytest.raises(UserError, match=f"refs/main does not name .*: --ckpt {cached}/snapshots/0"):
+        find_checkpoint(name)
     (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("moved")
+    with pytest.raises(UserError, match=f"refs/main does not name .*: --ckpt {cached}/snapshots/0"):
+        find_checkpoint(name)
     (cached / "refs" / "main").write_text("0123abc")
     assert find_checkpoint(name) == cached / "snapshots" / "0123abc"
     # An adapter's config will name the checkpoint by its name on the Hub
     assert load_model(find_checkpoint(name)).name_or_path == repository
     (cached / "snapshots" / "0123abc" / "model.safetensors").rename(tmp_path / "weights")
-    is_absent()  # config.json alone is no checkpoint
+    with pytest.raises(UserError, match="does not hold"):  # config.json alone is no checkpoint
+        find_checkpoint(name)
     for nearer in (f"checkpoints/{name}", name):
         model.save_pretrained(nearer)
         assert find_checkpoint(name).samefile(nearer)
     # An adapter's config will name the directory, where PEFT finds it
     assert load_model(find_checkpoint(name)).name_or_path == str(tmp_path / name)
+
+
+def test_of_pickled_weights_in_the_cache_a_line_says_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "pytorch_model.bin").write_text("")
+    with pytest.raises(UserError, match="pickled weights only, pytorch_model.bin, .*Choose a ch"):
+        find_checkpoint("a/b")
+
+
+@pytest.mark.parametrize(
+    "variables, cache",
+    [
+        ({}, "home/.cache/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "~/x"}, "home/x/huggingface/hub"),
+        ({"HF_HOME": "$HOME/h", "XDG_CACHE_HOME": "x"}, "home/h/hub"),
+        ({"HUGGINGFACE_HUB_CACHE": "$HOME/old", "HF_HOME": "h"}, "home/old"),
+        ({"HF_HUB_CACHE": "~/new", "HUGGINGFACE_HUB_CACHE": "old", "HF_HOME": "h"}, "home/new"),
+    ],
+)
+def test_the_cache_is_where_huggingface_hub_has_it(tmp_path, monkeypatch, variables, cache):
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HUGGINGFACE_HUB_CACHE", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert hub_cache() == tmp_path / cache
+    code = "from huggingface_hub.constants import HF_HUB_CACHE as cache; print(cache)"
+    if find_spec("huggingface_hub"):  # the package agrees
+        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert shown.stdout.strip() == str(tmp_path / cache)
+
+
+def test_an_adapter_is_no_checkpoint(tmp_path):
+    rosa.save_adapter(rosa.attach(random_model(), 2, 4), tmp_path / "a")
+    with pytest.raises(UserError, match="is an adapter's directory: give it by --adapter"):
+        find_checkpoint(tmp_path / "a")
+
+
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "outside, inside, context", [(64, None, 64), (64, 32, 64), (None, 32, 32), (None, None, 128)]
+)
+def test_the_context_before_scaling_may_stand_beside_rope_scaling(
+    tmp_path, outside, inside, context
+):
+    """As transformers 5 has it; with neither it is max_position_embeddings."""
+    scaling = ROPE | {"original_max_position_embeddings": 64}
+    random_model(rope_scaling=scaling, max_position_embeddings=128).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | {"rope_scaling": ROPE}
+    if inside:
+        raw["rope_scaling"] = ROPE | {"original_max_position_embeddings": inside}
+    if outside:
+        raw["original_max_position_embeddings"] = outside
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    found = load_model(tmp_path)
+    expected = random_model(rope_scaling=ROPE | {"original_max_position_embeddings": context})
+    assert torch.equal(found.inv_freq, expected.inv_freq)
+    if not inside:
+        with pytest.raises(ValueError, match="llama3' has no original_max_position_embeddings"):
+            Llama.from_pretrained(tmp_path)
+
+
+def test_files_with_a_byte_order_mark_are_read_as_those_without(tmp_path):
+    model = rosa.attach(random_model(), 2, 4)
+    random_model().save_pretrained(tmp_path)
+    rosa.save_adapter(model, tmp_path / "a")
+    for file in (tmp_path / "config.json", tmp_path / "a" / "adapter_config.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    for load in (load_model, Llama.from_pretrained):
+        for load_adapter in (adapters.load_adapter, rosa.load_adapter):
+            assert rosa.adapters(load_adapter(load(tmp_path), tmp_path / "a"))
+
+
+def test_one_tensor_in_two_files_is_refused_by_the_model_too(tmp_path):
+    random_model().save_pretrained(tmp_path)
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "b.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    index = {
+        "weight_map": {"model.norm.weight": "a.safetensors", "lm_head.weight": "b.safetensors"}
+    }
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="is in .*b.safetensors and in another file"):
+        Llama.from_pretrained(tmp_path)
 
 
 HOMES = (

@@ -53,7 +53,7 @@ pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("unflushed")]
 def test_the_loss_on_anything_else(ckpt, capsys):
     Path("other.json").write_text(json.dumps(toy.examples("train", 12)))
     sentences = [f"{name} has {n} pears, and no more.\n" for n, name in enumerate(toy.GIRLS * 3)]
-    Path("notes.txt").write_text("".join(sentences))
+    Path("notes.txt").write_text("".join(sentences), encoding="utf-8-sig")  # as Notepad does
     forgetting.run(
         "other.json notes.txt --ckpt ckpt --limit 10 --out runs/out --dtype float32".split()
     )
@@ -381,6 +381,25 @@ def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkey
         call(["a"] if call is compare.run else ["--prompt", "a"])
         screen.flush()
         assert shown in screen.buffer.getvalue()
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_a_stream_that_the_shell_has_closed_is_not_missed(ckpt, closed):
+    """Without it the first file that is opened would get the number of that stream."""
+    command = f"{sys.executable} {ROOT}/train.py --ckpt ckpt --max-len 200 --max-steps 1 --out a"
+    done = subprocess.run(
+        f"{command} {closed}", shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
+    assert done.returncode == 0 and not re.search("[Ee]rror", done.stdout + done.stderr)
+    assert ("best validation loss" in done.stdout) == (closed == "2>&-")
+    assert [json.loads(line)["step"] for line in open("a/log.jsonl")] == [0, 1, 1]
+
+
+def test_the_parent_directory_as_a_checkpoint_gives_a_run_its_name(ckpt, monkeypatch):
+    Path("ckpt/inner").mkdir()
+    monkeypatch.chdir("ckpt/inner")
+    assert train.parse_args(["--ckpt", ".."]).out == Path("runs/ckpt-toy-rosa")
+    assert eval_script.parse_args(["--ckpt", ".."]).out == Path("runs/ckpt-toy-base")
 
 
 VALUES = {

@@ -44,6 +44,48 @@ def merge(*arguments):
     merge_file.run(["--ckpt", "ckpt", "--adapter", "adapter", "--out", "out", *arguments])
 
 
+ENDS = [  # eos_token_id in config.json, in generation_config.json; then the same as merged
+    (0, 0, [0, 2], [0, 2]),
+    (0, [7, 0], [0, 2], [7, 0, 2]),
+    (None, 0, None, [0, 2]),
+    (0, None, [0, 2], None),
+    (None, None, None, 2),
+    ([2, 7], 2, [2, 7], 2),
+]
+
+
+@pytest.mark.parametrize("config, generation, config_after, generation_after", ENDS)
+def test_every_token_that_ends_an_answer_is_named(
+    ckpt, config, generation, config_after, generation_after
+):
+    """tokenizer.model ends a text with id 2. Training ends every response with it."""
+    for name, stated in (("config", config), ("generation_config", generation)):
+        file = Path(f"ckpt/{name}.json")
+        raw = json.loads(file.read_text()) | {"eos_token_id": stated}
+        file.write_text(json.dumps({key: raw[key] for key in raw if raw[key] is not None}))
+    merge()
+    for name, expected in (("config", config_after), ("generation_config", generation_after)):
+        assert json.loads(Path(f"out/{name}.json").read_text()).get("eos_token_id") == expected
+
+
+def test_what_is_no_weight_and_no_pickle_comes_along(ckpt):
+    kept = "LICENSE LICENSE.txt NOTICE USE_POLICY.md tekken.json vocab.txt chat_template.jinja"
+    kept += " x.jinja README.md additional_chat_templates/tool.jinja"
+    left = "pytorch_model.bin pytorch_model.bin.index.json consolidated.00.pth training.pkl"
+    left += " a.gguf flax_model.msgpack .gitattributes args.json log.jsonl adapter_config.json"
+    left += " original/params.json original/consolidated.00.pth"
+    for name in (kept + " " + left).split():
+        Path("ckpt", name).parent.mkdir(exist_ok=True)
+        Path("ckpt", name).write_text(name)
+    merge()
+    found = {
+        file.relative_to("out").as_posix() for file in Path("out").rglob("*") if file.is_file()
+    }
+    ours = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model"}
+    assert found == ours | set(kept.split())
+    assert Path("out/LICENSE").read_text() == "LICENSE"
+
+
 @pytest.mark.parametrize("shard", [5 * 10**9, 20000, 1])
 def test_the_directory_is_complete_and_holds_what_merging_in_memory_gives(
     ckpt, capsys, shard, monkeypatch

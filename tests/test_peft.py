@@ -219,6 +219,15 @@ def test_an_adapter_reads_back_as_the_model_that_was_trained_however_it_began(tm
     assert_close(again(tokens), model(tokens), **of_model(model.config))
 
 
+def test_an_adapters_config_is_no_file_of_options(ckpt, capsys):
+    rosa.save_adapter(rosa.attach(random_model(), 2, 4), "a")
+    command = "--ckpt ckpt --method peft:LORA --max-len 200 --peft-config a/adapter_config.json"
+    with pytest.raises(SystemExit) as stopped:
+        train_script.run(command.split())
+    assert stopped.value.code == 2
+    assert "names an adapter's adapter_config.json" in capsys.readouterr().err
+
+
 def test_where_nothing_in_a_layer_trains_layers_cannot_be_selected(ckpt, capsys):
     Path("options.json").write_text('{"target_modules": ["lm_head"]}')
     with pytest.raises(SystemExit) as stopped:

@@ -44,7 +44,7 @@ def commands():
         for line in lines + [" ".join(span.split()) for span in spans]:
             for command in line.split(" && "):
                 command = re.sub(r"  +#.*|  +<-.*", "", command).strip()
-                if re.match(r"(\w+=\w+ )*(python3?|torchrun) ", command):
+                if re.match(r"(\w+=\w+ )*(python3?|torchrun) (?!-c )", command):
                     yield name, command
 
 

@@ -36,7 +36,14 @@ NUMBERS = [
     ("-5", "-5.0", "-5", True),
     ("5", "-5", "5", False),
     ("- 5", "-5", "5", False),  # a sign apart from its number is not read
-    ("\N{MINUS SIGN}5", "-5", "5", False),  # nor is any sign but the hyphen
+    ("\N{MINUS SIGN}5", "-5", "-5", True),
+    ("\N{EN DASH}5", "-5", "5", False),  # a dash is no sign
+    # LaTeX's thousands
+    (r"9{,}500", "9500", "9500", True),
+    (r"$9\,500$", "9500", "9500", True),
+    (r"1{,}234{,}567.5 and 10,\!000", "10000", "10000", True),
+    (r"3\,kg, 4\,500 g", "4500", "4500", True),
+    (r"4\,5", "5", "5", True),  # these are two numbers
     ("5-3", "2", "-3", False),  # nothing is computed: a 5, then a -3
     # fractions, powers, dates
     ("3/4", "0.75", "4", False),  # nothing is computed: a 3, then a 4
@@ -127,6 +134,26 @@ SAID = [
     ("The answer is: A student has 5 marbles. The answer is (C).", "C"),
     ("The answer is: A student has 5 marbles, which is (B)", "B"),
     ("Answer: A by-pass is 3 km long, so (E)", "E"),
+    # whatever brackets, quotes and marks stand around the letter
+    (r"The answer is \boxed{B}. Option A ignores the tax.", "B"),
+    (r"The final answer is $\boxed{\text{(B)}}$, as A and C fail", "B"),
+    (r"The answer is \(\mathbf{D}\) because E is 3", "D"),
+    ("The correct option is **(C)**. A ignores the tax", "C"),
+    (
+        "The right choice: \N{LEFT DOUBLE QUOTATION MARK}D\N{RIGHT DOUBLE QUOTATION MARK}. Not E",
+        "D",
+    ),
+    ("Answer: __B__ and not C", "B"),
+    ("ANSWER: 'C' since D is 5", "C"),
+    ("answer is: option (E). A is 5", "E"),
+    ("Correct choice is letter D, not E", "D"),
+    ("The answer is <b>B</b>, not A", "B"),
+    ("The answer must be [C], as D is 5", "C"),
+    ("The answer is:\n\n`B`\n\nC is 12", "B"),
+    ("B is the correct answer, since A ignores the tax", "B"),
+    ("**C** is the right option. A is not", "C"),
+    ("Option A is wrong. So is B. The answer is C, as D", "C"),
+    ("Answer choices: A, B. The answer is A.", "A"),
     ("(D). A train is late. Answer: A train takes 2 h", "D"),
     ("(B), for 12 fits. A gives 13", "B"),
 ]

@@ -239,6 +239,65 @@ def test_an_added_token_is_recognised_unless_it_is_special(tmp_path):
     assert tokenizer.decode([*a, size, *a, size + 2, size + 3]) == "a<think> a"
 
 
+def test_a_word_after_a_space_keeps_its_mark_whatever_the_trainers_options(tmp_path):
+    """SentencePiece's trainer removes extra spaces by default, the one before a text too."""
+    write_sentencepiece(tmp_path)
+    model = SentencePieceProcessor(str(tmp_path / "tokenizer.model"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode(" a") == tokenizer.encode("a") == model.encode("a")
+    assert tokenizer.decode(tokenizer.encode("a  b")) == "a  b"
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer.json"])
+def test_a_token_that_is_a_single_word_is_found_only_as_one(tmp_path, file):
+    if file == "tokenizer.model":
+        write_sentencepiece(tmp_path)
+    else:
+        write_json_tokenizer(tmp_path)
+    size = load_tokenizer(tmp_path).vocab_size
+    listed = {str(size): {"content": "bc", "single_word": True}}
+    ends = {} if file == "tokenizer.model" else {"eos_token": "<eos>"}
+    describe(tmp_path, tokenizer_config={"added_tokens_decoder": listed} | ends)
+    encode = load_tokenizer(tmp_path).encode
+    assert size in encode("bc") and size in encode("a bc, d") and size in encode("(bc)")
+    assert size not in encode("abc") and size not in encode("bcd") and size not in encode("bc1 _bc")
+
+
+def test_without_the_package_a_line_says_where_a_space_is_put_otherwise(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    single = [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ]
+    raw = {"added_tokens": [{"id": 1, "content": "<s>"}], "post_processor": {"single": single}}
+    prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}]}
+    metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "never"}
+    for puts_space, steps, says in (
+        (True, {"normalizer": prepend, "pre_tokenizer": None}, False),
+        (False, {"normalizer": prepend, "pre_tokenizer": None}, True),
+        (True, {"normalizer": None, "pre_tokenizer": metaspace}, True),
+        (False, {"normalizer": None, "pre_tokenizer": metaspace}, False),
+    ):
+        write_sentencepiece(tmp_path, add_dummy_prefix=puts_space)
+        describe(tmp_path, tokenizer=raw | steps, tokenizer_config={"tokenizer_class": "Other"})
+        load_tokenizer(tmp_path)
+        assert ("which may give other ids" in capsys.readouterr().err) == says, steps
+
+
+def test_a_tokenizer_json_of_a_newer_format_asks_for_a_newer_package(tmp_path):
+    write_json_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    whole = file.read_text()
+    file.write_text(whole.replace('"type": "BPE"', '"type": "Newer"'))
+    with pytest.raises(UserError, match="a newer one may read it, pip install -U tokenizers"):
+        load_tokenizer(tmp_path)
+    file.write_text(whole[:-9])
+    with pytest.raises(UserError, match="is not a JSON object .*: fix or download it"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_user_s_text_never_ends_a_sequence_though_sentencepiece_has_a_piece_for_it(tmp_path):
     write_sentencepiece(tmp_path, user_defined_symbols="<|im_end|>,<u>", vocab_size=16)
     describe(tmp_path, tokenizer_config={"eos_token": "<|im_end|>"})

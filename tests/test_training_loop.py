@@ -165,6 +165,10 @@ def test_a_run_is_named_by_what_it_trains_on():
 
 
 def test_full_training_leaves_a_checkpoint_with_its_tokenizer(ckpt, capsys):
+    Path("ckpt/additional_chat_templates").mkdir()
+    Path("ckpt/additional_chat_templates/tool.jinja").write_text("x")
+    raw = json.loads(Path("ckpt/config.json").read_text())
+    Path("ckpt/config.json").write_text(json.dumps(raw | {"eos_token_id": 9}))
     args = run(*SHORT_RUN, *"--method full --k-ratio 0.5 --lr 1e-3".split())
     losses = read_validations("out")
     count = sum(p.numel() for p in Llama.from_pretrained("ckpt").parameters())
@@ -172,6 +176,9 @@ def test_full_training_leaves_a_checkpoint_with_its_tokenizer(ckpt, capsys):
     assert [len(record["active_layers"]) for record in read_steps("out")] == [2] * 6
     assert losses[6] < losses[0] - 0.02
     assert losses[6] == validated(Llama.from_pretrained("out"), args)
+    assert Path("out/additional_chat_templates/tool.jinja").read_text() == "x"
+    # the token that ended all responses ends an answer
+    assert Llama.from_pretrained("out").config.eos_token_id == [9, 2]
     eval_script.main(
         eval_script.parse_args("--ckpt out --limit 3 --max-new-tokens 5 --out scores".split())
     )

@@ -1,6 +1,7 @@
 """Statements about what goes in from transformers and PEFT, and out to them: checkpoints,
 tokenizers, adapters."""
 
+import io
 import json
 import os
 import random
@@ -11,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import rounding
+import sentencepiece
 import torch
 from helpers import BASE, ROOT, random_model, random_tokens, randomise_adapters
 from safetensors.torch import load_file, save_file
 from test_readme import DIFFS, apply
 
 import rosa
+from data import tasks, toy
 from data.tokenizer import HERE as DATA
 from data.tokenizer import load_tokenizer
 from extras import adapters
@@ -281,6 +284,60 @@ def test_sentencepiece_ids_are_those_of_transformers(tmp_path):
     assert_same_ids(unprefixed, load_tokenizer(tmp_path / "alone"))
 
 
+TRAINED = {  # options of SentencePiece's trainer
+    "its defaults": {},
+    "no prefix": {"add_dummy_prefix": False, "remove_extra_whitespaces": False},
+    "normalising": {"remove_extra_whitespaces": False},
+}
+
+
+@pytest.mark.parametrize("options", TRAINED)
+def test_ids_of_a_llama_tokenizer_are_those_of_transformers_whatever_the_models_own_settings(
+    tmp_path, options
+):
+    pytest.importorskip("google.protobuf")
+    sentences = [example["instruction"] for example in toy.examples("train", 200)]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        model_writer=model,
+        sentence_iterator=iter(sentences),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **TRAINED[options],
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    for flags in ({}, {"single_word": True}, {"lstrip": True, "rstrip": True}):
+        token = {"content": "<two>", "special": False} | flags
+        stated = config | {"add_bos_token": True, "added_tokens_decoder": {str(size): token}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(stated))
+        ours = load_tokenizer(tmp_path)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in [
+            *strings(500),
+            " two",
+            "one  two",
+            "a<two> two",
+            "<two>",
+            "a <two> b",
+            "é<two>",
+        ]:
+            expected = theirs.encode(text, split_special_tokens=True)
+            assert [ours.bos_id, *ours.encode(text)] == expected, text
+
+
+def test_the_bundled_checkpoint_is_theirs_too():
+    theirs = transformers.AutoTokenizer.from_pretrained(DATA / "tiny")
+    ours = load_tokenizer("tiny")
+    for example in toy.examples("test", 20):
+        text = tasks.prompt_text(example)
+        assert theirs.encode(text) == tasks.encode_prompt(example, ours)
+
+
 def test_ids_of_a_tokenizer_json_are_those_of_transformers(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     level = tokenizers.pre_tokenizers.ByteLevel
@@ -339,6 +396,14 @@ COMING = [
     {"use_rslora": True, "init_lora_weights": "gaussian"},
 ]
 COMING += [{"dtype": torch.bfloat16}]
+COMING += [  # on a part of the layers or modules
+    {"layers_to_transform": [0, 2]},
+    {"layers_to_transform": 1, "layers_pattern": "layers"},
+    {"target_modules": r".*layers\.[02]\.self_attn\.(q|k)_proj"},
+    {"target_modules": ["model.layers.0.self_attn.q_proj", "1.mlp.up_proj"]},
+    {"target_modules": "all-linear", "exclude_modules": r".*layers\.1\..*"},
+    {"exclude_modules": ["model.layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"]},
+]
 
 
 @pytest.mark.parametrize("options", COMING, ids=str)
@@ -365,7 +430,7 @@ LACKED = {
     "alpha_pattern": {"q_proj": 2},
     "bias": "all",
 }
-LACKED |= {"modules_to_save": ["lm_head"], "layers_to_transform": [0], "lora_bias": True}
+LACKED |= {"modules_to_save": ["lm_head"], "lora_bias": True}
 LACKED |= {
     "trainable_token_indices": [3],
     "init_lora_weights": "pissa",
