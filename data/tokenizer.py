@@ -327,7 +327,9 @@ class JsonTokenizer:
         from tokenizers import __version__ as version
 
         try:
-            self.model = model = Tokenizer.from_file(str(file))
+            self.model = model = Tokenizer.from_str(read_text(file))
+        except UserError:
+            raise
         except Exception as error:  # the package raises nothing narrower
             read_json(file)  # whether it is whole
             problem = f"is no tokenizer that the package tokenizers {version} reads ({error})"
