@@ -31,7 +31,7 @@ import rosa
 from data import tasks
 from data.errors import UserError
 from data.tokenizer import load_tokenizer
-from extras import adapters, kernels, runs
+from extras import adapters, kernels, prefix, runs
 from extras.checkpoints import (
     choose_device_and_dtype,
     find_checkpoint,
@@ -53,6 +53,7 @@ from extras.commands import (
     seed,
 )
 from extras.distributed import (
+    TOKENS_AT_A_TIME,
     all_reduce_gradients,
     gather,
     gradient_group,
@@ -104,7 +105,7 @@ def main(args):
     )
     print(
         f"steps      {total_steps:,}: {total_steps / batches_per_epoch:.3g} epochs in batches of "
-        f"{args.batch_size}, {args.micro_batch_size} at a time"
+        f"{args.batch_size}, {args.micro_batch_size or f'{TOKENS_AT_A_TIME:,} tokens'} at a time"
     )
 
     # --- faster, and where to begin ---
@@ -125,6 +126,7 @@ def main(args):
     step = run.resume()
     process_group = gradient_group(device)
     if args.shard:
+        prefix.stop_sharing(model, "--shard")
         # Adapters and norms stay whole in every process. They move to the device, and AdamW's
         # moments with them.
         shard(model, optimizer, process_group, device, dtype)
@@ -366,7 +368,10 @@ def validate(model, examples, args):
     """Mean cross-entropy per response token, in nats."""
     model.eval()
     by_length = sorted(examples, key=lambda example: len(example[0]) + len(example[1]))
-    micro_batches = own_micro_batches(by_length, args.micro_batch_size)
+    micro_batches = []
+    for first in range(0, len(by_length), args.batch_size):
+        batch = by_length[first : first + args.batch_size]
+        micro_batches += own_micro_batches(batch, args.micro_batch_size)
     total = torch.zeros((), device=model.device)
     for micro_batch in passing_bar(micro_batches, "validation"):
         total += model.loss(*collate(micro_batch, model.device))
@@ -500,7 +505,11 @@ def parse_args(arguments=None):
         default=0.0,
         help="share of the old score in a layer's new one",
     )
-    add("--micro-batch-size", type=count, default=4, help="examples per forward pass")
+    add(
+        "--micro-batch-size",
+        type=count,
+        help="examples per forward pass (default: as many as have 2,048 tokens)",
+    )
     add("--seed", type=seed, default=0, help="of the adapters, the held-out examples and the order")
     add(
         "--val-size",
@@ -550,7 +559,8 @@ def check_args(args):
         vars(args).setdefault(name, value)
     if kind in ("rosa", "lora") and args.alpha is None:
         args.alpha = 2.0 * args.rank
-    args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
+    if args.micro_batch_size:
+        args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     for is_refused, message in combinations(args):
         if is_refused:
             raise UserError(message)
@@ -577,7 +587,7 @@ def combinations(args):
             "--resume continues a run, --overwrite starts anew: choose one",
         ),
         (
-            args.batch_size % args.micro_batch_size != 0,
+            args.micro_batch_size and args.batch_size % args.micro_batch_size != 0,
             f"{sizes}: choose a multiple, so that every forward pass is full",
         ),
         (

@@ -335,11 +335,17 @@ CHOICES |= dict.fromkeys(("social_i_qa", "ARC-Easy", "ARC-Challenge", "openbookq
 MARKS = r"(?:\\[a-zA-Z]+|</?\w+>|[^\w.,;!?]|_)*"
 KIND = r"(?i:answer|option|choice)"
 # The letter in "The answer is (B)", "**Choice:** option `B`", "B is the correct answer"
-SAID = rf"{KIND}(?: (?i:is|would be|must be|should be)\b|\W*[:=]){MARKS}"
-SAID += rf"(?:(?i:the )?(?:{KIND}|letter)\b{MARKS})?([A-E])(?![A-Za-z0-9])"
-SAID += rf"|\b([A-E]){MARKS}(?<=\W)is the (?:(?:correct|right|best|final) )*{KIND}\b"
-# What stands between thousands, as in LaTeX's 9{,}500
-THOUSANDS = r"(?<=\d)(?:\{,\}|,?\\[,!; ])(?=\d{3}(?!\d))"
+IS = r"(?i:is|will be|would be|must be|should be|has to be)\b"
+IS += r"(?:\s+(?:therefore|thus|clearly|indeed|then))*"
+LETTER = r"(?:(?<!\$)([A-E])(?![A-Za-z0-9])|(?<=\$)([A-E])(?![A-Za-z0-9]|\s*=))"  # $A = 12$ is none
+SAID = rf"{KIND}(?:\s+{IS}|\W*[:=\uff1a\u2192]|\**\s*(?=[(\[])){MARKS}"
+SAID += rf"(?:(?i:the )?(?:{KIND}|letter)\b{MARKS})?{LETTER}"
+SAID += rf"|\({KIND}\W*{LETTER}"
+SAID += rf"|\b{LETTER}{MARKS}(?<=\W)is (?:the )?(?:(?:correct|right|best|final) )*{KIND}\b"
+SAID += rf"|{KIND}{MARKS}{LETTER}{MARKS}(?<=\W)is (?:the )?(?:correct|right)\b"
+# What stands between thousands: 9{,}500 and 9\,500 in LaTeX, a no-break or a thin space
+THOUSANDS = r",?\{+\\?,\}+(?:\\!)?|,\{\}|,?\\!|\{?\\[,:>; ]\}?|\\thinspace |[~\u00a0\u2009\u202f]"
+THOUSANDS = rf"(?<=\d)(?:{THOUSANDS})(?=\d{{3}}(?!\d))"
 # The article at the beginning of a sentence, as in "A train ...". {} stands for the words before
 # which an A is not the article but the letter.
 ARTICLE = r"(?<![a-z,] )\bA (?!(?:{})\b(?!-))[a-z]"
@@ -367,7 +373,8 @@ def extract_answer(name, response):
     if name == "AQuA":
         letters = chosen_letters(response)
         return letters[-1] if letters else ""
-    response = re.sub(THOUSANDS, "", response).replace("\u2212", "-")
+    response = re.sub(THOUSANDS, "", response)
+    response = re.sub("\u2212\\\\?\\$?(?=[\\d.])", "-", response)
     # A point begins a number only where no word ends: "Rs.75" is 75.
     numbers = re.findall(r"-?(?:\d+(?:\.\d+)?|(?<![\w.])\.\d+)", response.replace(",", ""))
     return numbers[-1] if numbers else ""
@@ -386,7 +393,7 @@ def chosen_letters(response):
 
 def said_letters(response):
     """The letters that are said to be the answer, the option or the choice, in order."""
-    return [match[1] or match[2] for match in re.finditer(SAID, response)]
+    return [match[match.lastindex] for match in re.finditer(SAID, response)]
 
 
 def is_correct(name, response, answer):

@@ -7,6 +7,7 @@ read as transformers 5 reads them. Text that a user writes never becomes a speci
 import json
 import re
 import sys
+import unicodedata
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from data.errors import UserError, read_text, user_file
 
 HERE = Path(__file__).resolve().parent
+LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")  # classes of transformers that put spaces alike
 # How a token is found in a text: the flags in a checkpoint's files, and their defaults.
 FLAGS = {
     "lstrip": False,
@@ -51,6 +53,9 @@ def load_tokenizer(ckpt):
             tokenizer = JsonTokenizer(serialized, settings)
         else:
             tokenizer = SentencePieceTokenizer(model, settings)
+            if tokenizer.is_unigram and settings.tokenizer_class in LLAMA:
+                other = f"the {settings.tokenizer_class} of transformers takes it for a BPE"
+                print(f"{model} is a unigram model: {other}, with other ids", file=sys.stderr)
     except ModuleNotFoundError:
         needed = f"{serialized} needs the package tokenizers: pip install tokenizers"
         try:
@@ -144,7 +149,7 @@ def read_settings(directory):
         rows=rows if type(rows) is int and rows > 0 else None,
         add_bos=stated.get("add_bos_token"),
         add_prefix_space=stated.get("add_prefix_space"),
-        legacy=bool(stated.get("legacy", tokenizer_class not in ("LlamaTokenizer", ""))),
+        legacy=bool(stated.get("legacy", tokenizer_class not in LLAMA)),
         tokenizer_class=tokenizer_class,
     )
 
@@ -189,7 +194,7 @@ class SentencePieceTokenizer:
         for token in settings.special:
             before = rb"(?<=\n." + re.escape(token.encode()) + rb"\x15.{4}\x18)"
             proto = re.sub(before + rb"\x04", b"\x03", proto, flags=re.DOTALL)
-        llama = settings.tokenizer_class in ("LlamaTokenizer", "")
+        llama = settings.tokenizer_class in LLAMA
         prefixed, plain = b"", normalizer_spec(add_dummy_prefix=False)
         if llama:
             exact = {"precompiled_charsmap": b"", "remove_extra_whitespaces": False}
@@ -216,6 +221,8 @@ class SentencePieceTokenizer:
             if model.id_to_piece(i) != token:  # the model lacks the token, which gets the next id
                 i = max([size - 1, *self.ids.values()]) + 1
             self.ids[token] = i
+        # The scores of a BPE are whole numbers, those of a unigram model are log-probabilities.
+        self.is_unigram = any(model.get_score(i) % 1 for i in range(size))
         self.vocab_size = max([size, *(self.ids[token] + 1 for token in settings.added)])
 
         # SentencePiece returns -1 for an id that the model does not have.
@@ -228,23 +235,32 @@ class SentencePieceTokenizer:
         self.special |= {self.ids[token] for token in settings.special}
         self.added = {i: token for token, i in self.ids.items() if i not in self.special}
         self.text_size = 1 + max({*range(size), *self.added} - self.special, default=-1)
+        if llama:  # which finds the model's user-defined pieces as it finds added tokens
+            for token in user_defined(proto):
+                if (i := model.piece_to_id(token)) not in self.special:
+                    self.ids[token] = i
+                    self.added[i] = token
+        self.single_words = set()
         patterns = []
         # The longest token comes first, since Python takes the first pattern that fits.
         for token in sorted(self.added.values(), key=len, reverse=True):
-            flags = settings.added[token]
+            flags = settings.added.get(token, FLAGS)
             left = r"\s*" if flags["lstrip"] else ""
             right = r"\s*" if flags["rstrip"] else ""
-            found = re.escape(token)
-            if flags["single_word"]:  # only where no letter or digit is next to it
-                found = rf"(?<!\w){found}(?!\w)"
-            patterns.append(f"{left}({found}){right}")
+            patterns.append(f"{left}({re.escape(token)}){right}")
+            if flags["single_word"]:
+                self.single_words.add(token)
         self.pattern = re.compile("|".join(patterns) or "(?!)")
 
     def encode(self, text):
         ids, end = [], 0
         for match in self.pattern.finditer(text):
+            token, (left, right) = match[match.lastindex], match.span(match.lastindex)
+            is_in = is_in_word(text[:left][-1:]) or is_in_word(text[right : right + 1])
+            if is_in and token in self.single_words:
+                continue
             ids += self.encode_part(text[end : match.start()], end)
-            ids.append(self.ids[match[match.lastindex]])
+            ids.append(self.ids[token])
             end = match.end()
         return ids + self.encode_part(text[end:], end)
 
@@ -270,6 +286,23 @@ class SentencePieceTokenizer:
                 model = self.plain if text else self.prefixing
                 text += model.decode(list(part))
         return text
+
+
+def is_in_word(character):
+    """Whether a character is part of a word, as the package tokenizers has it: marks are, too."""
+    if not character:
+        return False
+    category = unicodedata.category(character)
+    joins = category in ("Nd", "Nl", "Pc") or character in "\u200c\u200d"
+    return category[0] in "LM" or joins
+
+
+def user_defined(proto):
+    """The user-defined pieces of a SentencePiece model: in the file a piece is its length, its
+    text, its score and its type, 4."""
+    piece = rb"(?=\n([\x01-\x7f])([^\x15]{1,127}?)\x15.{4}\x18\x04)"
+    found = re.findall(piece, proto, re.DOTALL)
+    return [text.decode(errors="replace") for length, text in found if length[0] == len(text)]
 
 
 def normalizer_spec(**fields):
@@ -299,23 +332,27 @@ def may_differ(file, settings, tokenizer):
         steps = []  # of the normalizer and the pre-tokenizer
         for step in (raw.get("normalizer") or {}, raw.get("pre_tokenizer") or {}):
             steps += step.get("normalizers") or step.get("pretokenizers") or [step]
-        puts_space = any(is_prefixing(step) for step in steps)
+        spaces = next(filter(any, map(spaces_of, steps)), (False, False, False))
     except (AttributeError, KeyError, TypeError, IndexError):
         return True
     ids = {token: tokenizer.plain.piece_to_id(token) for token in tokens} | tokenizer.ids
     if any(ids[token] != i for token, i in tokens.items()) or ids.get(first) != tokenizer.bos_id:
         return True
-    if settings.tokenizer_class == "LlamaTokenizer" or not any(steps):
-        return False  # JsonTokenizer.follow_llama puts the space, whatever the file says
-    return puts_space != tokenizer.puts_space
+    if settings.tokenizer_class in LLAMA or not any(steps):
+        return False  # JsonTokenizer.follow_llama puts spaces, whatever the file says
+    found = tokenizer.puts_space, tokenizer.prefix_parts, tokenizer.prefix_spaces
+    return spaces != (found if found[0] else (False, False, False))
 
 
-def is_prefixing(step):
-    """Whether a step of a tokenizer.json puts a space before a text."""
+def spaces_of(step):
+    """Whether a step of a tokenizer.json puts a space before a text, before the text after an added
+    token too, and before a text that begins with a space too."""
     if step.get("type") == "Metaspace":
         scheme = "always" if step.get("add_prefix_space", True) else "never"
-        return step.get("prepend_scheme", scheme) != "never"
-    return step.get("type") == "Prepend"
+        scheme = step.get("prepend_scheme", scheme)
+        return scheme != "never", scheme == "always", False
+    is_prepend = step.get("type") == "Prepend"
+    return is_prepend, is_prepend, is_prepend
 
 
 class JsonTokenizer:
@@ -337,7 +374,7 @@ class JsonTokenizer:
                 f"{file} {problem}: a newer one may read it, pip install -U tokenizers"
             ) from None
         is_byte_level = "ByteLevel" in f"{model.pre_tokenizer}{model.decoder}"
-        if settings.tokenizer_class == "LlamaTokenizer" and not is_byte_level:
+        if settings.tokenizer_class in LLAMA and not is_byte_level:
             self.follow_llama(settings)
         model.encode_special_tokens = True  # "</s>" in somebody's text is four characters
         model.no_truncation()
@@ -356,6 +393,8 @@ class JsonTokenizer:
         before = probe.ids[: text[0]]
         after = probe.ids[text[-1] + 1 :]
         self.bos_id = before[0] if before else None
+        if settings.tokenizer_class == "CodeLlamaTokenizer":  # it puts one whatever the file says
+            self.bos_id = model.token_to_id(settings.bos or "<s>")
         self.eos_id = after[0] if after else settings.eos_id
         if settings.eos:
             self.eos_id = model.token_to_id(settings.eos)

@@ -194,10 +194,11 @@ def lora_of(model, adapter):
         changes_base = name == "init_lora_weights" and str(value).lower().startswith(CHANGE_BASE)
         is_off = not value or value == "none"
         if changes_base or not (name in HARMLESS or is_off):  # DoRA, rank_pattern, what is to come
-            raise UserError(
-                f"{path}: {name} = {value!r:.60} is not implemented: let PEFT convert it to a "
-                "plain LoRA"
-            )
+            # What PEFT cannot convert it can merge.
+            advice = "convert it to a plain LoRA"
+            if name in ("modules_to_save", "bias", "lora_bias", "trainable_token_indices"):
+                advice = "merge it, merge_and_unload()"
+            raise UserError(f"{path}: {name} = {value!r:.60} is not implemented: let PEFT {advice}")
         if name in NAME_LISTS and not is_name_list(value):
             raise UserError(f"{path}: {name} must be a name or a list of names, not {value!r:.60}")
     layers = config.get("layers_to_transform")
@@ -225,7 +226,7 @@ def lora_of(model, adapter):
         rosa.check_arguments(**arguments)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-    if not metadata:
+    if "low_freq_ratio" not in metadata:  # RoSA's own adapters are whole
         tensors |= zeros_where_nothing_adapts(model, targets, named, arguments["rank"])
     if config.get("use_rslora"):  # rsLoRA scales by alpha / sqrt(r), LoRA by alpha / r
         arguments["alpha"] *= math.sqrt(config["r"])

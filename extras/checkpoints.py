@@ -6,6 +6,7 @@ Without it: Llama.from_pretrained(directory, device, dtype) for a directory that
 written; a mistake is a traceback.
 """
 
+import codecs
 import functools
 import json
 import math
@@ -49,11 +50,7 @@ def find_checkpoint(ckpt):
     for directory in (Path(ckpt), Path("checkpoints") / ckpt, HERE / "data" / ckpt):
         if (directory / "config.json").is_file():
             return directory
-    if (Path(ckpt) / "adapter_config.json").is_file():
-        raise UserError(
-            f"{ckpt} is an adapter's directory: give it by --adapter (eval.py), and its base model "
-            "by --ckpt"
-        )
+    refuse_adapter(Path(ckpt))
     if Path(ckpt).is_dir():
         raise UserError(
             f"the directory {str(ckpt)!r} has no config.json: give that of a Hugging Face "
@@ -83,11 +80,12 @@ def find_checkpoint(ckpt):
                 f"{absent}; Hugging Face's cache holds {repository}, but {head} does not name what "
                 f"is there: --ckpt {snapshot}"
             )
+        refuse_adapter(snapshot)
         names = sorted(file.name for file in snapshot.iterdir())
-        pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+        pickles = [name for name in names if re.match(r"(pytorch_model|consolidated).*\.", name)]
         if pickles and not any(name.endswith(".safetensors") for name in names):
             there = f" ({snapshot} has pickled weights only, {pickles[0]}, which are not read)"
-    files = "['*.json', '*.txt', '*.jinja', 'tokenizer*', 'model*.safetensors']"
+    files = "['*.json', '*.txt', '*.md', '*.jinja', 'LICENSE*', 'tokenizer*', 'model*.safetensors']"
     fetch = (
         "from huggingface_hub import snapshot_download as get; "
         f"get('{repository}', allow_patterns={files})"
@@ -100,6 +98,14 @@ def find_checkpoint(ckpt):
         f"{absent}, and Hugging Face's cache {hub_cache()} does not hold {repository}{there}. "
         f"{advice}"
     )
+
+
+def refuse_adapter(directory):
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} is an adapter's directory: give it by --adapter (eval.py), and its base "
+            "model by --ckpt"
+        )
 
 
 def is_whole(directory):
@@ -158,22 +164,42 @@ def copy_companions(source, directory):
             continue
         copy = directory / file.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, copy)
+        if file.suffix == ".json":
+            copy_json(file, copy)
+        else:
+            shutil.copyfile(file, copy)
+
+
+def copy_json(file, copy):
+    """Copy a JSON file without the byte order mark that it may have, which transformers refuses."""
+    copy.write_bytes(file.read_bytes().removeprefix(codecs.BOM_UTF8))
 
 
 def name_end(directory, eos_id):
     """Let config.json and generation_config.json in a checkpoint directory name the id `eos_id`
-    among those that end an answer, so that the `generate` of transformers stops there."""
-    files = [directory / "config.json", directory / "generation_config.json"]
-    held = {file: read_json(file, missing={}) for file in files}
-    stating = [file for file in files if held[file].get("eos_token_id") is not None]
-    for file in stating or files[1:]:
-        raw = held[file]
-        stated = raw.get("eos_token_id")
-        ids = stated if isinstance(stated, list) else [stated]
-        if eos_id not in ids:
-            raw["eos_token_id"] = eos_id if stated in (None, []) else [*ids, eos_id]
-            file.write_text(json.dumps(raw, indent=2) + "\n")
+    among those that end an answer, so that the `generate` of transformers stops there. Where the
+    second file exists, transformers looks there alone."""
+    config_file, generation_file = directory / "config.json", directory / "generation_config.json"
+    config = read_json(config_file, missing={})
+    generation = read_json(generation_file, missing={})
+    in_config = as_list(config.get("eos_token_id"))
+    in_generation = as_list(generation.get("eos_token_id"))
+    if in_config and eos_id not in in_config:
+        write_ends(config_file, config, [*in_config, eos_id])
+    if eos_id not in in_generation and (generation_file.exists() or not in_config):
+        others = [i for i in in_generation or in_config if i != eos_id]
+        write_ends(generation_file, generation, [*others, eos_id])
+
+
+def as_list(ids):
+    if ids is None:
+        return []
+    return ids if isinstance(ids, list) else [ids]
+
+
+def write_ends(file, raw, ids):
+    ends = ids if len(ids) > 1 else ids[0]
+    file.write_text(json.dumps(raw | {"eos_token_id": ends}, indent=2) + "\n")
 
 
 def choose_device_and_dtype(device="auto", dtype="auto"):

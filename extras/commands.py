@@ -60,6 +60,10 @@ def run_script(name, parse_args, main, arguments=None, last_sentence=None):
         sys.stdout = open(os.devnull, "w")
         end(name, with_last_sentence("what it prints is read no longer"), 1)
     except Exception as error:
+        # A full disk, where the output goes into a file: no file that we have opened has failed
+        if getattr(error, "errno", None) == errno.ENOSPC and error.filename is None:
+            sys.stdout = open(os.devnull, "w")
+            end(name, with_last_sentence(f"what it prints: {error.strerror}"), 1)
         # Some text was typed where the name of a file belongs.
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             fail(name, f"{error.filename}: {error.strerror}")

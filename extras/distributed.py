@@ -134,10 +134,19 @@ def gradient_group(device):
     return torch.distributed.new_group(backend=backend, timeout=timedelta(seconds=50))
 
 
-def own_micro_batches(examples, size):
-    """The examples that this process computes, in micro-batches of at most `size`. All processes
-    have the same number of micro-batches, since those of a sharded model compute in step: where the
-    examples are too few for that, the last micro-batch is empty."""
+# As many tokens, padding included, are computed at a time where --micro-batch-size does not say how
+# many examples are: tests/README.md has how speed and memory depend on it.
+TOKENS_AT_A_TIME = 2048
+
+
+def own_micro_batches(examples, size=None):
+    """The examples, (prompt ids, response ids), that this process computes, in micro-batches of at
+    most `size`, or where it is None of as many as TOKENS_AT_A_TIME allows. All processes have the
+    same number of micro-batches, since those of a sharded model compute in step: where the examples
+    are too few for that, the last micro-batch is empty."""
+    if size is None:
+        longest = max(len(prompt) + len(response) for prompt, response in examples)
+        size = max(1, TOKENS_AT_A_TIME // longest)
     index, count = processes()
     rounds = math.ceil(len(examples) / (size * count))
     size = math.ceil(len(examples) / (rounds * count))

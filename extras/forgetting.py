@@ -109,8 +109,11 @@ def main(args):
     code = result_code("loss", adapter, own=[mean_loss])
     result = origin_of(ckpt, adapter, dtype, code) | {"ckpt": str(args.ckpt)}
     result |= {"losses": {}, "losses_alone": {}, "tokens": {}, "texts": {}}
+    names = {file: file.with_suffix("").as_posix() for file in texts}
     for file, pairs in texts.items():
-        name = file.with_suffix("").as_posix()
+        name = names[file]
+        if list(names.values()).count(name) > 1:  # notes.txt beside notes.json
+            name = file.as_posix()
         loss = mean_loss(model, pairs, file)
         num_tokens = sum(len(predicted) for _, predicted in pairs)
         result["losses"][name] = loss

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from extras import prefix
 from extras.distributed import gather
 from extras.operators import Operators, is_onednn, linear, reordered
 from extras.source import edited
@@ -62,6 +63,7 @@ def accelerate(model, inference=False):
         left_by_any |= left_by_one
     for name, reason in left_by_any.items():
         print(f"kernels    {reason}: running {name} as written")
+    prefix.share_if_possible(model)
     modules = own_modules(model)
     if inference and "Linear.forward" not in left_by_any:
         for module in modules:
@@ -190,9 +192,13 @@ def attend(self, q, k, v, mask):
     head are computed as one head with a longer sequence of queries, so that no key is repeated."""
     B, H, T, d = q.shape
     K, S = k.shape[1:3]
+    on_cpu = q.device.type == "cpu"
+    is_shared = mask is not None and mask.dtype == torch.bool and mask.shape[:2] == (1, 1)
+    if is_shared and on_cpu and T <= SHORT and torch.is_grad_enabled():
+        return CausalAttention.apply(q, k, v, mask[0, 0])
     if mask is not None:
         q = q.reshape(B, K, -1, d)  # [B, K, H/K * T, d]
-        if q.device.type == "cpu" and q.shape[2] <= SHORT:
+        if on_cpu and q.shape[2] <= SHORT:
             # For a few queries PyTorch's kernel takes half as long again as these matrix products.
             scores = ((q.float() * d**-0.5) @ k.float().transpose(2, 3)).view(B, K, H // K, T, S)
             if mask.dtype == torch.bool:
@@ -201,11 +207,11 @@ def attend(self, q, k, v, mask):
             return (probabilities.view(B, K, -1, S) @ v).view(B, H, T, d)
         mask = mask.expand(-1, H // K, -1, -1).flatten(1, 2)[:, None]  # [B, 1, H/K * T, S]
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, d)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= SHORT:
-        return CausalAttention.apply(q, k, v)
+    if on_cpu and q.dtype == torch.bfloat16 and T <= SHORT:
+        return CausalAttention.apply(q, k, v, None)
     dtype = q.dtype
     # On a CPU PyTorch's backward pass takes twice as long in bfloat16 as in float32.
-    if q.requires_grad and q.device.type == "cpu":
+    if q.requires_grad and on_cpu:
         q = q.float()
         k = k.float()
         v = v.float()
@@ -215,21 +221,25 @@ def attend(self, q, k, v, mask):
 class CausalAttention(torch.autograd.Function):
     """Causal attention in plain matrix products. In bfloat16 on a CPU it is three times as fast as
     PyTorch's kernel, backward pass included. It is for texts of up to SHORT tokens, since it keeps
-    their probabilities, [T, T] for each head. q [B, H, T, d]; k, v [B, K, T, d]."""
+    their probabilities, [T, S] for each head. q [B, H, T, d]; k, v [B, K, S, d]; seen: which
+    positions a token sees, bool [T, S], or None where the tokens are all there is, and each sees
+    those up to itself."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, seen):
         B, H, T, d = q.shape
-        K = k.shape[1]
+        K, S = k.shape[1:3]
         q = q.reshape(B * K, -1, d)
-        k = k.reshape(B * K, T, d)
-        v = v.reshape(B * K, T, d)
+        k = k.reshape(B * K, S, d)
+        v = v.reshape(B * K, S, d)
         # A vector that is subtracted from every key changes all scores of a query by one number,
         # and softmax does not depend on it. The scores are rounded to bfloat16, which is finest
         # near zero, and keys without their mean give smaller scores (Qwen2.5's bias is large).
         centred = (k.float() - k.float().mean(1, keepdim=True)).to(k.dtype)
-        # The mask is [H/K * T, T], and the scores are [B * K, H/K * T, T].
-        mask = torch.full((T, T), -torch.inf, dtype=q.dtype).triu(1).repeat(H // K, 1)
+        # The mask is [H/K * T, S], and the scores are [B * K, H/K * T, S].
+        mask = torch.full((T, S), -torch.inf, dtype=q.dtype)
+        mask = mask.triu(1) if seen is None else mask.masked_fill_(seen, 0)
+        mask = mask.repeat(H // K, 1)
         scores = torch.baddbmm(mask, q, centred.transpose(1, 2), alpha=d**-0.5)
         # In bfloat16 a score below 64 is off by an eighth at most, and a larger score by more. If a
         # sample of the rows has a larger score, all scores are computed again in float32. Compiled
@@ -254,7 +264,8 @@ class CausalAttention(torch.autograd.Function):
         )
         grad_q = grad_scores @ k
         grad_k = grad_scores.transpose(1, 2) @ q
-        return grad_q.view(B, H, T, d), grad_k.view(B, -1, T, d), grad_v.view(B, -1, T, d)
+        S = k.shape[1]
+        return grad_q.view(B, H, T, d), grad_k.view(B, -1, S, d), grad_v.view(B, -1, S, d), None
 
 
 # --- Llama.loss ---
@@ -262,9 +273,8 @@ class CausalAttention(torch.autograd.Function):
 
 def loss(self, tokens, labels):
     labelled = labels != -100
-    return SummedCrossEntropy.apply(
-        self.hidden_states(tokens)[labelled], self.lm_head.weight, labels[labelled]
-    )
+    x = prefix.hidden_states(self, tokens, labelled)  # [N, D]
+    return SummedCrossEntropy.apply(x, self.lm_head.weight, labels[labelled])
 
 
 class SummedCrossEntropy(torch.autograd.Function):
@@ -401,6 +411,7 @@ KERNELS = [
 def checkpoint_activations(model):
     """Let every layer keep one tensor for the backward pass and compute the others again. Training
     is then slower, and needs less memory."""
+    prefix.stop_sharing(model, "--checkpoint-activations computes layers twice")
     for layer in model.model.layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
@@ -420,5 +431,6 @@ def compile_layers(model):
         # A layer is compiled once for training, once for a probe, once frozen and once without
         # gradients.
         torch._dynamo.config.recompile_limit = 64
+    prefix.stop_sharing(model, "--compile")
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)

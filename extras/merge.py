@@ -26,6 +26,7 @@ from extras import adapters, records
 from extras.checkpoints import (
     DTYPES,
     copy_companions,
+    copy_json,
     find_checkpoint,
     hub_name,
     meta_model,
@@ -76,7 +77,7 @@ def merge_checkpoint(ckpt, directory, out):
         partial.mkdir(parents=True)
     try:
         write_weights(checkpoint, updated, partial)
-        shutil.copyfile(ckpt / "config.json", partial / "config.json")
+        copy_json(ckpt / "config.json", partial / "config.json")
         config = merged_config(checkpoint)
         if config != checkpoint.raw:
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -130,7 +130,7 @@ def read_lines(path):
         return []
     needed = {"set", "index", "prompt", "answer", "response", "correct"}
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             line = json.loads(text)
             if isinstance(line, dict) and needed <= line.keys():

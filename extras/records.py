@@ -137,7 +137,7 @@ def read_log(path):
     if not path.is_file():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
         try:
             records.append(json.loads(line))
         except (ValueError, RecursionError):

@@ -794,7 +794,11 @@ FLAGS = [  # (command, what is typed after it, the message)
     (TRAIN, "--score-ema nan", "--score-ema must be in [0, 1), not nan"),
     (TRAIN, "--targets q,z", "--targets has the unknown target 'z': choose from q,k,v"),
     (TRAIN, f"--seed {2**70}", "--seed must be a whole number from 0 to 2^32 - 1"),
-    (TRAIN, "--batch-size 6", "--batch-size 6 is not a multiple of --micro-batch-size 4"),
+    (
+        TRAIN,
+        "--batch-size 6 --micro-batch-size 4",
+        "--batch-size 6 is not a multiple of --micro-batch-size 4",
+    ),
     (TRAIN, "--max-len 300", "--max-len 300 exceeds the model's context of 256"),
     (TRAIN, "--max-len 9", "0 of 40 examples have at most --max-len 9 tokens"),
     (TRAIN, "--task arithmetic", DOWNLOAD),

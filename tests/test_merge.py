@@ -48,7 +48,7 @@ ENDS = [  # eos_token_id in config.json, in generation_config.json; then the sam
     (0, 0, [0, 2], [0, 2]),
     (0, [7, 0], [0, 2], [7, 0, 2]),
     (None, 0, None, [0, 2]),
-    (0, None, [0, 2], None),
+    (0, None, [0, 2], [0, 2]),  # transformers does not look into config.json then
     (None, None, None, 2),
     ([2, 7], 2, [2, 7], 2),
 ]

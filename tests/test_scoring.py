@@ -43,6 +43,15 @@ NUMBERS = [
     (r"$9\,500$", "9500", "9500", True),
     (r"1{,}234{,}567.5 and 10,\!000", "10000", "10000", True),
     (r"3\,kg, 4\,500 g", "4500", "4500", True),
+    (r"9{,}\!500 or 9\:500", "9500", "9500", True),
+    ("9\N{NARROW NO-BREAK SPACE}500", "9500", "9500", True),
+    (
+        r"\N{MINUS SIGN}".replace(r"\N{MINUS SIGN}", "\N{MINUS SIGN}") + "$9{,}500",
+        "-9500",
+        "-9500",
+        True,
+    ),
+    (r"(9,\,500)", "500", "500", True),
     (r"4\,5", "5", "5", True),  # these are two numbers
     ("5-3", "2", "-3", False),  # nothing is computed: a 5, then a -3
     # fractions, powers, dates
@@ -151,6 +160,13 @@ SAID = [
     ("The answer must be [C], as D is 5", "C"),
     ("The answer is:\n\n`B`\n\nC is 12", "B"),
     ("B is the correct answer, since A ignores the tax", "B"),
+    ("Option B is correct. Option A is wrong, as it ignores the tax", "B"),
+    ("The correct answer is therefore option (B). A is excluded", "B"),
+    ("**Answer** (B), because A is too small", "B"),
+    ("The  answer\nis  C. A is 5", "C"),
+    ("Answer\N{FULLWIDTH COLON}C, A", "C"),
+    ("The answer is $A = 12$, which is option (B).", "B"),
+    ("The answer is 5 (option C). A is wrong", "C"),
     ("**C** is the right option. A is not", "C"),
     ("Option A is wrong. So is B. The answer is C, as D", "C"),
     ("Answer choices: A, B. The answer is A.", "A"),

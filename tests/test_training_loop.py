@@ -3,6 +3,7 @@ model."""
 
 import copy
 import json
+import math
 import re
 import shutil
 import sys
@@ -30,7 +31,7 @@ import rosa
 import train
 from data import toy
 from data.tokenizer import load_tokenizer
-from extras import adapters, kernels, runs
+from extras import adapters, kernels, prefix, runs
 from model import Llama
 
 pytestmark = [pytest.mark.numeric, pytest.mark.usefixtures("unflushed")]
@@ -204,7 +205,8 @@ def test_a_method_of_peft_runs_in_the_same_loop_and_is_read_back(ckpt):
     assert saved("parts") == saved()
 
 
-def test_dropout_acts_in_training_alone(ckpt):
+def test_dropout_acts_in_training_alone(ckpt, monkeypatch):
+    monkeypatch.setattr(prefix, "WORTH_IT", math.inf)  # with dropout nothing is shared
     pytest.importorskip("peft")
     first = []
     for dropout in (0.0, 0.9):
@@ -445,7 +447,10 @@ RECOMPUTED = (
 
 
 @pytest.mark.parametrize("options", RECOMPUTED)
-def test_recomputed_activations_change_not_a_bit(ckpt, options):
+def test_recomputed_activations_change_not_a_bit(ckpt, options, monkeypatch):
+    monkeypatch.setattr(
+        prefix, "WORTH_IT", math.inf
+    )  # with --checkpoint-activations none is shared
     options = [
         *SHORT_RUN,
         *([] if "full" in options else ["--rank", 4, "--lr", 1e-2]),

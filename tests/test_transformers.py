@@ -275,6 +275,8 @@ def test_sentencepiece_ids_are_those_of_transformers(tmp_path):
         # this is not the order of scores.
         (tmp_path / "alone").mkdir(exist_ok=True)
         (tmp_path / "alone" / "tokenizer.model").write_bytes(model.read_bytes())
+        stated = (tmp_path / model.name / "tokenizer_config.json").read_text()
+        (tmp_path / "alone" / "tokenizer_config.json").write_text(stated)
         assert_same_ids(tmp_path / model.name, load_tokenizer(tmp_path / "alone"))
     unprefixed = write_tokenizer(tmp_path / "unprefixed", model, add_prefix_space=False)
     assert_same_ids(unprefixed)
