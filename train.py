@@ -508,7 +508,7 @@ def parse_args(arguments=None):
     add(
         "--micro-batch-size",
         type=count,
-        help="examples per forward pass (default: as many as have 2,048 tokens)",
+        help="examples per forward pass (default: as many as have 1,280 tokens)",
     )
     add("--seed", type=seed, default=0, help="of the adapters, the held-out examples and the order")
     add(

@@ -134,9 +134,9 @@ def gradient_group(device):
     return torch.distributed.new_group(backend=backend, timeout=timedelta(seconds=50))
 
 
-# As many tokens, padding included, are computed at a time where --micro-batch-size does not say how
-# many examples are: tests/README.md has how speed and memory depend on it.
-TOKENS_AT_A_TIME = 2048
+# So many tokens, padding included, are computed at a time where --micro-batch-size does not say how
+# many examples are. tests/README.md has how speed and memory depend on it.
+TOKENS_AT_A_TIME = 1280
 
 
 def own_micro_batches(examples, size=None):
@@ -146,7 +146,9 @@ def own_micro_batches(examples, size=None):
     are too few for that, the last micro-batch is empty."""
     if size is None:
         longest = max(len(prompt) + len(response) for prompt, response in examples)
-        size = max(1, TOKENS_AT_A_TIME // longest)
+        # What all prompts begin with is computed once (prefix.py).
+        shared = len(os.path.commonprefix([prompt for prompt, _ in examples]))
+        size = max(1, (TOKENS_AT_A_TIME - shared) // (longest - shared))
     index, count = processes()
     rounds = math.ceil(len(examples) / (size * count))
     size = math.ceil(len(examples) / (rounds * count))

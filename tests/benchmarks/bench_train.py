@@ -110,7 +110,9 @@ def measure(args, row):
         train.main(options)
     rate = statistics.median([before, matmul_rate(args.dtype, args.device)])
     log = records.steps_of(records.read_log(options.out / "log.jsonl"))[WARM_UP:]
-    tokens, labels = train.collate(encoded_examples(args)[: options.micro_batch_size], model.device)
+    batch = encoded_examples(args)[: args.batch_size]
+    micro_batch, *_ = train.own_micro_batches(batch, options.micro_batch_size)
+    tokens, labels = train.collate(micro_batch, model.device)
     results = {
         "peak MiB": peak_mib(args.device),
         "tokens/s": statistics.median(step["tokens"] / step["seconds"] for step in log),
