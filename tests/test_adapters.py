@@ -171,3 +171,14 @@ def test_a_part_is_merged(tmp_path):
     for name, parameter in model.named_parameters():
         parameter.data = updated(name, parameter.data)
     assert_close(model(tokens), trained(tokens))
+
+
+def test_a_part_that_peft_has_trained_here_is_merged_too(tmp_path):
+    """Its metadata say that it is peft's, and not which layers."""
+    write_part(tmp_path / "a", layers_to_transform=[0, 2])
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"rosa": json.dumps({"peft": True})})
+    weight = random_model().model.layers[1].self_attn.v_proj.weight
+    updated = updater(random_model(), read_adapter(tmp_path / "a"))
+    assert torch.equal(updated("model.layers.1.self_attn.v_proj.weight", weight), weight)
+    assert not torch.equal(updated("model.layers.0.self_attn.v_proj.weight", weight), weight)

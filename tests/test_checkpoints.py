@@ -105,6 +105,18 @@ def test_of_pickled_weights_in_the_cache_a_line_says_what_they_are(tmp_path, mon
         find_checkpoint("a/b")
 
 
+def test_an_adapter_in_the_cache_is_called_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0"
+    rosa.save_adapter(rosa.attach(random_model(), 2, 4), snapshot)
+    with pytest.raises(UserError, match="is an adapter's directory"):
+        find_checkpoint("a/b")
+    (snapshot / "adapter_config.json").unlink()
+    (snapshot / "training_args.bin").write_text("")  # no weights
+    with pytest.raises(UserError, match="does not hold a/b. To download it"):
+        find_checkpoint("a/b")
+
+
 @pytest.mark.parametrize(
     "variables, cache",
     [

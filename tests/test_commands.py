@@ -395,6 +395,21 @@ def test_a_stream_that_the_shell_has_closed_is_not_missed(ckpt, closed):
     assert [json.loads(line)["step"] for line in open("a/log.jsonl")] == [0, 1, 1]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
+def test_where_the_disk_of_the_output_is_full_a_line_says_so(ckpt):
+    command = f"{sys.executable} {ROOT}/train.py --ckpt ckpt --max-len 200 --max-steps 1 --out a"
+    done = subprocess.run(f"{command} > /dev/full", shell=True, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "train.py: what it prints: No space left on device. To resume: " in done.stderr
+
+
+def test_two_files_of_one_name_have_a_loss_each(ckpt):
+    Path("a.json").write_text(json.dumps(toy.examples("train", 2)))
+    Path("a.txt").write_text("It is what it is.")
+    forgetting.run("a.json a.txt --ckpt ckpt --out out --limit 1".split())
+    assert json.loads(Path("out/losses.json").read_text())["losses"].keys() == {"a.json", "a.txt"}
+
+
 def test_the_parent_directory_as_a_checkpoint_gives_a_run_its_name(ckpt, monkeypatch):
     Path("ckpt/inner").mkdir()
     monkeypatch.chdir("ckpt/inner")

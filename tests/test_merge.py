@@ -68,6 +68,15 @@ def test_every_token_that_ends_an_answer_is_named(
         assert json.loads(Path(f"out/{name}.json").read_text()).get("eos_token_id") == expected
 
 
+def test_no_byte_order_mark_is_handed_on(ckpt):
+    """Others cannot read a JSON file that has one."""
+    Path("ckpt/tokenizer_config.json").write_text('{"add_bos_token": true}')
+    for file in Path("ckpt").glob("*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    merge()
+    assert all(file.read_bytes()[:1] == b"{" for file in Path("out").glob("*.json"))
+
+
 def test_what_is_no_weight_and_no_pickle_comes_along(ckpt):
     kept = "LICENSE LICENSE.txt NOTICE USE_POLICY.md tekken.json vocab.txt chat_template.jinja"
     kept += " x.jinja README.md additional_chat_templates/tool.jinja"

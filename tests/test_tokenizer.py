@@ -267,6 +267,38 @@ def test_a_token_that_is_a_single_word_is_found_only_as_one(tmp_path, file):
     assert size not in encode("abc") and size not in encode("bcd") and size not in encode("bc1 _bc")
 
 
+@pytest.mark.parametrize("mark", ["\u0301", "\u200d", "\u203f", "\u0940", "2", "_"])
+def test_marks_and_joiners_belong_to_a_word(tmp_path, mark):
+    """As the package tokenizers has it; Python's \\w leaves them out."""
+    write_sentencepiece(tmp_path)
+    size = load_tokenizer(tmp_path).vocab_size
+    listed = {str(size): {"content": "<x>", "single_word": True}}
+    describe(tmp_path, tokenizer_config={"added_tokens_decoder": listed})
+    encode = load_tokenizer(tmp_path).encode
+    assert size not in encode(f"a{mark}<x>") and size not in encode(f"<x>{mark}")
+    assert size in encode(f"a{mark} <x> {mark}")
+
+
+def test_a_llama_tokenizer_finds_user_defined_pieces_as_added_tokens(tmp_path):
+    write_sentencepiece(tmp_path, user_defined_symbols="<u>", vocab_size=16, model_type="bpe")
+    piece = SentencePieceProcessor(str(tmp_path / "tokenizer.model")).piece_to_id("<u>")
+    describe(tmp_path, tokenizer_config={"tokenizer_class": "LlamaTokenizer", "legacy": False})
+    tokenizer = load_tokenizer(tmp_path)
+    a = tokenizer.encode("a")
+    assert tokenizer.encode("<u> a") == [piece, *a]  # no space is put before it
+    assert tokenizer.decode([*a, piece]) == "a<u>"
+
+
+@pytest.mark.parametrize("model_type, says", [("unigram", True), ("bpe", False)])
+def test_where_transformers_takes_a_model_for_another_kind_a_line_says_so(
+    tmp_path, capsys, model_type, says
+):
+    write_sentencepiece(tmp_path, model_type=model_type)
+    describe(tmp_path, tokenizer_config={"tokenizer_class": "LlamaTokenizer"})
+    load_tokenizer(tmp_path)
+    assert ("is a unigram model" in capsys.readouterr().err) == says
+
+
 def test_without_the_package_a_line_says_where_a_space_is_put_otherwise(
     tmp_path, monkeypatch, capsys
 ):
@@ -283,6 +315,12 @@ def test_without_the_package_a_line_says_where_a_space_is_put_otherwise(
         (False, {"normalizer": prepend, "pre_tokenizer": None}, True),
         (True, {"normalizer": None, "pre_tokenizer": metaspace}, True),
         (False, {"normalizer": None, "pre_tokenizer": metaspace}, False),
+        # it puts no space after an added token, and no second one
+        (
+            True,
+            {"normalizer": None, "pre_tokenizer": metaspace | {"prepend_scheme": "first"}},
+            True,
+        ),
     ):
         write_sentencepiece(tmp_path, add_dummy_prefix=puts_space)
         describe(tmp_path, tokenizer=raw | steps, tokenizer_config={"tokenizer_class": "Other"})
