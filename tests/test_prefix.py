@@ -1,6 +1,8 @@
 """Statements about extras/prefix.py: what a batch begins with is computed once, and loss and
 gradients are those of computing it for every example."""
 
+import copy
+
 import pytest
 import torch
 from helpers import random_model, randomise_adapters
@@ -69,12 +71,12 @@ def test_loss_and_gradients_are_the_same_in_float64(monkeypatch, random, probing
 def test_with_the_kernels_they_are_as_near_to_the_exact_ones(monkeypatch, dtype):
     tokens, labels = batch()
     model = adapted(dtype, random=True, probing=True)
+    exact = copy.deepcopy(model).double()
     accelerate(model)
     assert model.shares_prefix
     shared = gradients(model, model.loss(tokens, labels))
     model.shares_prefix = False
     alone = gradients(model, model.loss(tokens, labels))
-    exact = adapted(dtype, random=True, probing=True).double()
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     exact = gradients(exact, exact.loss(tokens, labels))
     flat = [
