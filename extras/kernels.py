@@ -63,7 +63,11 @@ def accelerate(model, inference=False):
         left_by_any |= left_by_one
     for name, reason in left_by_any.items():
         print(f"kernels    {reason}: running {name} as written")
-    prefix.share_if_possible(model)
+    # In an evaluation extras/inference.py has a cache of its own. An edited attend, of which a line
+    # above says that it runs as written, may not know of a cache.
+    model.shares_prefix = False
+    if not inference and "Attention.attend" not in left_by_any:
+        prefix.share_if_possible(model)
     modules = own_modules(model)
     if inference and "Linear.forward" not in left_by_any:
         for module in modules:

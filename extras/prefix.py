@@ -6,13 +6,18 @@ Attention sees the tokens before it through a cache, and a gradient flows throug
 cache like through anything else. So one row of the shared tokens fills a cache, and the examples'
 own tokens follow it."""
 
+import sys
+
 from extras.distributed import is_first
 from extras.source import edited
-from model import KVCache, Llama
+from model import DecoderLayer, KVCache, Llama
 
-# The methods that sharing relies on; where one has been edited nothing is shared.
+# What decides how a token depends on others and on its position. Where it has been edited nothing
+# is shared: the edit may not know of a cache. (Attention.forward has `cache.update` in it.)
 PLAIN = {
     (Llama, "hidden_states"): "d6d8016dae55",
+    (sys.modules[Llama.__module__], "rope_table"): "a62bca400352",
+    (DecoderLayer, "forward"): "0f1b6aaf05b7",
     (KVCache, "__init__"): "bb55c656be18",
     (KVCache, "update"): "82839ece389f",
 }

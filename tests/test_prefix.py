@@ -11,7 +11,7 @@ from rounding import assert_no_worse
 import rosa
 from extras import kernels, prefix
 from extras.kernels import accelerate
-from model import KVCache, Llama
+from model import Attention, KVCache, Llama
 
 pytestmark = pytest.mark.numeric
 
@@ -119,7 +119,7 @@ def test_where_little_is_saved_there_is_one_pass(monkeypatch, rows, shared):
     assert shapes_computed(model, tokens, labels, monkeypatch) == [(rows, shared + 12)]
 
 
-def test_nothing_is_shared_where_a_method_has_been_edited_or_dropout_is_drawn(monkeypatch, capsys):
+def test_nothing_is_shared_where_dropout_is_drawn(capsys):
     model = random_model()
     model.model.layers[0].mlp.act = torch.nn.Dropout(0.1)
     accelerate(model)
@@ -128,18 +128,34 @@ def test_nothing_is_shared_where_a_method_has_been_edited_or_dropout_is_drawn(mo
         "prefix     dropout is drawn for each example: what all examples begin with is computed "
         in (capsys.readouterr().out)
     )
-    update = KVCache.update
 
-    def edited(self, layer, k, v):
-        return update(self, layer, k, v)
 
-    monkeypatch.setattr(KVCache, "update", edited)
+@pytest.mark.parametrize("owner, name", list(prefix.PLAIN))
+def test_nothing_is_shared_where_a_method_has_been_edited(monkeypatch, capsys, owner, name):
+    plain = getattr(owner, name)
+
+    def edited(*given):
+        return plain(*given)
+
+    monkeypatch.setattr(owner, name, edited)
     model = random_model()
     accelerate(model)
-    assert (
-        not model.shares_prefix
-        and "prefix     KVCache.update is no longer" in capsys.readouterr().out
-    )
+    assert not model.shares_prefix
+    assert f"prefix     {owner.__name__}.{name} is no longer as it was" in capsys.readouterr().out
+
+
+def test_an_edited_attend_gets_whole_examples(monkeypatch):
+    monkeypatch.setattr(Attention, "attend", lambda self, q, k, v, mask: v)
+    model = random_model()
+    accelerate(model)
+    assert not model.shares_prefix
+
+
+def test_in_an_evaluation_nothing_is_shared_and_nothing_said(monkeypatch, capsys):
+    monkeypatch.setattr(KVCache, "update", lambda *given: None)
+    model = random_model()
+    accelerate(model, inference=True)
+    assert not model.shares_prefix and "prefix" not in capsys.readouterr().out
 
 
 def test_nothing_is_shared_where_layers_are_computed_twice(capsys):
