@@ -121,11 +121,9 @@ def main(args):
     def answer(some_questions):  # a generator
         return respond(args, engine, model, tokenizer, some_questions)
 
-    # Each process runs answer() on its share of the questions. After every batch_size answers the
-    # processes exchange what they have, and so this loop sees all answers, in every process.
-    for number, response, num_tokens in share_out(
-        answer, predictions.unanswered(), at_a_time=args.batch_size
-    ):
+    # Each process runs answer() on its share of the questions. After every 32 answers the processes
+    # exchange what they have, and so this loop sees all answers, in every process.
+    for number, response, num_tokens in share_out(answer, predictions.unanswered(), at_a_time=32):
         judged = judge(questions[number], response)
         is_cut = args.score == "generate" and num_tokens == args.max_new_tokens
         finish_reason = "length" if is_cut else "stop"
@@ -199,8 +197,9 @@ def generate_responses(args, engine, model, tokenizer, questions):
 def choose_options(args, engine, model, tokenizer, questions):
     """--score likelihood. Yields (question's number, the option of highest summed log-probability
     as text, 0), as the questions are answered."""
-    for first in range(0, len(questions), args.batch_size):
-        batch = questions[first : first + args.batch_size]
+    size = args.batch_size or 32
+    for first in range(0, len(questions), size):
+        batch = questions[first : first + size]
         options = [tasks.options(question.test_set, question.example) for question in batch]
         prompts = [question.prompt for question in batch]
         ids = []
@@ -406,7 +405,7 @@ def parse_args(arguments=None):
     add = parser.add_argument_group("answers").add_argument
     add("--prompt", help="instead of scoring: answer this one question")
     add("--limit", type=count, help="only the first so many examples of each test set")
-    add("--batch-size", type=count, default=32, help="examples at a time")
+    add("--batch-size", type=count, help="examples at a time (default: by the memory they need)")
     add("--max-new-tokens", type=count, default=256, help="longest answer, in tokens")
     add(
         "--score",

@@ -110,9 +110,9 @@ def main(args):
 
     # --- faster, and where to begin ---
     if not args.plain:
-        # Faster code with the same results replaces RMSNorm, attention, MLP, loss and RoAE.forward.
-        # What you have edited is not replaced: extras/source.py compares the hash of a method's
-        # code with that of the original. A line says what was replaced.
+        # Faster code with the same results replaces RMSNorm, attention, MLP and loss. What you have
+        # edited is not replaced: extras/source.py compares the hash of a method's code with that of
+        # the original. A line says what was replaced.
         exchanged, _ = kernels.accelerate(model)
         kernels.say_what_runs(exchanged)
     if args.compile:

@@ -13,7 +13,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import tasks
-from extras.kernels import PLAIN_ATTEND, PLAIN_LOSS
+from extras import kernels
+from extras.kernels import PLAIN_LOSS
+from extras.prefix import cache_of
 from extras.source import edited
 from model import KVCache, Llama, check_prompts
 
@@ -53,7 +55,7 @@ def is_edited(fingerprints, instead):
 
 def generate(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=None):
     """The answers that model.generate returns, computed for `batch_size` prompts at a time, or for
-    all at once if it is None.
+    as many as there is memory for if it is None.
 
     In float32 an answer does not depend on the other prompts. In bfloat16 rounding depends on the
     shape of the batch, and may decide between two tokens of nearly the same probability.
@@ -78,7 +80,9 @@ def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=Non
         return
     eos_ids = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
     answers = [[] for _ in prompts]
-    num_slots = min(batch_size or len(prompts), len(prompts))
+    if batch_size is None:
+        batch_size = rows_at_a_time(model, max(map(len, prompts)) + max_new_tokens)
+    num_slots = min(batch_size, len(prompts))
     cache = shared_prefix_cache(model, prompts, num_slots, max_new_tokens)
     waiting = list(range(len(prompts)))  # the numbers of the prompts that have no slot yet
     running = []  # running[slot]: the number of the prompt in this slot
@@ -92,8 +96,7 @@ def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=Non
             waiting = waiting[free:]
             x = torch.cat((x, prefill(model, [prompts[i] for i in new], cache, len(running))))
             running += new
-        # In float32, since on a CPU the maximum in bfloat16 is slow. Both results are [n].
-        highest, next_ids = model.logits(x).float().max(-1)
+        highest, next_ids = model.logits(x).max(-1)  # both [n]
         if not highest.isfinite().all():
             raise FloatingPointError("the model's logits are not finite: try --dtype float32")
         unfinished = []
@@ -111,6 +114,38 @@ def stream(model, prompts, max_new_tokens, eos_id, batch_size=None, on_token=Non
             running = [running[slot] for slot in slots]
             next_ids = next_ids[slots]
         x = model.hidden_states(next_ids[:, None], cache)[:, 0] if running else x[:0]
+
+
+# Where the caller does not say how many prompts are answered at a time, they are as many as the
+# cache has room for in this memory of a CPU, or in half of a GPU's free memory. More rows are
+# faster, up to some hundred.
+MEMORY_OF_CACHE = 2**31  # bytes
+FEWEST_ROWS = 8
+MOST_ROWS = 128
+
+
+def rows_at_a_time(model, num_positions):
+    """How many rows of `num_positions` a BatchedCache may have."""
+    config = model.config
+    keys = len(model.model.layers) * config.num_key_value_heads * config.head_dim * num_positions
+    bytes_per_row = keys * (dtype_of_keys(model).itemsize + model.dtype.itemsize)
+    memory = MEMORY_OF_CACHE
+    if model.device.type == "cuda":
+        memory = torch.cuda.mem_get_info(model.device)[0] // 2
+    return min(max(memory // bytes_per_row, FEWEST_ROWS), MOST_ROWS)
+
+
+def attends_by_kernel(model):
+    """Whether the attention of all layers is that of extras/kernels.py."""
+    methods = [getattr(layer.self_attn, "attend", None) for layer in model.model.layers]
+    return all(getattr(method, "__func__", None) is kernels.attend for method in methods)
+
+
+def dtype_of_keys(model):
+    """On a CPU the kernel multiplies by the keys in float32. In the cache they are in float32 then,
+    so that they need not be cast at every token."""
+    by_kernel_on_cpu = model.device.type == "cpu" and attends_by_kernel(model)
+    return torch.float32 if by_kernel_on_cpu else model.dtype
 
 
 @torch.inference_mode()
@@ -167,10 +202,9 @@ def shared_prefix_cache(model, prompts, num_rows, room):
         # shared, so that the prompt's last state is computed.
         prefix = min(len(os.path.commonprefix(prompts)), shortest - 1)
     if prefix:
-        tokens = torch.tensor([prompts[0][:prefix]], device=model.device)
-        model.hidden_states(tokens, cache.use(slice(0, 1)))
-        for tensor in cache.keys + cache.values:
-            tensor[1:, :, :prefix] = tensor[:1, :, :prefix]
+        shared = cache_of(model, torch.tensor([prompts[0][:prefix]], device=model.device))
+        for rows, row in zip(cache.keys + cache.values, shared.keys + shared.values):
+            rows[:, :, :prefix] = row
     cache.prefix = prefix
     return cache
 
@@ -212,24 +246,25 @@ class BatchedCache:
         K = config.num_key_value_heads
         d = config.head_dim
 
-        def zeros(*shape):
+        def zeros(shape, dtype):
             """A tensor for each layer. It must not hold nan, since a hidden value is multiplied by
             a weight of 0, and 0 * nan is nan."""
             layers = model.model.layers
-            return [torch.zeros(shape, device=model.device, dtype=model.dtype) for _ in layers]
+            return [torch.zeros(shape, device=model.device, dtype=dtype) for _ in layers]
 
+        self.values = zeros((num_rows, K, num_positions, d), model.dtype)
         if model.device.type == "cpu":
             # In memory keys are [rows, K, d, positions]: a CPU multiplies a few queries by them
             # faster.
-            transposed = zeros(num_rows, K, d, num_positions)
+            transposed = zeros((num_rows, K, d, num_positions), dtype_of_keys(model))
             self.keys = [keys.transpose(2, 3) for keys in transposed]
         else:
-            self.keys = zeros(num_rows, K, num_positions, d)
-        self.values = zeros(num_rows, K, num_positions, d)
+            self.keys = zeros((num_rows, K, num_positions, d), model.dtype)
         self.lengths = torch.zeros(num_rows, dtype=torch.long, device=model.device)
         self.prefix = 0  # the number of positions that hold the same ids in every row
-        # An edited Attention.attend gets masks of the dtype that the masks of KVCache have.
-        self.masks_are_bool = edited(PLAIN_ATTEND) is not None
+        # The kernel adds a mask of numbers to the scores. Any other Attention.attend, an edited one
+        # perhaps, gets masks of the dtype that the masks of KVCache have.
+        self.masks_are_bool = not attends_by_kernel(model)
 
     def use(self, rows):
         """Let the next forward passes read and fill these rows, a slice. Returns the cache."""
@@ -245,14 +280,15 @@ class BatchedCache:
         positions, those of the new tokens included."""
         if layer == 0:
             self.locate(k.shape[2])
-        self.keys[layer][self.index] = k.transpose(1, 2)
+        keys = self.keys[layer]
+        keys[self.index] = k.transpose(1, 2).to(keys.dtype)
         self.values[layer][self.index] = v.transpose(1, 2)
         if layer == len(self.keys) - 1:
             self.lengths[self.rows] += k.shape[2]
         if self.mask is None:
             return k, v, None
         S = self.mask.shape[-1]
-        return self.keys[layer][self.rows, :, :S], self.values[layer][self.rows, :, :S], self.mask
+        return keys[self.rows, :, :S], self.values[layer][self.rows, :, :S], self.mask
 
     def locate(self, T):
         """Set the positions of the T new tokens of each row, and the mask of what they see. This is
@@ -271,9 +307,8 @@ class BatchedCache:
             # A mask of numbers is made here once, since the kernel adds it to the scores in every
             # layer.
             if not self.masks_are_bool:
-                seen = torch.zeros(
-                    seen.shape, device=device, dtype=self.keys[0].dtype
-                ).masked_fill_(~seen, -torch.inf)
+                numbers = torch.zeros(seen.shape, device=device, dtype=self.values[0].dtype)
+                seen = numbers.masked_fill_(~seen, -torch.inf)
             self.mask = seen[:, None]
 
     def select(self, rows):

@@ -1,8 +1,7 @@
-"""Faster or smaller versions of the formulas in model.py and rosa.py, put in by one line:
-`accelerate(model)`.
+"""Faster or smaller versions of the formulas in model.py, put in by one line: `accelerate(model)`.
 With them training is a quarter faster (SmolLM2, bfloat16, a CPU), and keeps two thirds as much for
 the backward pass.
-Without it: leave the line out, or type --plain; model.py and rosa.py compute the same.
+Without it: leave the line out, or type --plain; model.py computes the same.
 
 A kernel stands for one method as it was when the kernel was written, and knows it by a fingerprint,
 a hash of the method's tokens. If the method has been edited, or its source cannot be found, it is
@@ -36,6 +35,8 @@ class Kernel(NamedTuple):
     fingerprints: dict  # the fingerprint of the method, and those of other code it relies on
     # Whether the kernel can stand for the method in a certain module of this class
     fits: FunctionType = lambda module: True
+    # Whether it pays in the backward pass alone. Without gradients the method is as fast.
+    only_trains: bool = False
 
     @property
     def stands_for(self):
@@ -46,8 +47,9 @@ def accelerate(model, inference=False):
     """Exchange the methods of the model's modules for kernels. Call it after `attach`,
     `load_adapter` or `merge`.
 
-    inference: whether to lay out the weights of linear layers anew where that makes them faster.
-    The model can then no longer be trained, merged or saved. Returns (the methods that were
+    inference: no gradient will be asked for. Methods whose kernel pays in training alone stay, and
+    the weights of linear layers are laid out anew where that makes them faster: the model can then
+    no longer be trained, merged or saved. Returns (the methods that were
     exchanged, {method that is left as written: why}), and prints a line for each method that is
     left. Under torchrun a method that one process leaves is left by all."""
     Operators.look_up()
@@ -56,7 +58,8 @@ def accelerate(model, inference=False):
         if reason := edited(kernel.fingerprints):
             left[kernel.stands_for] = reason
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    if is_x86 and model.device.type == "cpu" and not Operators.onednn:
+    is_missed = is_x86 and model.device.type == "cpu" and not Operators.is_intel()
+    if is_missed and not Operators.onednn:
         left["Linear.forward"] = "this PyTorch or processor has no oneDNN product"
     left_by_any = {}
     for left_by_one in gather(left):
@@ -75,7 +78,7 @@ def accelerate(model, inference=False):
                 pack(module)
     exchanged = set()
     for kernel in KERNELS:
-        if kernel.stands_for in left_by_any:
+        if kernel.stands_for in left_by_any or (inference and kernel.only_trains):
             continue
         for module in modules:
             is_unchanged_method = type(module) is kernel.cls and is_unchanged(module, kernel.name)
@@ -210,6 +213,7 @@ def attend(self, q, k, v, mask):
             probabilities = scores.add_(mask[:, :, None]).softmax(-1).to(v.dtype)
             return (probabilities.view(B, K, -1, S) @ v).view(B, H, T, d)
         mask = mask.expand(-1, H // K, -1, -1).flatten(1, 2)[:, None]  # [B, 1, H/K * T, S]
+        k = k.to(q.dtype)  # the cache of extras/inference.py holds keys in float32
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, d)
     if on_cpu and q.dtype == torch.bfloat16 and T <= SHORT:
         return CausalAttention.apply(q, k, v, None)
@@ -322,53 +326,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         return grad_hidden, grad_weight, None
 
 
-# --- RoAE.forward ---
-
-
-def roae_forward(self, x):
-    y = self.linear(x)
-    B = self.B * (self.alpha / self.rank)
-    update = F.linear(F.linear(x, self.A.to(x.dtype)), B.to(x.dtype))  # [.., rows]
-    if self.low_freq_ratio == 1:
-        return y.add_(update)
-    if self.pairs == "random":
-        return y.index_add_(-1, self.rows, update)
-    return AddToPairs.apply(y, update, self.num_heads, pairs_slice(self))
-
-
-def pairs_slice(adapter):
-    """The pairs that are adapted in every head, as a slice of the head's d/2 pairs: the first n or
-    the last n."""
-    half = adapter.linear.out_features // adapter.num_heads // 2
-    n = len(adapter.rows) // adapter.num_heads // 2
-    return slice(0, n) if adapter.pairs == "high" else slice(half - n, half)
-
-
-def adds_to_its_rows(adapter):
-    """Whether the kernel adds to the same rows as RoAE.forward. An edit of rosa.adapted_rows may
-    have chosen other rows."""
-    rows = torch.arange(adapter.linear.out_features)
-    if adapter.low_freq_ratio != 1 and adapter.pairs != "random":
-        rows = rows.view(adapter.num_heads, 2, -1)[..., pairs_slice(adapter)].flatten()
-    return adapter.pairs == "random" or torch.equal(adapter.rows.cpu(), rows)
-
-
-class AddToPairs(torch.autograd.Function):
-    """Adds the update, [.., rows], to the pairs `columns` of every head of y, [.., out], in place.
-    The gradient of y passes unchanged, where autograd would copy it."""
-
-    @staticmethod
-    def forward(ctx, y, update, num_heads, columns):
-        ctx.mark_dirty(y)
-        ctx.num_heads, ctx.columns = num_heads, columns
-        heads = y.unflatten(-1, (num_heads, 2, -1))  # [.., H, 2, d/2], a view of y
-        heads[..., columns] += update.view(*heads.shape[:-1], -1)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        heads = grad.unflatten(-1, (ctx.num_heads, 2, -1))
-        return grad, heads[..., ctx.columns].flatten(-3), None, None
+# --- what stands for what ---
 
 
 def is_plain(linear):
@@ -392,20 +350,14 @@ def is_faster(linear):
 PLAIN_ATTEND = {(Attention, "attend"): "91e7c2b1d9ef"}
 PLAIN_LINEAR = {(nn.Linear, "forward"): "bc032567e395"}
 PLAIN_LOSS = {(Llama, "loss"): "84864ca6024f", (Llama, "logits"): "3238416f55cf"}
-PLAIN_ROAE = {(RoAE, "forward"): "19f590aa9e30"}
+PLAIN_NORM = {(RMSNorm, "forward"): "4e383c7b4692"}
+PLAIN_MLP = {(MLP, "forward"): "b66865aa8eb3"}
 KERNELS = [
     Kernel(nn.Linear, "forward", linear_forward, PLAIN_LINEAR, fits=is_faster),
-    Kernel(RMSNorm, "forward", rms_norm_forward, {(RMSNorm, "forward"): "4e383c7b4692"}),
-    Kernel(MLP, "forward", mlp_forward, {(MLP, "forward"): "b66865aa8eb3"}),
+    Kernel(RMSNorm, "forward", rms_norm_forward, PLAIN_NORM, only_trains=True),
+    Kernel(MLP, "forward", mlp_forward, PLAIN_MLP, only_trains=True),
     Kernel(Attention, "attend", attend, PLAIN_ATTEND),
-    Kernel(Llama, "loss", loss, PLAIN_LOSS | PLAIN_LINEAR, fits=reads_lm_head),
-    Kernel(
-        RoAE,
-        "forward",
-        roae_forward,
-        PLAIN_ROAE,
-        fits=lambda adapter: is_plain(adapter.linear) and adds_to_its_rows(adapter),
-    ),
+    Kernel(Llama, "loss", loss, PLAIN_LOSS | PLAIN_LINEAR, reads_lm_head, only_trains=True),
 ]
 
 

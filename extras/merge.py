@@ -37,13 +37,12 @@ from extras.checkpoints import (
 )
 from extras.commands import command_parser, run_script
 from extras.inference import pad
-from extras.kernels import PLAIN_ROAE
 from extras.source import edited
 from model import FAMILIES
 
 SHARD = 5 * 10**9  # bytes of a file at most
 # A merged weight stands for RoAE.forward, as long as both are as they were written.
-MERGED = PLAIN_ROAE | {(rosa, "merge"): "e814ae8f17db"}
+MERGED = {(rosa.RoAE, "forward"): "19f590aa9e30", (rosa, "merge"): "e814ae8f17db"}
 
 
 def merge_unless_edited(model):

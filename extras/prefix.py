@@ -61,8 +61,15 @@ def hidden_states(model, tokens, wanted):
     shared = shared_length(tokens, wanted.any(0)) if model.shares_prefix and B > 1 else 0
     if shared * (B - 1) < WORTH_IT:
         return model.hidden_states(tokens)[wanted]
-    cache = KVCache(model.config)
-    model.hidden_states(tokens[:1, :shared], cache)
+    cache = cache_of(model, tokens[:1, :shared])
     cache.keys = [keys.expand(B, -1, -1, -1) for keys in cache.keys]
     cache.values = [values.expand(B, -1, -1, -1) for values in cache.values]
     return model.hidden_states(tokens[:, shared:], cache)[wanted[:, shared:]]
+
+
+def cache_of(model, tokens):
+    """A cache that holds the keys and values of tokens [1, S], which may be expanded or copied to
+    all rows that begin with these tokens."""
+    cache = KVCache(model.config)
+    model.hidden_states(tokens, cache)
+    return cache

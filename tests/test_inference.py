@@ -1,10 +1,13 @@
 """Statements about `extras/inference.py`: what model.py answers, many prompts at a time."""
 
+import copy
+
 import pytest
 import torch
 from helpers import decisive_model, random_model, random_tokens, randomise_adapters
 from rounding import assert_close, assert_greedy, near, of_model
 
+from extras import inference
 from extras.inference import BatchedCache, generate, log_likelihoods, stream
 from extras.kernels import accelerate
 from model import Attention, KVCache, Llama
@@ -131,6 +134,43 @@ def test_the_next_prompts_take_the_places_of_those_answered(batch_size, shared):
     batches = sum(max(lengths[i : i + width]) for i in range(0, 20, width))
     assert rows == one_batch if width >= 20 else len(rows) < batches or width == 1
     assert generate(model, prompts, 16, eos_ids, batch_size) == answers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_as_many_rows_are_answered_at_a_time_as_memory_allows(monkeypatch, kernels, dtype):
+    """What the cache holds in memory is what the number of rows was computed from."""
+    model, prompts, rows = random_model().to(dtype), ragged(*range(3, 33)), []
+    kernels(model)
+    model.lm_head.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    cache = BatchedCache(model, 1, 32 + 4)
+    a_row = sum(tensor.untyped_storage().nbytes() for tensor in cache.keys + cache.values)
+    for memory, expected in ((11.5 * a_row, 11), (a_row, 8), (99 * a_row, 30)):
+        monkeypatch.setattr(inference, "MEMORY_OF_CACHE", int(memory))
+        rows.clear()
+        generate(model, prompts, 4, None)
+        assert max(rows) == expected
+    monkeypatch.setattr(inference, "MOST_ROWS", 9)
+    rows.clear()
+    generate(model, prompts, 4, None)
+    assert max(rows) == 9
+
+
+def test_in_bfloat16_answers_are_as_near_to_the_exact_ones_as_those_of_the_plain_cache(kernels):
+    """The kernel's cache holds keys in float32; any other attention gets them as they came."""
+    model = randomise_adapters(attach(random_model(), 4, 8)).to(torch.bfloat16)
+    exact = copy.deepcopy(model).double()
+    tokens = random_tokens(3, 20)
+    with torch.inference_mode():
+        wanted = exact(tokens)
+        usual = (model(tokens).double() - wanted).norm()
+        kernels(model)
+        x = model.hidden_states(tokens[:, :12], cache := BatchedCache(model, 3, 20).use(slice(3)))
+        x = torch.cat(
+            [x, *(model.hidden_states(tokens[:, t, None], cache) for t in range(12, 20))], 1
+        )
+        assert (model.logits(x).double() - wanted).norm() <= 2 * usual
+    accelerated = kernels is accelerate
+    assert {keys.dtype for keys in cache.keys} == {torch.float32 if accelerated else torch.bfloat16}
 
 
 def test_generation_stops_when_all_are_done_and_refuses_before_anything_runs(model):

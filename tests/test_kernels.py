@@ -28,7 +28,7 @@ from extras.kernels import KERNELS, SummedCrossEntropy, accelerate
 from extras.operators import Operators
 from extras.source import fingerprint
 from model import MLP, Attention, Llama, RMSNorm
-from rosa import RoAE, attach
+from rosa import attach
 
 pytestmark = pytest.mark.numeric
 TOKENS, LABELS = (
@@ -99,7 +99,7 @@ def test_what_is_no_plain_function_counts_as_edited(tmp_path, monkeypatch, kind)
 
 
 EDITED = [
-    *((cls, "forward") for cls in (RMSNorm, MLP, RoAE, nn.Linear)),
+    *((cls, "forward") for cls in (RMSNorm, MLP, nn.Linear)),
     (Attention, "attend"),
     (Llama, "loss"),
 ]
@@ -118,23 +118,6 @@ def test_an_edited_method_runs_as_written_and_a_line_names_it(monkeypatch, capsy
     assert lines and all(f"{cls.__name__}.{name} has been edited" in line for line in lines)
     assert_same_results(model, expected, before)
     assert_greedy(model, PROMPTS, inference.generate(model, PROMPTS, 5, None), 5)
-
-
-def test_rows_that_were_chosen_otherwise_are_the_rows_that_adapt():
-    """Somebody has chosen other rows, in a file or by hand in a model. The kernel adds to a slice
-    of every head, and must not be used for any other rows."""
-    model = adapted()
-    for adapter in rosa.adapters(model).values():
-        if adapter.low_freq_ratio != 1:
-            adapter.rows = adapter.rows - 1
-    expected = results(model)
-    accelerate(model)
-    assert_same_results(model, expected)
-    kinds = {
-        name.split(".")[-1]: "forward" in vars(adapter)
-        for name, adapter in rosa.adapters(model).items()
-    }
-    assert kinds == {"q_proj": False, "k_proj": False, "v_proj": True, "up_proj": True}
 
 
 def test_what_runs_is_said_in_one_line(capsys):
@@ -268,12 +251,9 @@ CASES = {  # name -> (changes of the model, what is called, the shapes of its in
     "RMSNorm": ({}, partial(of, "model.norm"), X),
     "MLP": ({}, MLPS, X),
     "MLP, biases": ({"mlp_bias": True}, MLPS, (2, 1, 20, 32)),
-    "RoAE, all": ({"ratio": 1.0, "attention_bias": True}, partial(of, f"{ATTENTION}.q_proj"), X),
     **{f"loss, {rows} rows": ({}, partial(loss, rows), X) for rows in (5, 1000)},
 }
-for pairs in ("low", "high", "random"):
-    CASES[f"RoAE, {pairs}"] = ({"pairs": pairs}, partial(of, f"{ATTENTION}.k_proj"), X)
-for case in ("Linear", "RMSNorm", "MLP", "RoAE, all", "RoAE, low", "RoAE, random"):
+for case in ("Linear", "RMSNorm", "MLP"):
     CASES[f"{case}, a vector"] = (*CASES[case][:2], (32,))
 # 20 tokens are below kernels.SHORT, and 50 above
 for kind, T in itertools.product(("no", "bool", "float"), (20, 50)):

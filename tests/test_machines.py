@@ -74,6 +74,20 @@ def test_without_a_product_of_onednn_linear_layers_stay_as_they_are_and_a_line_s
     )
 
 
+def test_on_a_processor_of_intel_float32_is_left_to_mkl_and_nothing_is_said_of_it(
+    monkeypatch, capsys
+):
+    without_operators(monkeypatch)
+    monkeypatch.setattr(Operators, "formulas", {})
+    monkeypatch.setattr(Operators, "is_intel", staticmethod(lambda: True))
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    model = random_model()
+    exchanged, left = accelerate(model, inference=True)
+    assert torch.float32 not in Operators.onednn and not left
+    assert "Linear.forward" not in exchanged and not model.lm_head.weight.is_mkldnn
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("unusable", UNUSABLE)
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_an_operator_that_cannot_be_used_leaves_its_formula_and_is_asked_for_once(

@@ -29,12 +29,11 @@ from model import Llama
 
 def main(arguments=None):
     sizes = {"rounds": 3, "limit": 64, "batch_size": 32, "max_new_tokens": 128, "device": "cpu"}
-    args = parse_args(
-        __doc__, arguments, ckpt="data/tiny", test_file="", **sizes, dtype="float32,bfloat16"
-    )
-    rows = [
-        row for row in ROWS if row != "transformers" or importlib.util.find_spec("transformers")
-    ]
+    choice = {"dtype": "float32,bfloat16", "rows": "; ".join(ROWS)}
+    args = parse_args(__doc__, arguments, ckpt="data/tiny", test_file="", **sizes, **choice)
+    rows = args.rows.split("; ")
+    if "transformers" in rows and not importlib.util.find_spec("transformers"):
+        rows.remove("transformers")
     ratios = {f"tokens/s / {row}": ("tokens/s", row) for row in ("transformers", "generate")}
     print_table(args, rows, measure, ratios)
 

@@ -9,8 +9,7 @@ as the batch grows and follow the weights as the model grows; attention adds wha
 length. 7b: a random checkpoint in LLaMA-2-7B's shape (13.5 GB of bfloat16 in shards, under --dir,
 removed afterwards). Loading is compared with plainly reading the same files, both with their pages
 dropped from memory first. Then the row of bench_train.py that has --checkpoint-activations: five
-steps, batch 1, 125 tokens. With --device cuda five others instead, batches of 16 x 253 tokens, and
-the table of bench_generate.py, batches of 64 answers."""
+steps, batch 1, 125 tokens. bench_gpu.py is for a GPU."""
 
 import json
 import os
@@ -21,8 +20,7 @@ import timeit
 from functools import partial
 from pathlib import Path
 
-import bench_generate  # it and bench_train.py are beside this file
-import bench_train
+import bench_train  # it is beside this file
 import torch
 from common import ROOT, in_own_process, parse_args, peak_mib, print_table, timer_of
 from safetensors.torch import save_file
@@ -35,17 +33,12 @@ from model import Llama, LlamaConfig
 # size -> (vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
 # num_key_value_heads)
 SHAPES = {
+    "small": (1024, 64, 160, 4, 4, 2),
     "135M": (49152, 576, 1536, 30, 9, 3),
     "360M": (49152, 960, 2560, 32, 15, 5),
     "1.7B": (49152, 2048, 8192, 24, 32, 32),
     "7B": (32000, 4096, 11008, 32, 32, 32),
 }
-# Rows of bench_train.py
-CPU_ROWS = "RoSA --checkpoint-activations"
-GPU_ROWS = (
-    "transformers + peft LoRA; RoSA; RoSA, one batch at a time; RoSA --compile, one batch "
-    "at a time; LoRA, all linears, rank 24"
-)
 POINTS = [f"135M: 1 x {length}" for length in (128, 256, 512, 1024, 2048, 4096)]
 POINTS += [f"135M: {batch} x 128" for batch in (2, 4, 8, 16, 32)]
 POINTS += [f"{size}: 1 x 128" for size in ("360M", "1.7B", "7B")]
@@ -59,7 +52,7 @@ def main():
         print_table(args, POINTS, measure_point, {})
     if "7b" in args.part:
         with tempfile.TemporaryDirectory(dir=args.dir) as directory:
-            seven_b(Path(directory), args.device)
+            seven_b(Path(directory))
 
 
 def meta_model(size):
@@ -101,7 +94,7 @@ def measure_point(args, point):
     }
 
 
-def seven_b(ckpt, device):
+def seven_b(ckpt):
     write_checkpoint(ckpt)
     files = sorted(ckpt.glob("*.safetensors"))
     drop_pages(files)
@@ -114,17 +107,11 @@ def seven_b(ckpt, device):
     print(
         f"loading {sum(file.stat().st_size for file in files) / 1e9:.2f} GB: {times}\n", flush=True
     )
-    data, on_cpu = str(ckpt / "data.json"), device == "cpu"
-    write_examples(data, numbers=21 if on_cpu else 53)
-    sizes = (
-        ["--batch-size", "1", "--steps", "5"] if on_cpu else ["--batch-size", "16", "--steps", "7"]
-    )
-    options = ["--ckpt", str(ckpt), "--device", device, "--dtype", "bfloat16", "--rounds", "1"]
-    bench_train.main(
-        [*options, *sizes, "--train-file", data, "--rows", CPU_ROWS if on_cpu else GPU_ROWS]
-    )
-    if not on_cpu:
-        bench_generate.main([*options, "--batch-size", "64", "--test-file", data])
+    data = str(ckpt / "data.json")
+    write_examples(data, numbers=21)
+    options = ["--ckpt", str(ckpt), "--train-file", data, "--dtype", "bfloat16", "--rounds", "1"]
+    options += ["--batch-size", "1", "--steps", "5", "--rows", "RoSA --checkpoint-activations"]
+    bench_train.main(options)
 
 
 def write_checkpoint(directory):

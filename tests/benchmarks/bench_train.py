@@ -165,14 +165,20 @@ def time_shares(events):
 
 
 def measure_peer(args):
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     examples = encoded_examples(args)
     random.Random(0).shuffle(examples)
-    model = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=getattr(torch, args.dtype)).to(
-        args.device
-    )
+    model = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=getattr(torch, args.dtype))
+    rates = train_peer(args, model.to(args.device), examples)
+    return {"tokens/s": statistics.median(rates[WARM_UP:]), "peak MiB": peak_mib(args.device)}
+
+
+def train_peer(args, model, examples):
+    """Train peft's LoRA of rank 24 on all linear layers of a model of transformers. Returns the
+    tokens/s of each step."""
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=24, lora_alpha=48, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -185,16 +191,15 @@ def measure_peer(args):
         labels = [torch.tensor([-100] * len(prompt) + response) for prompt, response in batch]
         tokens = pad_sequence(rows, batch_first=True).to(args.device)
         labels = pad_sequence(labels, batch_first=True, padding_value=-100).to(args.device)
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(
-            args.device
-        )
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         start = timer()
-        model(input_ids=tokens, attention_mask=mask, labels=labels).loss.backward()
+        outputs = model(input_ids=tokens, attention_mask=mask.to(args.device), labels=labels)
+        outputs.loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         rates.append(sum(map(len, rows)) / (timer() - start))
-    return {"tokens/s": statistics.median(rates[WARM_UP:]), "peak MiB": peak_mib(args.device)}
+    return rates
 
 
 if __name__ == "__main__":
