@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from extras.kernels import accelerate, roae_forward
+from extras.kernels import accelerate
 from model import rope_table, rotate
 from rosa import (
     TARGETS,
@@ -45,14 +45,10 @@ LOW = {
     1.0: list(range(16)),
 }
 ALL = "q,k,v,o,gate,up,down"
-both_ways = pytest.mark.parametrize(
-    "forward", [RoAE.forward, roae_forward], ids=["plain", "kernel"]
-)
 
 
-@both_ways
 @pytest.mark.parametrize("ratio", LOW)
-def test_only_the_slow_pairs_of_every_head_are_adapted(ratio, forward):
+def test_only_the_slow_pairs_of_every_head_are_adapted(ratio):
     seed_torch(0)
     linear, x = nn.Linear(5, 16), torch.randn(7, 5)
     adapter = RoAE(linear, num_heads=2, rank=3, alpha=6, low_freq_ratio=ratio)
@@ -64,7 +60,7 @@ def test_only_the_slow_pairs_of_every_head_are_adapted(ratio, forward):
     nn.init.normal_(adapter.B)
     expected = linear(x)
     expected[:, LOW[ratio]] += 2 * x @ adapter.A.T @ adapter.B.T
-    assert_close(forward(adapter, x), expected, length=5, depth=3)
+    assert_close(adapter(x), expected, length=5, depth=3)
 
 
 @pytest.mark.parametrize("ratio", LOW)
@@ -101,12 +97,11 @@ def test_the_ablations_merge_save_and_load(tmp_path, pairs):
     assert_close(merge(model)(tokens), adapted, **of_model(model.config))
 
 
-@both_ways
 @pytest.mark.parametrize(
     "ratio, pairs", [*((ratio, "low") for ratio in LOW), (0.5, "high"), (0.5, "random")]
 )
 @pytest.mark.parametrize("input_needs_gradient", [False, True])
-def test_gradients_are_those_of_the_dense_update(ratio, pairs, input_needs_gradient, forward):
+def test_gradients_are_those_of_the_dense_update(ratio, pairs, input_needs_gradient):
     seed_torch(0)
     linear, x = (
         nn.Linear(5, 16).requires_grad_(False),
@@ -119,7 +114,7 @@ def test_gradients_are_those_of_the_dense_update(ratio, pairs, input_needs_gradi
     scatter = torch.eye(16)[:, LOW[ratio] if pairs == "low" else adapter.rows]  # [16, rows]
     dense = F.linear(x, linear.weight + 2 * scatter @ adapter.B @ adapter.A, linear.bias)
     expected = torch.autograd.grad((dense * coefficients).sum(), wanted)
-    found = torch.autograd.grad((forward(adapter, x) * coefficients).sum(), wanted)
+    found = torch.autograd.grad((adapter(x) * coefficients).sum(), wanted)
     for ours, theirs in zip(found, expected):
         assert_close(ours, theirs, length=16, depth=3)
 
@@ -245,13 +240,12 @@ class Float32Outputs(TorchDispatchMode):
         return out
 
 
-@both_ways
-def test_adapters_are_float32_masters_and_activations_are_never_cast(forward):
+def test_adapters_are_float32_masters_and_activations_are_never_cast():
     linear = nn.Linear(32, 32, dtype=torch.bfloat16).requires_grad_(False)
     adapter, x = RoAE(linear, 4, rank=2, alpha=4), torch.randn(1, 500, 32).bfloat16()
     assert adapter.A.dtype == adapter.B.dtype == torch.float32
     with Float32Outputs() as seen:
-        assert forward(adapter, x).dtype == torch.bfloat16
+        assert adapter(x).dtype == torch.bfloat16
     assert seen.sizes and max(seen.sizes) < 500 * 2
 
 
