@@ -19,14 +19,15 @@ def table(script, *options):
     command = [sys.executable, ROOT / "tests" / "benchmarks" / script, *options]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if "|" in line]
+    lines = [line for line in result.stdout.splitlines() if line.startswith("| ")]
+    rows = [line.strip("| ").split(" | ") for line in lines]
     return {name: cells for name, *cells in rows}, result.stdout
 
 
 @pytest.mark.parametrize("script", OF_BUNDLED)
 def test_a_benchmark_prints_its_table(script):
     rows, _ = table(script, *OF_BUNDLED[script].split())
-    assert len(rows) > 2 and all(cells[1] for cells in rows.values())  # cells[0] is the dtype
+    assert len(rows) > 1 and all(cells[1] for cells in rows.values())  # cells[0] is the dtype
 
 
 def test_the_benchmark_for_a_gpu_runs_on_a_cpu():
