@@ -49,9 +49,9 @@ def accelerate(model, inference=False):
 
     inference: no gradient will be asked for. Methods whose kernel pays in training alone stay, and
     the weights of linear layers are laid out anew where that makes them faster: the model can then
-    no longer be trained, merged or saved. Returns (the methods that were
-    exchanged, {method that is left as written: why}), and prints a line for each method that is
-    left. Under torchrun a method that one process leaves is left by all."""
+    no longer be trained, merged or saved. Returns (the methods that were exchanged, {method that is
+    left as written: why}), and prints a line for each method that is left. Under torchrun a method
+    that one process leaves is left by all."""
     Operators.look_up()
     left = {}
     for kernel in KERNELS:

@@ -23,7 +23,7 @@ import tempfile
 
 import torch
 from bench_scale import fill, meta_model  # it, bench_train.py and common.py are beside this file
-from bench_train import WARM_UP, floor_flops, train_peer
+from bench_train import PEER, WARM_UP, floor_flops, train_peer
 from common import ROOT, cell, in_own_process, matmul_rate, parse_args, peak_mib
 from torch.utils.benchmark import timer
 
@@ -32,7 +32,6 @@ import train
 from extras import inference, kernels, records
 from model import KVCache
 
-PEER = "transformers + peft LoRA"
 # The name of a row -> options of train.py
 TRAINING = {
     PEER: None,
