@@ -383,10 +383,17 @@ def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkey
         assert shown in screen.buffer.getvalue()
 
 
+def shell_command():
+    """A run of one step on few examples, as a shell starts it."""
+    Path("few.json").write_text(json.dumps(toy.examples("train", 4)))
+    options = "--ckpt ckpt --train-file few.json --val-size 1 --max-steps 1 --out a"
+    return f"{sys.executable} {ROOT}/train.py {options}"
+
+
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
 def test_a_stream_that_the_shell_has_closed_is_not_missed(ckpt, closed):
     """Without it the first file that is opened would get the number of that stream."""
-    command = f"{sys.executable} {ROOT}/train.py --ckpt ckpt --max-len 200 --max-steps 1 --out a"
+    command = shell_command()
     done = subprocess.run(
         f"{command} {closed}", shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
@@ -397,8 +404,8 @@ def test_a_stream_that_the_shell_has_closed_is_not_missed(ckpt, closed):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
 def test_where_the_disk_of_the_output_is_full_a_line_says_so(ckpt):
-    command = f"{sys.executable} {ROOT}/train.py --ckpt ckpt --max-len 200 --max-steps 1 --out a"
-    done = subprocess.run(f"{command} > /dev/full", shell=True, stderr=subprocess.PIPE, text=True)
+    command = f"{shell_command()} > /dev/full"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "train.py: what it prints: No space left on device. To resume: " in done.stderr
 

@@ -24,7 +24,7 @@ import tempfile
 import torch
 from bench_scale import fill, meta_model  # it, bench_train.py and common.py are beside this file
 from bench_train import PEER, WARM_UP, floor_flops, train_peer
-from common import ROOT, cell, in_own_process, matmul_rate, parse_args, peak_mib
+from common import ROOT, matmul_rate, parse_args, peak_mib, print_table
 from torch.utils.benchmark import timer
 
 import rosa
@@ -59,41 +59,19 @@ def main(arguments=None):
         return
     if args.device == "cuda":
         print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}\n")
-    rows = {row: TRAINING[row] for row in args.rows.split("; ")}
-    print_rounds(args, rows, measure_training, "tokens/s", PEER)
-    rows = {}
-    for count in map(int, args.generation.split(",")):
-        for whose in ("transformers", "RoSA"):
-            rows[f"{whose}, {count} rows"] = (whose, count)
-    print_rounds(args, rows, measure_generation, "new tokens/s", None)
+    ratios = {"tokens/s / peer": ("tokens/s", PEER)}
+    print_table(args, args.rows.split("; "), measure_training, ratios)
+    print(flush=True)
+    rows = []
+    for count in args.generation.split(","):
+        rows += [f"{whose}, {count} rows" for whose in ("transformers", "RoSA")]
+    print_table(args, rows, measure_generation, {})
+    print(flush=True)
     if not args.skip_tests:
         tests = subprocess.run(
             [sys.executable, "-m", "pytest", "-q"], cwd=ROOT, capture_output=True, text=True
         )
         print(f"tests: {tests.stdout.strip().splitlines()[-1]}")
-
-
-def print_rounds(args, rows, measure, heading, base):
-    """Measure every row in a process of its own, in each round, and print the table. A row that
-    fails is a line that says why."""
-    rounds = [{} for _ in range(args.rounds)]
-    for results in rounds:
-        for row, what in rows.items():
-            try:
-                results[row] = in_own_process(measure, args, what)
-            except Exception as error:  # whatever it was, the other rows are measured
-                print(f"{row}: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
-                results[row] = {}
-    headings = list(dict.fromkeys(name for results in rounds[0].values() for name in results))
-    ratios = {f"{heading} / peer": (heading, base)} if rounds[0].get(base) else {}
-    print(f"| | {' | '.join([*headings, *ratios])} |\n{'|---' * (1 + len(headings + [*ratios]))}|")
-    for row in rows:
-        cells = []
-        for name in [*headings, *ratios]:
-            is_there = heading in rounds[0][row]
-            cells.append(cell(rounds, row, *ratios.get(name, (name,))) if is_there else "")
-        print(f"| {row} | {' | '.join(cells)} |")
-    print(flush=True)
 
 
 def random_model(args):
@@ -119,9 +97,10 @@ def random_examples(count, vocab_size):
 # --- training ---
 
 
-def measure_training(args, options):
-    """options: what a row of TRAINING says."""
+def measure_training(args, row):
+    """row: one of TRAINING."""
     torch.manual_seed(0)
+    options = TRAINING[row]
     count = args.steps * args.batch_size
     if options is None:
         model = their_model(args)
@@ -166,9 +145,10 @@ def their_model(args):
 # --- generation ---
 
 
-def measure_generation(args, what):
-    """what: whose, and how many rows."""
-    whose, count = what
+def measure_generation(args, row):
+    """row: such as "RoSA, 32 rows"."""
+    whose, count = row.removesuffix(" rows").split(", ")
+    count = int(count)
     torch.manual_seed(0)
     model = their_model(args).eval() if whose == "transformers" else random_model(args)
     prompts = [prompt for prompt, _ in random_examples(count, model.config.vocab_size)]

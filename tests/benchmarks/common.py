@@ -39,32 +39,41 @@ def parse_args(documentation, arguments, **defaults):
 def print_table(args, rows, measure, ratios):
     """Measure each row and print the table. measure(args, row) returns {heading: number}; the rows
     may have different headings. ratios: further headings -> (the heading of a number, the row by
-    whose number it is divided)."""
+    whose number it is divided). Where a row fails, a line says why, and its cells are empty."""
     headings = []
     for dtype in args.dtype.split(","):
         args.dtype = dtype
-        rounds = [
-            {row: in_own_process(measure, args, row) for row in rows} for _ in range(args.rounds)
-        ]
+        rounds = []
+        for _ in range(args.rounds):
+            rounds.append({row: measured(measure, args, row) for row in rows})
         if not headings:
-            headings = [
-                *dict.fromkeys(heading for row in rows for heading in rounds[0][row]),
-                *ratios,
-            ]
+            of_rows = (heading for row in rows for heading in rounds[0][row])
+            headings = [*dict.fromkeys(of_rows), *ratios]
             print(f"| | dtype | {' | '.join(headings)} |\n{'|---' * (2 + len(headings))}|")
         for row in rows:
             cells = [cell(rounds, row, *ratios.get(heading, (heading,))) for heading in headings]
             print(f"| {row} | {dtype} | {' | '.join(cells)} |", flush=True)
 
 
+def measured(measure, args, row):
+    try:
+        return in_own_process(measure, args, row)
+    except Exception as error:  # whatever it was, the other rows are measured
+        print(f"{row}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+        return {}
+
+
 def cell(rounds, row, heading, base=None):
-    """The text of one cell. It is empty where the row has no such number, or where the row that it
-    would be divided by was not measured."""
-    if heading not in rounds[0][row] or base not in (None, *rounds[0]):
+    """The text of one cell: the median over the rounds that have its number. It is empty where no
+    round has."""
+    numbers = []
+    for results in rounds:
+        number = results[row].get(heading)
+        divisor = results.get(base, {}).get(heading) if base else 1
+        if number is not None and divisor is not None:
+            numbers.append(number / divisor)
+    if not numbers:
         return ""
-    numbers = [
-        results[row][heading] / (results[base][heading] if base else 1) for results in rounds
-    ]
     median = statistics.median(numbers)
     return f"{median:,.0f}" if median >= 100 else f"{median:.4g}"
 
