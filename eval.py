@@ -36,7 +36,13 @@ from extras.checkpoints import (
     say_if_begin_is_unstated,
     say_if_bfloat16_is_slow,
 )
-from extras.commands import add_device_arguments, count, run_script, script_parser
+from extras.commands import (
+    add_device_arguments,
+    add_quantize_argument,
+    count,
+    run_script,
+    script_parser,
+)
 from extras.distributed import gather, is_first, share_out
 from extras.predictions import Predictions
 from extras.records import hash_of, origin_of, result_code, say_if_unfinished
@@ -64,7 +70,7 @@ def main(args):
     else:
         check_prompt(args.prompt)
         questions = []
-    model = load_model(ckpt, device, dtype)
+    model = load_model(ckpt, device, dtype, quantization=args.quantize)
     too_long = check_lengths(args, questions, model.config, tokenizer)
     if args.adapter:
         adapters.load_adapter(model, args.adapter)
@@ -74,9 +80,9 @@ def main(args):
     # What follows makes answers faster. It replaces no method that you have edited, so that your
     # edit is what runs: extras/source.py compares the hash of a method's code with that of the
     # original.
-    if args.adapter and dtype == torch.float32:
+    if args.adapter and dtype == torch.float32 and not args.quantize:
         # rosa.merge makes RoAE's update part of the weights, so that RoAE.forward need not run.
-        # Bfloat16 weights would round the update away.
+        # Weights of 16 or 8 bits would round the update away.
         merge.merge_unless_edited(model)
     gather()  # wait: no process begins before all of them are set up
     engine = OneByOne  # what answers: this class, or the module extras/inference.py
@@ -93,8 +99,11 @@ def main(args):
             answer_prompt(args, engine, model, tokenizer)
         return
     say_if_begin_is_unstated(ckpt, tokenizer)
+    stored = str(dtype).removeprefix("torch.")
+    if args.quantize:
+        stored += f", {args.quantize} weights"
     print(
-        f"model      {ckpt}: {len(model.model.layers)} layers, {str(dtype)[6:]} on {device}; "
+        f"model      {ckpt}: {len(model.model.layers)} layers, {stored} on {device}; "
         f"adapter: {args.adapter or 'none'}"
     )
 
@@ -163,15 +172,18 @@ def main(args):
 
 def origin_of_answers(args, ckpt, dtype, model, respond):
     """What an answer depends on, as a dict of hashes: the checkpoint, the adapter, the options
-    --score, --max-new-tokens and --dtype, and the code. A question that has an answer of the same
-    origin is not asked again. (--plain and --batch-size change rounding alone.)"""
+    --score, --max-new-tokens, --dtype and --quantize, and the code. A question that has an answer
+    of the same origin is not asked again. (--plain and --batch-size change rounding alone.)"""
     limit = args.max_new_tokens if args.score == "generate" else None
     # result_code knows the code of model.py, rosa.py, the tokenizers and the faster code. `own` is
     # for what it does not know: this file's part, and modules that you may have written elsewhere.
     # (Among the classes it ignores those of torch, and those that it knows.)
     module_classes = {type(module) for module in model.modules()}
     code = result_code(args.score, args.adapter, own=[respond, OneByOne, *module_classes])
-    return origin_of(ckpt, args.adapter, [args.score, limit, dtype], code)
+    settings = [args.score, limit, dtype]
+    if args.quantize:
+        settings.append(args.quantize)
+    return origin_of(ckpt, args.adapter, settings, code)
 
 
 def judge(question, response):
@@ -405,7 +417,11 @@ def parse_args(arguments=None):
     add = parser.add_argument_group("answers").add_argument
     add("--prompt", help="instead of scoring: answer this one question")
     add("--limit", type=count, help="only the first so many examples of each test set")
-    add("--batch-size", type=count, help="examples at a time (default: by the memory they need)")
+    add(
+        "--batch-size",
+        type=count,
+        help="examples at a time (default: as memory allows; by likelihood 32)",
+    )
     add("--max-new-tokens", type=count, default=256, help="longest answer, in tokens")
     add(
         "--score",
@@ -426,6 +442,7 @@ def parse_args(arguments=None):
         action="store_true",
         help="model.py alone: nothing from extras/kernels.py and extras/inference.py",
     )
+    add_quantize_argument(more)
     add_device_arguments(more)
     args = parser.parse_args(arguments)
     if args.out is None:

@@ -150,9 +150,12 @@ def merge(model):
     weight has 8 significant bits: an update much smaller than the weight is partly lost.
 
     Raises FloatingPointError where a sum is not finite in the weight's dtype: that adapter and
-    those after it stay."""
+    those after it stay. Raises ValueError for a quantised weight, which no update can be added
+    to."""
     for name, adapter in adapters(model).items():
         weight, rows = adapter.linear.weight, adapter.rows
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(f"{name}: an update cannot be merged into a quantised weight")
         update = (adapter.alpha / adapter.rank) * adapter.B @ adapter.A  # [rows, in], float32
         merged = (weight[rows] + update).to(weight.dtype)
         if not merged.isfinite().all():
@@ -372,7 +375,10 @@ def save_adapter(model, directory):
             )
     config = lora_config(arguments)
     config["base_model_name_or_path"] = getattr(model, "name_or_path", None)
-    write_adapter(directory, config, tensors, arguments)
+    metadata = dict(arguments)
+    if getattr(model, "quantization", None):
+        metadata["base_quantization"] = model.quantization
+    write_adapter(directory, config, tensors, metadata)
 
 
 def write_adapter(directory, config, tensors, metadata):
@@ -398,6 +404,7 @@ def load_adapter(model, directory):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     # The first files were written before `pairs` was an argument.
     arguments = {"pairs": "low"} | metadata
+    arguments.pop("base_quantization", None)  # the adapter fits the unquantised base too
     if sorted(arguments) != ["alpha", "low_freq_ratio", "pairs", "rank", "targets"]:
         raise ValueError(
             f"{directory} was not written by save_adapter: extras.adapters.load_adapter reads the "

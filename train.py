@@ -31,7 +31,7 @@ import rosa
 from data import tasks
 from data.errors import UserError
 from data.tokenizer import load_tokenizer
-from extras import adapters, kernels, prefix, runs
+from extras import adapters, kernels, memory, prefix, runs
 from extras.checkpoints import (
     choose_device_and_dtype,
     find_checkpoint,
@@ -42,6 +42,7 @@ from extras.checkpoints import (
 )
 from extras.commands import (
     add_device_arguments,
+    add_quantize_argument,
     below_one,
     count,
     fraction,
@@ -62,6 +63,7 @@ from extras.distributed import (
     processes,
     shard,
 )
+from extras.loss_scale import LossScale
 
 
 def main(args):
@@ -72,9 +74,10 @@ def main(args):
     args.dtype = str(dtype).removeprefix("torch.")  # what "auto" has come to is part of the run
     tokenizer = load_tokenizer(ckpt)
     train_set, val_set, places_in_file, too_long = load_data(args, tokenizer)
+    memory.say_what_is_needed(args, ckpt, train_set, device)
     # With --shard each process will hold a share of the frozen weights (FSDP2). The model is then
     # memory-mapped on the CPU, and its weights stay in their files until shard() reads them.
-    model = load_model(ckpt, device, dtype, mapped=args.shard)
+    model = load_model(ckpt, device, dtype, mapped=args.shard, quantization=args.quantize)
     if args.max_len > model.config.context:
         raise UserError(
             f"--max-len {args.max_len} exceeds the model's context of {model.config.context}"
@@ -119,10 +122,12 @@ def main(args):
         kernels.compile_layers(model)
     if args.checkpoint_activations:
         kernels.checkpoint_activations(model)
-    run = runs.Run(args, ckpt, tokenizer, model, trainable, optimizer, selector)
-    # With --resume this loads the adapters, AdamW's moments, the scores and the active layers, and
-    # returns the number of the step after which they were saved. It cuts the logs back to that
-    # step; a validation that was due there is made again below. Without --resume it returns None.
+    loss_scale = LossScale(model, dtype)
+    run = runs.Run(args, ckpt, tokenizer, model, trainable, optimizer, selector, loss_scale)
+    # With --resume this loads the adapters, AdamW's moments, the scores, the active layers and the
+    # loss scale, and returns the number of the step after which they were saved. It cuts the logs
+    # back to that step; a validation that was due there is made again below. Without --resume it
+    # returns None.
     step = run.resume()
     process_group = gradient_group(device)
     if args.shard:
@@ -175,28 +180,33 @@ def main(args):
         # since with --select random they must draw the same layers.
         torch.manual_seed(args.seed + step)
         selector.before_forward(step)
-        # Each process draws its own dropout. A step is less than total_steps, so that no two
-        # processes ever have the same seed. The seeds depend on step and process alone, so that a
-        # resumed run draws the same.
-        torch.manual_seed(args.seed + step + process * total_steps)
 
         # Gradients of the mean loss per response token. The batch is that of all processes: each
         # micro-batch's loss is divided by the response tokens of the whole batch, and the parts are
         # added up.
         response_tokens = sum(len(response) for _, response in batch)
-        loss = torch.zeros((), device=device)
-        # Each process computes an even share of the examples, in as many micro-batches as the other
-        # processes: with --shard they exchange weights in each pass. Where there are too few
-        # examples for that, a micro-batch is empty (see collate).
-        for micro_batch in own_micro_batches(batch, args.micro_batch_size):
-            tokens, labels = collate(micro_batch, device)
-            micro_loss = model.loss(tokens, labels) / response_tokens
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        # Sum over the processes: the gradients (at a probe those of the norms too), the loss, and
-        # the number of signals, since a Ctrl-C in one process stops all. The loss and this number
-        # are floats from here on.
-        loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
+        is_done = False
+        while not is_done:
+            # Each process draws its own dropout. A step is less than total_steps, so that no two
+            # processes ever have the same seed. The seeds depend on step and process alone, so that
+            # a resumed run draws the same.
+            torch.manual_seed(args.seed + step + process * total_steps)
+            loss = torch.zeros((), device=device)
+            # Each process computes an even share of the examples, in as many micro-batches as the
+            # other processes: with --shard they exchange weights in each pass. Where there are too
+            # few examples for that, a micro-batch is empty (see collate).
+            for micro_batch in own_micro_batches(batch, args.micro_batch_size):
+                tokens, labels = collate(micro_batch, device)
+                micro_loss = model.loss(tokens, labels) / response_tokens
+                (micro_loss * loss_scale.value).backward()
+                loss += micro_loss.detach()
+            # Sum over the processes: the gradients (at a probe those of the norms too), the loss,
+            # and the number of signals, since a Ctrl-C in one process stops all. The loss and this
+            # number are floats from here on.
+            loss, signals = all_reduce_gradients(process_group, model, loss, len(run.signals))
+            # In float32 and bfloat16 the scale is 1, and the gradients are done. In float16 they
+            # are divided by it, and computed again with a smaller one if any was too large.
+            is_done = loss_scale.unscale(model, loss, step + 1)
         # A probe scores the layers and selects: the others lose this step's gradient.
         selector.after_backward()
 
@@ -234,8 +244,9 @@ def print_overview(args, ckpt, model, device, selector, trainable):
     """Print the model, the method, and PEFT's line about what trains."""
     num_processes = processes()[1]
     note = f"; {num_processes} processes" if num_processes > 1 else ""
+    stored = f"{args.dtype}, {args.quantize} weights" if args.quantize else args.dtype
     print(
-        f"model      {ckpt}: {len(model.model.layers)} layers, {args.dtype} on {device}; "
+        f"model      {ckpt}: {len(model.model.layers)} layers, {stored} on {device}; "
         f"trained parameters are float32{note}"
     )
     on_targets = f" on {args.targets}" if "targets" in args else ""
@@ -529,6 +540,7 @@ def parse_args(arguments=None):
         action="store_true",
         help="less memory, slower: recompute each layer in the backward pass",
     )
+    add_quantize_argument(more)
     add(
         "--shard",
         action="store_true",
@@ -591,9 +603,9 @@ def combinations(args):
             f"{sizes}: choose a multiple, so that every forward pass is full",
         ),
         (
-            args.method == "full" and args.dtype == "bfloat16",
+            args.method == "full" and args.dtype not in ("auto", "float32"),
             "--method full needs --dtype float32: a bfloat16 weight does not see updates below "
-            "1/256 of itself",
+            "1/256 of itself, a float16 weight below 1/2048",
         ),
         (
             args.shard and processes()[1] == 1,
@@ -603,6 +615,11 @@ def combinations(args):
             args.shard and args.method not in ("rosa", "lora"),
             f"--shard shards frozen weights, with --method rosa or lora: not with {args.method}",
         ),
+        (
+            args.quantize and args.method == "full",
+            "--quantize int8 freezes the weights that --method full trains: choose one",
+        ),
+        (args.quantize and args.shard, "--shard does not go with --quantize"),
         (args.shard and args.compile, "--shard does not go with --compile"),
         (
             args.shard and args.checkpoint_activations,

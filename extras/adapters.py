@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 import rosa
 from data.errors import UserError, refusals_of, user_file
 from extras.checkpoints import read_json
+from extras.memory import ran_out
 from extras.source import is_library
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -58,6 +59,7 @@ class Adapter(NamedTuple):
     directory: Path
     config: dict  # adapter_config.json
     metadata: dict  # of RoSA; empty where another tool has written the files
+    quantization: str | None  # how the base was quantised when the adapter was trained, if it was
     tensors: dict  # name -> tensor
 
     @property
@@ -75,7 +77,10 @@ def save_adapter(model, directory):
     """rosa.save_adapter, for a model with adapters of any kind."""
     if hasattr(model, "peft_config"):
         config, tensors = peft_adapter(model)
-        rosa.write_adapter(directory, config, tensors, {"peft": True})
+        metadata = {"peft": True}
+        if getattr(model, "quantization", None):
+            metadata["base_quantization"] = model.quantization
+        rosa.write_adapter(directory, config, tensors, metadata)
     else:
         rosa.save_adapter(model, directory)
 
@@ -85,6 +90,7 @@ def load_adapter(model, directory):
     is wrong with the files."""
     adapter = read_adapter(directory)
     say_if_of_another_base(adapter, getattr(model, "name_or_path", ""))
+    say_if_quantized_otherwise(adapter, model)
     if adapter.needs_peft:
         return load_peft(model, adapter)
     arguments, tensors = lora_of(model, adapter)
@@ -127,7 +133,8 @@ def read_adapter(directory):
         raise UserError(f"the metadata of {weights} is not JSON ({error}): copy it again") from None
     if not isinstance(metadata, dict):
         raise UserError(f"the metadata of {weights} is not JSON (no object): copy it again")
-    return Adapter(directory, config, metadata, tensors)
+    quantization = metadata.pop("base_quantization", None)
+    return Adapter(directory, config, metadata, quantization, tensors)
 
 
 def hint(directory):
@@ -148,6 +155,16 @@ def say_if_of_another_base(adapter, base):
             f"adapter    {adapter.directory} was trained on {stated}, not on {base}: of its shape, "
             "but is it the same model?"
         )
+
+
+def say_if_quantized_otherwise(adapter, model):
+    """Print a line where an adapter was trained on a quantised base and is used with another, or
+    the other way round. Files of other tools do not say what they were trained on."""
+    trained = adapter.quantization
+    if adapter.metadata and trained != getattr(model, "quantization", None):
+        its_base = f"a base quantised to {trained}" if trained else "a base that was not quantised"
+        advice = f"with --quantize {trained} it is" if trained else "without --quantize it is not"
+        print(f"adapter    {adapter.directory} was trained on {its_base}: {advice} here too")
 
 
 # --- LoRA, as PEFT and RoSA write it ---
@@ -410,7 +427,7 @@ def attach_peft(model, peft_type, options):
         model.loss(tokens, tokens).backward()  # a method that cannot run here shall say so now
         model.zero_grad()
     except Exception as error:  # each of PEFT's methods raises exceptions of its own kind
-        if fails_in_model(error):
+        if fails_in_model(error) or ran_out(error):
             raise
         given = f"{options or 'no options'} in {str(model.dtype)[6:]}"
         raise UserError(f"peft:{peft_type} with {given}: {' '.join(str(error).split())}") from error

@@ -24,6 +24,7 @@ from torch import nn
 
 from data.errors import UserError, read_text, refusals_of, user_file
 from extras.distributed import is_first, processes
+from extras.quantize import Int8Linear, is_quantized, quantize
 from extras.source import HERE, edited
 from model import FAMILIES, Llama, LlamaConfig
 
@@ -205,7 +206,7 @@ def write_ends(file, raw, ids):
 def choose_device_and_dtype(device="auto", dtype="auto"):
     """(torch.device, torch.dtype) for two flags. Device "auto": CUDA, then MPS, then the CPU. Dtype
     "auto": bfloat16 where the device computes it natively (CUDA, CPUs with AVX512-BF16 or AMX),
-    float32 elsewhere."""
+    float16 on other CUDA devices, float32 elsewhere."""
     if device == "auto":
         device = "cpu"
         if torch.backends.mps.is_available():
@@ -225,7 +226,9 @@ def choose_device_and_dtype(device="auto", dtype="auto"):
         ) from None
     device = torch.device(device)
     if dtype == "auto":
-        dtype = "bfloat16" if computes_bfloat16(device) else "float32"
+        dtype = "float16" if device.type == "cuda" else "float32"
+        if computes_bfloat16(device):
+            dtype = "bfloat16"
     return device, getattr(torch, dtype)
 
 
@@ -418,17 +421,24 @@ def split(name, entry, config):
 PLAIN = {(Llama, "from_pretrained"): "5429502ac6db"}
 
 
-def load_model(ckpt, device="cpu", dtype=None, mapped=False):
+def load_model(ckpt, device="cpu", dtype=None, mapped=False, quantization=None):
     """The model in a checkpoint directory, any that this project reads. dtype None: as stored.
     Raises UserError for what is wrong with its files.
 
     mapped: the weights stay memory-mapped, as stored, and take memory as they are read. Else one
     tensor at a time goes from its file to its place, file by file, the largest of each first; a
-    file is opened anew for each tensor, so that what was read of it leaves memory."""
+    file is opened anew for each tensor, so that what was read of it leaves memory.
+
+    quantization: "int8" makes the linear layers of extras/quantize.py of those in the transformer's
+    layers, each as soon as its weight is read."""
     if reason := edited(PLAIN):
         print(f"checkpoint {reason}: loading by Llama.from_pretrained")
         with refusals_of("model"):
-            return Llama.from_pretrained(ckpt, device, dtype)
+            model = Llama.from_pretrained(ckpt, device, dtype)
+        model.quantization = quantization
+        if quantization:
+            quantize(model)
+        return model
     checkpoint = read_checkpoint(ckpt)
     say_what_is_inferred(checkpoint)
     model, table = checkpoint.model, checkpoint.table
@@ -440,11 +450,17 @@ def load_model(ckpt, device="cpu", dtype=None, mapped=False):
 
     for name in sorted(table, key=file_and_size):
         tensor = read_tensor(table[name])
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if quantization and leaf == "weight" and is_quantized(path, module):
+            layer = Int8Linear(tensor.to(device), module.bias, dtype)
+            model.set_submodule(path, layer)
+            continue
         if not mapped:
             tensor = tensor.to(device=device, dtype=dtype, copy=True)
-        module, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+        setattr(module, leaf, nn.Parameter(tensor))
     model.tie_weights()
+    model.quantization = quantization
     model.name_or_path = hub_name(ckpt)  # PEFT looks there
     return model.eval()
 

@@ -17,6 +17,7 @@ import traceback
 from data.errors import UserError
 from extras.checkpoints import NAMES
 from extras.distributed import close_bars, died, gather, is_first, join_processes, processes
+from extras.memory import out_of_memory, ran_out
 from extras.source import is_library
 
 
@@ -44,9 +45,11 @@ def run_script(name, parse_args, main, arguments=None, last_sentence=None):
 
     open_standard_streams()
     show_what_can_be_shown()
+    args = None
     try:
         join_processes()
-        main(parse_args(arguments))
+        args = parse_args(arguments)
+        main(args)
         gather()  # no process leaves before all are done
     except UserError as error:
         fail(name, error)
@@ -67,6 +70,9 @@ def run_script(name, parse_args, main, arguments=None, last_sentence=None):
         # Some text was typed where the name of a file belongs.
         if getattr(error, "errno", None) == errno.ENAMETOOLONG:
             fail(name, f"{error.filename}: {error.strerror}")
+        if ran_out(error):
+            how_to_go_on = last_sentence(arguments) if last_sentence else ""
+            fail(name, out_of_memory(error, args, how_to_go_on), 1)
         if died(error):
             end(name, with_last_sentence("another process has ended, and this one with it"), 1)
         close_bars()
@@ -231,13 +237,15 @@ def command_parser(name, documentation):
 
 
 def add_model_arguments(parser):
-    """Add the options by which a command chooses a model: --ckpt, --adapter, --device, --dtype."""
+    """Add the options by which a command chooses a model: --ckpt, --adapter, --quantize, --device,
+    --dtype."""
     parser.add_argument(
         "--ckpt", default="tiny", help="checkpoint, as train.py takes it (default: tiny)"
     )
     parser.add_argument(
         "--adapter", help="adapter directory, as train.py writes it (default: the model alone)"
     )
+    add_quantize_argument(parser)
     add_device_arguments(parser)
 
 
@@ -247,8 +255,16 @@ def add_device_arguments(group):
     group.add_argument(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", "float16"),
         help="of the base model (default: auto)",
+    )
+
+
+def add_quantize_argument(group):
+    group.add_argument(
+        "--quantize",
+        choices=("int8",),
+        help="hold the frozen weights of the layers as 8-bit integers: half the memory of bfloat16",
     )
 
 

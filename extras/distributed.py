@@ -187,7 +187,8 @@ def shard(model, optimizer, process_group, device, dtype):
     kept = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or "norm" in name:
-            its_dtype = torch.float32 if parameter.requires_grad else dtype
+            is_wide = parameter.requires_grad or dtype == torch.float16  # see LossScale
+            its_dtype = torch.float32 if is_wide else dtype
             parameter.data = parameter.data.to(device, its_dtype, copy=True)
             kept.add(parameter)
 

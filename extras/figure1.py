@@ -116,7 +116,7 @@ def main(args):
     ckpt = find_checkpoint(args.ckpt)
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     prompts = load_prompts(args, load_tokenizer(ckpt))
-    model = load_model(ckpt, device, dtype)
+    model = load_model(ckpt, device, dtype, quantization=args.quantize)
     longest = max(map(len, prompts))
     if longest > model.config.context:
         raise UserError(

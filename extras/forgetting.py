@@ -90,7 +90,7 @@ def main(args):
     device, dtype = choose_device_and_dtype(args.device, args.dtype)
     tokenizer = load_tokenizer(ckpt)
     placed = {file: load_texts(file, tokenizer, args.limit, args.skip_empty) for file in args.files}
-    model = load_model(ckpt, device, dtype)
+    model = load_model(ckpt, device, dtype, quantization=args.quantize)
     check_lengths(placed, model.config.context)
     checkpoints.check_finite(model)
     say_if_bfloat16_is_slow(device, dtype)
@@ -107,7 +107,8 @@ def main(args):
         adapters.load_adapter(model, adapter)
         checkpoints.check_finite(model)
     code = result_code("loss", adapter, own=[mean_loss])
-    result = origin_of(ckpt, adapter, dtype, code) | {"ckpt": str(args.ckpt)}
+    settings = [dtype, args.quantize] if args.quantize else dtype
+    result = origin_of(ckpt, adapter, settings, code) | {"ckpt": str(args.ckpt)}
     result |= {"losses": {}, "losses_alone": {}, "tokens": {}, "texts": {}}
     names = {file: file.with_suffix("").as_posix() for file in texts}
     for file, pairs in texts.items():

@@ -248,12 +248,15 @@ class CausalAttention(torch.autograd.Function):
         mask = torch.full((T, S), -torch.inf, dtype=q.dtype)
         mask = mask.triu(1) if seen is None else mask.masked_fill_(seen, 0)
         mask = mask.repeat(H // K, 1)
-        scores = torch.baddbmm(mask, q, centred.transpose(1, 2), alpha=d**-0.5)
+        in_float32 = q.dtype == torch.float16  # in which a score may be infinite
+        if not in_float32:
+            scores = torch.baddbmm(mask, q, centred.transpose(1, 2), alpha=d**-0.5)
         # In bfloat16 a score below 64 is off by an eighth at most, and a larger score by more. If a
         # sample of the rows has a larger score, all scores are computed again in float32. Compiled
         # code cannot branch on the numbers in a tensor.
-        checked = q.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-        if checked and scores[:, ::16].amax(-1).abs().amax() > 64:
+        if q.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+            in_float32 = scores[:, ::16].amax(-1).abs().amax() > 64
+        if in_float32:
             scores = torch.baddbmm(
                 mask.float(), q.float(), k.float().transpose(1, 2), alpha=d**-0.5
             )

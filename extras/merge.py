@@ -37,12 +37,13 @@ from extras.checkpoints import (
 )
 from extras.commands import command_parser, run_script
 from extras.inference import pad
+from extras.quantize import Int8Linear, is_quantized
 from extras.source import edited
 from model import FAMILIES
 
 SHARD = 5 * 10**9  # bytes of a file at most
 # A merged weight stands for RoAE.forward, as long as both are as they were written.
-MERGED = {(rosa.RoAE, "forward"): "19f590aa9e30", (rosa, "merge"): "e814ae8f17db"}
+MERGED = {(rosa.RoAE, "forward"): "19f590aa9e30", (rosa, "merge"): "924e5551fa4b"}
 
 
 def merge_unless_edited(model):
@@ -61,7 +62,8 @@ def merge_checkpoint(ckpt, directory, out):
     merged one. No more is in memory than the tensors of one file, 5 GB.
 
     Returns what rounding has cost: the logits of a few prompts, [positions, V] in float32, with the
-    adapter beside the weights, and as merged. Whatever it raises, it leaves nothing behind."""
+    adapter beside the weights, as merged, and, if the adapter was trained on a quantised base,
+    beside that base (else None). Whatever it raises, it leaves nothing behind."""
     partial = out.with_name(out.name + ".partial")
     for path in (out, partial):
         if path.exists():
@@ -95,11 +97,27 @@ def merge_checkpoint(ckpt, directory, out):
         after = logits_layer_by_layer(
             merged.model, tokens, lambda name: read_tensor(merged.table[name])
         )
+        trained = None
+        if adapter.quantization:
+            trained = logits_layer_by_layer(
+                checkpoint.model,
+                tokens,
+                lambda name: updated(name, quantized_weight(checkpoint, name)),
+            )
         os.rename(partial, out)
     except BaseException:
         shutil.rmtree(partial)
         raise
-    return before[real], after[real]
+    return before[real], after[real], None if trained is None else trained[real]
+
+
+def quantized_weight(checkpoint, name):
+    """A parameter of a checkpoint as --quantize int8 rounds it."""
+    tensor = read_tensor(checkpoint.table[name])
+    path, _, leaf = name.rpartition(".")
+    if leaf == "weight" and is_quantized(path, checkpoint.model.get_submodule(path)):
+        return Int8Linear(tensor, None, torch.float32).weight
+    return tensor
 
 
 def write_weights(checkpoint, updated, directory):
@@ -191,6 +209,7 @@ def logits_layer_by_layer(model, tokens, read):
     in memory at a time: each part reads its own by name before it computes, and drops them
     afterwards."""
     layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
+    hooks = []
     for name in ("model.embed_tokens", *layers, "model.norm", "lm_head"):
         part = model.get_submodule(name)
 
@@ -203,9 +222,11 @@ def logits_layer_by_layer(model, tokens, read):
         def drop(part, inputs, output):
             part.to("meta")
 
-        part.register_forward_pre_hook(load)
-        part.register_forward_hook(drop)
-    return model(tokens)
+        hooks += [part.register_forward_pre_hook(load), part.register_forward_hook(drop)]
+    logits = model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return logits
 
 
 def updater(model, adapter):
@@ -277,13 +298,25 @@ def check_merging(name, adapter):
 def main(args):
     """Merge, and say what it has cost."""
     records.say_if_unfinished(args.adapter)
-    before, after = merge_checkpoint(find_checkpoint(args.ckpt), args.adapter, args.out)
-    same = (before.argmax(-1) == after.argmax(-1)).sum()
-    moved, largest = (after - before).abs().max(), before.abs().max()
+    ckpt = find_checkpoint(args.ckpt)
+    before, after, trained = merge_checkpoint(ckpt, args.adapter, args.out)
     print(
-        f"{args.out} holds the merged checkpoint. Its rounding moved a logit by {moved:.2g} at "
-        "most (the largest is "
-        f"{largest:.3g}); of {len(before)} next tokens {same} are the same."
+        f"{args.out} holds the merged checkpoint. Its rounding moved {difference(before, after)}."
+    )
+    if trained is not None:
+        print(
+            "The adapter was trained on a quantised base. It is merged into the base itself, "
+            f"which moved {difference(trained, after)}."
+        )
+
+
+def difference(logits, others):
+    """How far apart two tensors of logits [positions, V] are, in words."""
+    same = (logits.argmax(-1) == others.argmax(-1)).sum()
+    moved, largest = (others - logits).abs().max(), logits.abs().max()
+    return (
+        f"a logit by {moved:.2g} at most (the largest is {largest:.3g}); of {len(logits)} next "
+        f"tokens {same} are the same"
     )
 
 

@@ -75,7 +75,7 @@ class Run:
 
     trainable: name -> parameter of all that trains, in the optimiser's order."""
 
-    def __init__(self, args, ckpt, tokenizer, model, trainable, optimizer, selector):
+    def __init__(self, args, ckpt, tokenizer, model, trainable, optimizer, selector, loss_scale):
         self.args = args
         self.out = args.out
         self.ckpt = ckpt
@@ -84,6 +84,7 @@ class Run:
         self.trainable = trainable
         self.optimizer = optimizer
         self.selector = selector
+        self.loss_scale = loss_scale
         self.best = math.inf  # validation loss, nats per token
         self.kept = "checkpoint" if args.method == "full" else "adapter"
         self.saved = 0  # the step of the state on disk
@@ -138,7 +139,12 @@ class Run:
         """Keep the adapter if its validation loss is the lowest so far, and add a line with the
         loss to log.jsonl."""
         if step == 0 and not math.isfinite(val_loss):
-            raise Stop(f"the validation loss is {val_loss} before training: is {self.ckpt} whole?")
+            advice = f"is {self.ckpt} whole?"
+            if self.args.dtype == "float16":
+                advice = (
+                    f"its activations may be too large for float16: --dtype float32, or {advice}"
+                )
+            raise Stop(f"the validation loss is {val_loss} before training: {advice}")
         note = " before training" if step == 0 else ""
         tqdm.write(f"step {step:5}  validation loss {val_loss:.4f}{note}")
         if val_loss < self.best or step == 0:
@@ -245,6 +251,7 @@ class Run:
             "best": self.best,
             "active": self.selector.active,
             "failed": self.selector.failed,
+            "loss_scale": [self.loss_scale.value, self.loss_scale.good_steps],
         }
         metadata = {"progress": json.dumps(progress)}
         # The logs' lines up to this step must not be lost when the state is there.
@@ -280,6 +287,9 @@ class Run:
         self.selector.scores = tensors.get("scores")
         self.selector.activate(progress["active"])
         self.selector.failed = progress["failed"]
+        # Runs that began before there was float16 have none.
+        if "loss_scale" in progress:
+            self.loss_scale.value, self.loss_scale.good_steps = progress["loss_scale"]
         self.best = progress["best"]
         self.saved = progress["step"]
         if is_first():

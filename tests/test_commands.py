@@ -386,7 +386,7 @@ def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkey
 def shell_command():
     """A run of one step on few examples, as a shell starts it."""
     Path("few.json").write_text(json.dumps(toy.examples("train", 4)))
-    options = "--ckpt ckpt --train-file few.json --val-size 1 --max-steps 1 --out a"
+    options = "--ckpt ckpt --max-len 200 --train-file few.json --val-size 1 --max-steps 1 --out a"
     return f"{sys.executable} {ROOT}/train.py {options}"
 
 

@@ -346,7 +346,7 @@ def test_a_run_that_ends_when_a_validation_is_due_makes_it_and_its_line_once(
 def test_a_second_signal_ends_a_run_at_once_which_the_first_says(monkeypatch, capfd):
     handlers = {}
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    noting = runs.Run(SimpleNamespace(out=None, method="rosa"), *[None] * 6)
+    noting = runs.Run(SimpleNamespace(out=None, method="rosa"), *[None] * 7)
     noting.note_signals()
     handlers[signal.SIGINT](signal.SIGINT, None)
     assert noting.signals == [signal.SIGINT] and handlers == dict.fromkeys(SIGNALS, signal.SIG_DFL)

@@ -30,6 +30,7 @@ from torch.utils.benchmark import timer
 import rosa
 import train
 from extras import inference, kernels, records
+from extras.quantize import quantize
 from model import KVCache
 
 # The name of a row -> options of train.py
@@ -39,6 +40,8 @@ TRAINING = {
     "RoSA, a batch at a time": "--micro-batch-size 16",
     "RoSA --compile": "--compile",
     "RoSA --plain": "--plain",
+    "RoSA --dtype float16": "--dtype float16",
+    "RoSA --quantize int8": "--quantize int8",
 }
 # Tokens of the question and of the answer: the 5th, 15th, .. 95th percentile of the arithmetic
 # set's, with SmolLM2's tokenizer. All prompts begin with the same 24 tokens.
@@ -110,8 +113,19 @@ def measure_training(args, row):
     model = random_model(args)
     examples = random_examples(count + 8, model.config.vocab_size)
     places = [f"example {number}" for number in range(count)]
+
+    def load_model(ckpt, device, dtype, quantization, **_):
+        model.to(dtype)
+        if quantization:
+            quantize(model)
+        model.quantization = quantization
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        return model
+
     # train.py runs as it is, but for the model and the examples, which are made here.
-    train.load_model = lambda *_, **__: model
+    train.load_model = load_model
     train.load_data = lambda *_: (examples[8:], examples[:8], places, 0)
     command = f"--device {args.device} --dtype {args.dtype} --batch-size {args.batch_size} "
     command += f"--max-len 512 --max-steps {args.steps} --out {tempfile.mkdtemp()} {options}"

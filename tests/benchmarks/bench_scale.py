@@ -95,7 +95,7 @@ def measure_point(args, point):
 
 
 def seven_b(ckpt):
-    write_checkpoint(ckpt)
+    write_checkpoint(ckpt, "7B")
     files = sorted(ckpt.glob("*.safetensors"))
     drop_pages(files)
     reading = timeit.timeit(
@@ -114,14 +114,17 @@ def seven_b(ckpt):
     bench_train.main(options)
 
 
-def write_checkpoint(directory):
+def write_checkpoint(directory, size):
     """Write a random checkpoint, with an index and one file for each layer, so that no more than
     one layer is in memory."""
-    model, weight_map = meta_model("7B"), {}
+    model, weight_map = meta_model(size), {}
     (directory / "config.json").write_text(json.dumps(vars(model.config)))
     shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", directory)
     layers = [f"model.layers.{i}" for i in range(len(model.model.layers))]
-    for part in (*layers, "model.embed_tokens", "model.norm", "lm_head"):
+    others = ["model.embed_tokens", "model.norm"]
+    if not model.config.tie_word_embeddings:
+        others.append("lm_head")
+    for part in (*layers, *others):
         module = fill(model.get_submodule(part), torch.bfloat16, "cpu")
         tensors = {
             f"{part}.{name}": parameter.data for name, parameter in module.named_parameters()
