@@ -47,8 +47,11 @@ def need(config, options, shape, device):
     weights = 0
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
-        is_int8 = leaf == "weight" and is_quantized(path, model.get_submodule(path))
-        weights += parameter.numel() * (1 if options["quantize"] and is_int8 else itemsize)
+        size = itemsize
+        can_be_int8 = leaf == "weight" and is_quantized(path, model.get_submodule(path))
+        if options["quantize"] and can_be_int8:
+            size = 1
+        weights += parameter.numel() * size
     trained = 16 * count_trained(model, options)
     if options["method"] == "full":
         trained -= weights  # the parameters that train are the weights
@@ -100,8 +103,9 @@ def largest_micro_batch(options, lengths, shared):
         if rows is None:  # as own_micro_batches does it
             rows = max(1, (TOKENS_AT_A_TIME - shared) // (length - shared))
             rows = math.ceil(options["batch_size"] / math.ceil(options["batch_size"] / rows))
-        own = length - shared if is_shared else length
-        computed = rows * own + (shared if is_shared else 0)
+        computed = rows * length
+        if is_shared:
+            computed -= (rows - 1) * shared
         shapes.append(Shape(rows, length, computed))
     return max(shapes, key=lambda shape: (shape.computed, shape))
 
@@ -146,9 +150,11 @@ def activations(config, options, shape, device):
     all_logits = shape.rows * shape.length * config.vocab_size
     logits = all_logits if options["plain"] else min(all_logits, LOGITS)
     needed = shape.computed * per_token + 3 * 4 * logits
-    if device.type == "cpu":
-        needed *= HELD_PLAIN if options["plain"] else HELD
-    return int(needed)
+    if device.type != "cpu":
+        return needed
+    if options["plain"]:
+        return int(HELD_PLAIN * needed)
+    return int(HELD * needed)
 
 
 def say_what_is_needed(args, ckpt, examples, device):
@@ -221,8 +227,8 @@ def free_memory(device):
 
 
 MEMINFO = Path("/proc/meminfo")
-# Of a container in both versions of Linux' control groups: its limit, what it uses, and its
-# statistics, among them how much of that is files, which can be dropped.
+# The files of a container, in both versions of Linux' control groups: its limit, what it uses, and
+# its statistics. These say how much of what it uses is copies of files, which can be dropped.
 CONTAINERS = (
     tuple(Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current", "memory.stat")),
     tuple(
@@ -239,7 +245,9 @@ def free_in_container(limit, usage, statistics):
         files = re.search(r"^(?:total_)?inactive_file (\d+)", statistics.read_text(), re.M)
     except (OSError, ValueError):
         return None
-    return free + (int(files[1]) if files else 0)
+    if files:
+        free += int(files[1])
+    return free
 
 
 # --- after ---

@@ -108,7 +108,9 @@ def merge_checkpoint(ckpt, directory, out):
     except BaseException:
         shutil.rmtree(partial)
         raise
-    return before[real], after[real], None if trained is None else trained[real]
+    if trained is not None:
+        trained = trained[real]
+    return before[real], after[real], trained
 
 
 def quantized_weight(checkpoint, name):

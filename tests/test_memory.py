@@ -244,6 +244,20 @@ def test_out_of_memory_in_the_backward_pass_is_one_in_its_step(ckpt, monkeypatch
     assert re.search(r"out of memory in step 1, at 8 x \d+ tokens \(\w+.py:\d+, [\w.<>]+\)", line)
 
 
+def test_out_of_memory_in_a_later_validation_has_the_size_of_its_own_examples(
+    ckpt, monkeypatch, capsys
+):
+    trained = []
+
+    def once_trained(q):
+        trained.append(q.requires_grad)
+        return any(trained) and not q.requires_grad
+
+    monkeypatch.setattr(Attention, "attend", edited_attend(once_trained))
+    line = ends(train, [*SHORT_RUN, "--val-size", 3, "--out", "out"], capsys)
+    assert "out of memory in validation, at 3 x " in line
+
+
 def test_out_of_memory_in_validation_and_in_an_answer_is_a_line(ckpt, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(Attention, "attend", edited_attend(lambda q: not q.requires_grad))
