@@ -179,7 +179,8 @@ def origin_of_answers(args, ckpt, dtype, model, respond):
     # for what it does not know: this file's part, and modules that you may have written elsewhere.
     # (Among the classes it ignores those of torch, and those that it knows.)
     module_classes = {type(module) for module in model.modules()}
-    code = result_code(args.score, args.adapter, own=[respond, OneByOne, *module_classes])
+    own = [respond, OneByOne, *module_classes]
+    code = result_code(args.score, args.adapter, own, args.quantize)
     settings = [args.score, limit, dtype]
     if args.quantize:
         settings.append(args.quantize)

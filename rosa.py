@@ -375,16 +375,15 @@ def save_adapter(model, directory):
             )
     config = lora_config(arguments)
     config["base_model_name_or_path"] = getattr(model, "name_or_path", None)
-    metadata = dict(arguments)
+    write_adapter(model, directory, config, tensors, arguments)
+
+
+def write_adapter(model, directory, config, tensors, metadata):
+    """Write the two files of a model's adapter, under PEFT's names. All metadata stands under one
+    key: safetensors writes several keys in no fixed order, and the same adapter shall give the same
+    bytes. That the base was quantised (extras/quantize.py) is added to it."""
     if getattr(model, "quantization", None):
-        metadata["base_quantization"] = model.quantization
-    write_adapter(directory, config, tensors, metadata)
-
-
-def write_adapter(directory, config, tensors, metadata):
-    """Write an adapter's two files, under PEFT's names. All metadata stands under one key:
-    safetensors writes several keys in no fixed order, and the same adapter shall give the same
-    bytes."""
+        metadata = metadata | {"base_quantization": model.quantization}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "adapter_model.safetensors"

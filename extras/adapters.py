@@ -77,10 +77,7 @@ def save_adapter(model, directory):
     """rosa.save_adapter, for a model with adapters of any kind."""
     if hasattr(model, "peft_config"):
         config, tensors = peft_adapter(model)
-        metadata = {"peft": True}
-        if getattr(model, "quantization", None):
-            metadata["base_quantization"] = model.quantization
-        rosa.write_adapter(directory, config, tensors, metadata)
+        rosa.write_adapter(model, directory, config, tensors, {"peft": True})
     else:
         rosa.save_adapter(model, directory)
 

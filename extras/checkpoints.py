@@ -291,9 +291,7 @@ def read_checkpoint(directory):
     read once. Raises UserError for what is wrong with them, and for tensors that do not fit the
     config."""
     directory = Path(directory)
-    raw = read_json(directory / "config.json")
-    generation = read_json(directory / "generation_config.json", missing={})
-    config = translate_config(directory, raw, generation)
+    raw, config = read_config(directory)
     stored = stored_tensors(directory)
     table = translate_names(stored, config)
     head = table.get("lm_head.weight")
@@ -308,6 +306,13 @@ def read_checkpoint(directory):
     checkpoint = Checkpoint(directory, raw, stored, config, table, meta_model(config))
     check_fit(checkpoint)
     return checkpoint
+
+
+def read_config(directory):
+    """(config.json as it stands, the LlamaConfig that it makes with generation_config.json)."""
+    raw = read_json(directory / "config.json")
+    generation = read_json(directory / "generation_config.json", missing={})
+    return raw, translate_config(directory, raw, generation)
 
 
 def translate_config(directory, raw, generation):
@@ -469,6 +474,15 @@ def meta_model(config):
     """The model of a config on the meta device: its shapes without memory."""
     with torch.device("meta"):
         return Llama(config)
+
+
+def unloaded(directory):
+    """The model that `load_model` makes of a checkpoint directory, before it has weights: on the
+    meta device, which holds shapes alone. Raises UserError for what is wrong with config.json."""
+    if edited(PLAIN):
+        with refusals_of("model"):
+            return meta_model(LlamaConfig.from_file(directory))
+    return meta_model(read_config(Path(directory))[1])
 
 
 def say_what_is_inferred(checkpoint):

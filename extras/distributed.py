@@ -146,14 +146,26 @@ def own_micro_batches(examples, size=None):
     are too few for that, the last micro-batch is empty."""
     if size is None:
         longest = max(len(prompt) + len(response) for prompt, response in examples)
-        # What all prompts begin with is computed once (prefix.py).
         shared = len(os.path.commonprefix([prompt for prompt, _ in examples]))
-        size = max(1, (TOKENS_AT_A_TIME - shared) // (longest - shared))
+        size = fitting(longest, shared)
     index, count = processes()
-    rounds = math.ceil(len(examples) / (size * count))
-    size = math.ceil(len(examples) / (rounds * count))
+    rounds, size = evenly(len(examples), size)
     micro_batches = [examples[i : i + size] for i in range(0, len(examples), size)]
     return (micro_batches[index::count] + [[]])[:rounds]
+
+
+def fitting(longest, shared):
+    """How many examples have TOKENS_AT_A_TIME, if the longest has so many tokens, and all begin
+    with `shared` tokens that are computed once (prefix.py)."""
+    return max(1, (TOKENS_AT_A_TIME - shared) // (longest - shared))
+
+
+def evenly(examples, size):
+    """(how many micro-batches each process computes, how many examples are in one), for so many
+    examples, at most `size` in a micro-batch."""
+    count = processes()[1]
+    rounds = math.ceil(examples / (size * count))
+    return rounds, math.ceil(examples / (rounds * count))
 
 
 def all_reduce_gradients(process_group, model, *numbers):

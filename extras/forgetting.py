@@ -106,7 +106,7 @@ def main(args):
             alone[file] = mean_loss(model, pairs, file, ", without the adapter")
         adapters.load_adapter(model, adapter)
         checkpoints.check_finite(model)
-    code = result_code("loss", adapter, own=[mean_loss])
+    code = result_code("loss", adapter, own=[mean_loss], quantization=args.quantize)
     settings = [dtype, args.quantize] if args.quantize else dtype
     result = origin_of(ckpt, adapter, settings, code) | {"ckpt": str(args.ckpt)}
     result |= {"losses": {}, "losses_alone": {}, "tokens": {}, "texts": {}}

@@ -6,7 +6,6 @@ Without it: watch the memory, and read the traceback.
 """
 
 import contextlib
-import math
 import os
 import re
 import traceback
@@ -16,8 +15,8 @@ from typing import NamedTuple
 import torch
 
 import rosa
-from extras.checkpoints import computes_bfloat16, meta_model, read_checkpoint
-from extras.distributed import TOKENS_AT_A_TIME, processes
+from extras.checkpoints import computes_bfloat16, unloaded
+from extras.distributed import evenly, fitting, processes
 from extras.quantize import is_quantized
 from extras.source import is_library
 
@@ -37,12 +36,12 @@ class Need(NamedTuple):
         return sum(self)
 
 
-def need(config, options, shape, device):
+def need(model, options, shape, device):
     """The Need of a run.
 
-    config: a LlamaConfig; options: those of train.py by name, with a dtype that is not "auto";
-    shape: the Shape of its largest micro-batch; device: a torch.device."""
-    model = meta_model(config)
+    model: of which the shapes count alone (`unloaded`); options: those of train.py by name, with a
+    dtype that is not "auto"; shape: the Shape of its largest micro-batch; device: a
+    torch.device."""
     itemsize = getattr(torch, options["dtype"]).itemsize
     weights = 0
     for name, parameter in model.named_parameters():
@@ -58,7 +57,7 @@ def need(config, options, shape, device):
     if options["shard"]:
         weights //= processes()[1]
     program = PROGRAM if device.type == "cpu" else 0
-    return Need(program, weights, trained, activations(config, options, shape, device))
+    return Need(program, weights, trained, activations(model.config, options, shape, device))
 
 
 # The resident set of a process that has trained a tiny model with this project's files: Python,
@@ -99,10 +98,8 @@ def largest_micro_batch(options, lengths, shared):
     is_shared = not any(options[name] for name in KEEP_WHOLE)
     shapes = []
     for length in set(lengths):
-        rows = options["micro_batch_size"]
-        if rows is None:  # as own_micro_batches does it
-            rows = max(1, (TOKENS_AT_A_TIME - shared) // (length - shared))
-            rows = math.ceil(options["batch_size"] / math.ceil(options["batch_size"] / rows))
+        size = options["micro_batch_size"] or fitting(length, shared)
+        _, rows = evenly(options["batch_size"], size)
         computed = rows * length
         if is_shared:
             computed -= (rows - 1) * shared
@@ -112,11 +109,12 @@ def largest_micro_batch(options, lengths, shared):
 
 KEEP_WHOLE = ("plain", "compile", "shard", "checkpoint_activations")  # nothing is shared with these
 LOGITS = 2**23  # so many are computed at a time, by SummedCrossEntropy of extras/kernels.py
-# On a CPU freed blocks of a micro-batch leave holes that the next one does not fill, so that the C
-# library holds more than is in use. Measured by tests/benchmarks/bench_memory.py: 1.5 to 2.6 times
-# as much, with the plain formulas, whose tensors are larger, 1.1 times.
+# On a CPU what is freed between two tensors that stay leaves a hole, and not all holes are filled
+# again: the C library holds more than is in use. So many times as much, measured by
+# tests/benchmarks/bench_memory.py: by default, with --plain, and with --checkpoint-activations.
 HELD = 1.7
 HELD_PLAIN = 1.1
+HELD_RECOMPUTED = 2.8
 
 
 def activations(config, options, shape, device):
@@ -140,6 +138,9 @@ def activations(config, options, shape, device):
     if {"gate", "up"} & set(targets):
         kept += D
     kept += queries * ("o" in targets) + wide * ("down" in targets)
+    # What an adapter frees at once: the output of its linear layer, and its update.
+    widths = {"q": queries, "k": keys, "v": keys, "o": D, "gate": wide, "up": wide, "down": D}
+    freed = 2 * sum(widths[target] for target in targets)
     if options["plain"]:
         kept += 4 * D + wide
     per_token = layers * itemsize * kept
@@ -154,18 +155,20 @@ def activations(config, options, shape, device):
         return needed
     if options["plain"]:
         return int(HELD_PLAIN * needed)
-    return int(HELD * needed)
+    if options["checkpoint_activations"]:
+        return int(HELD_RECOMPUTED * needed)
+    return int(HELD * needed) + shape.computed * layers * itemsize * freed
 
 
 def say_what_is_needed(args, ckpt, examples, device):
     """Print what a run of train.py will need of memory; and, where less is free, which options
     would help. examples: pairs (prompt ids, response ids)."""
-    config = read_checkpoint(ckpt).config
+    model = unloaded(ckpt)
     options = vars(args)
     lengths = [len(prompt) + len(response) for prompt, response in examples]
     shared = len(os.path.commonprefix([prompt for prompt, _ in examples]))
     shape = largest_micro_batch(options, lengths, shared)
-    needed = need(config, options, shape, device)
+    needed = need(model, options, shape, device)
     parts = [f"weights {gigabytes(needed.weights)}"]
     if needed.trained:
         parts.append(f"what trains and its optimiser {gigabytes(needed.trained)}")
@@ -179,7 +182,7 @@ def say_what_is_needed(args, ckpt, examples, device):
     free = free_memory(device)
     if free is not None and free < needed.total:
         line += f"; only {gigabytes(free)} GB are free"
-        if helpful := what_helps(config, options, lengths, shared, device):
+        if helpful := what_helps(model, options, lengths, shared, device):
             line += f": {helpful}"
     print(line)
 
@@ -188,12 +191,12 @@ def gigabytes(number):
     return f"{number / 1e9:.1f}" if number < 1e11 else f"{number / 1e9:.0f}"
 
 
-def what_helps(config, options, lengths, shared, device):
+def what_helps(model, options, lengths, shared, device):
     """The two options that save most, with what would be needed then, in words."""
 
     def total(options):
         shape = largest_micro_batch(options, lengths, shared)
-        return need(config, options, shape, device).total
+        return need(model, options, shape, device).total
 
     rows = largest_micro_batch(options, lengths, shared).rows
     changes = {}

@@ -248,13 +248,15 @@ def adapter_hash(directory):
 # These files may stand for methods of model.py and rosa.py. --plain leaves them out, and has the
 # same results.
 STAND_INS = ("extras/kernels.py", "extras/operators.py", "extras/inference.py")
+QUANTIZED = "extras/quantize.py"  # the layers that --quantize makes
 
 
-def result_code(kind, adapter=None, own=()):
+def result_code(kind, adapter=None, own=(), quantization=None):
     """file -> fingerprint of the code that makes a result.
 
     kind: "generate" where the result is the ids of an answer, else "likelihood" or "loss".
-    adapter: true where there is one. own: functions of the caller's that take part."""
+    adapter, quantization: true where there is one. own: functions of the caller's that take
+    part."""
     if kind == "generate":
         method = Llama.generate
         encode = tasks.encode_prompt
@@ -269,13 +271,15 @@ def result_code(kind, adapter=None, own=()):
     code = reached_code(*starts)
     if kind != "loss":
         code |= {name: file_fingerprint(HERE / name) for name in STAND_INS}
+    if quantization:
+        code[QUANTIZED] = file_fingerprint(HERE / QUANTIZED)
     return reached_code(*own) | code
 
 
 def is_by_other_code(result, kind):
     """Whether a result was made by other code than there is now, or does not say by which."""
     stated = result.get("code", {})
-    now = result_code(kind, result["adapter"])
+    now = result_code(kind, result["adapter"], quantization=QUANTIZED in stated)
     return any(stated.get(file) != code for file, code in now.items())
 
 

@@ -26,6 +26,7 @@ from extras.checkpoints import checkpoint_files, copy_companions, name_end, read
 from extras.commands import Stop
 from extras.distributed import by_the_first, gather, is_first
 from extras.records import (
+    QUANTIZED,
     best_step,
     clear_partial,
     edited_since,
@@ -359,10 +360,16 @@ def describe(args, ckpt, model, train_set, val_set):
     if getattr(args, "peft_config", None):
         content["options in --peft-config"] = read_json(args.peft_config)
     hashes = {name: hash_of(value) for name, value in content.items()}
-    files = CODE if args.plain else CODE + KERNELS
-    code = {name: file_fingerprint(HERE / name) for name in files}
-    description = vars(args) | {"format": FORMAT, "hashes": hashes, "code": code}
+    description = vars(args) | {"format": FORMAT, "hashes": hashes, "code": code_of(args)}
     return json.loads(json.dumps(description, default=str))
+
+
+def code_of(args):
+    """file -> fingerprint of the files that a run with these arguments depends on."""
+    files = CODE if args.plain else CODE + KERNELS
+    if args.quantize:
+        files += (QUANTIZED,)
+    return {name: file_fingerprint(HERE / name) for name in files}
 
 
 def check_out(args, ckpt):

@@ -164,12 +164,14 @@ def assert_same_run(out, other, dtype=torch.float32):
 
 
 SLOW = pytest.mark.slow
-UNEVEN, FULL = "--batch-size 5 --micro-batch-size 1 --targets q,k,v,down", "--method full --lr 1e-5"
+UNEVEN = "--batch-size 5 --micro-batch-size 1 --targets q,k,v,down"
+FULL = "--method full --lr 1e-5"
+INT8 = "--quantize int8"
 
 
 @pytest.mark.parametrize(
     "world, options",
-    [(3, UNEVEN), pytest.param(4, "", marks=SLOW), pytest.param(2, FULL, marks=SLOW)],
+    [(3, UNEVEN), *(pytest.param(*run, marks=SLOW) for run in ((4, ""), (2, FULL), (2, INT8)))],
 )
 def test_several_processes_compute_what_one_computes(ckpt, world, options):
     run_alone(options)

@@ -274,6 +274,24 @@ def test_an_edited_prompt_makes_other_results(copy):
     assert compared.out.splitlines()[-1].count("(other code)") == 1
 
 
+def test_the_rounding_of_a_quantised_base_is_code_that_counts(copy):
+    run = TRAIN.replace("--out run", "--out run8 --quantize int8")
+    answers = "--limit 3 --max-new-tokens 4 --dtype float32"
+    plain = f"eval.py --ckpt ckpt --adapter run {answers} --out run"
+    quantised = f"eval.py --ckpt ckpt --adapter run8 {answers} --quantize int8"
+    compare = "extras.compare run run8"
+    *_, again, compared = run_copy(copy, run, quantised, plain, quantised, compare)
+    assert "3 of 3 are in" in again.out and "other code" not in compared.out
+    edit(copy, "extras/quantize.py", "largest / 127", "largest / 3")
+    resumed, compared, anew, once_more = run_copy(
+        copy, run.replace("--overwrite", "--resume"), compare, quantised, plain
+    )
+    assert "extras/quantize.py has been edited since the run in run8 began" in resumed.out
+    of_plain, of_quantised = compared.out.splitlines()[-2:]
+    assert "other code" not in of_plain and of_quantised.count("(other code)") == 1
+    assert "already" not in anew.out and "3 of 3 are in" in once_more.out
+
+
 def test_what_was_trained_by_other_code_says_so(copy):
     evaluate = "eval.py --ckpt ckpt --adapter run --limit 1 --max-new-tokens 1"
     compared, evaluated = run_copy(copy, "extras.compare run", evaluate)

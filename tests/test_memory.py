@@ -28,7 +28,7 @@ def options_of(*words):
 def need_of(*words, longest=200, shared=0, **changes):
     options = options_of(*words)
     shape = memory.largest_micro_batch(options, [longest], shared)
-    return memory.need(random_model(**changes).config, options, shape, torch.device("cpu"))
+    return memory.need(random_model(**changes), options, shape, torch.device("cpu"))
 
 
 # --- before ---

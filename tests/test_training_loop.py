@@ -485,7 +485,8 @@ def test_recomputed_activations_do_not_grow_with_depth(recomputed):
 
 
 @pytest.mark.slow
-def test_compiled_layers_compute_the_same(ckpt, monkeypatch):
+@pytest.mark.parametrize("option", ["--checkpoint-activations", "--quantize int8"])
+def test_compiled_layers_compute_the_same(ckpt, monkeypatch, option):
     """The layers are traced and differentiated as torch.compile does it, but not compiled to C++,
     which takes a minute: bench_train.py does that."""
     random_model(vocab_size=1024, num_hidden_layers=2, max_position_embeddings=256).save_pretrained(
@@ -500,7 +501,7 @@ def test_compiled_layers_compute_the_same(ckpt, monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", smooth_adamw())
     monkeypatch.setattr(torch, "compile", compile)
     for out, more in (("plain", []), ("compiled", ["--compile"])):
-        run(*SHORT_ROSA_RUN, "--checkpoint-activations", "--max-steps", 3, *more, out=out)
+        run(*SHORT_ROSA_RUN, *option.split(), "--max-steps", 3, *more, out=out)
     assert len(compiled) == 1 + 2  # whether anything can be compiled here, and the layers
     same_to_rounding(read_log("compiled"), read_log("plain"), 3)
 
