@@ -112,7 +112,7 @@ LOGITS = 2**23  # so many are computed at a time, by SummedCrossEntropy of extra
 # On a CPU what is freed between two tensors that stay leaves a hole, and not all holes are filled
 # again: the C library holds more than is in use. So many times as much, measured by
 # tests/benchmarks/bench_memory.py: by default, with --plain, and with --checkpoint-activations.
-HELD = 1.7
+HELD = 1.6
 HELD_PLAIN = 1.1
 HELD_RECOMPUTED = 2.8
 

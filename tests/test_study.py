@@ -1,0 +1,350 @@
+"""Statements about `extras/study.py`: a plan becomes the runs that its rule asks for, each is in
+the report, and a claim is made only where an interval leaves out zero."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, no_package, read_log
+
+from extras import study
+from extras.study import Cell
+
+PLAN = """
+models = ["ckpt"]
+baselines = ["LoRA"]
+options = "--max-steps 2 --batch-size 2 --val-size 2 --max-len 200 --eval-every 2"
+rates = [1e-3, 3.16e-3, 1e-2, 3.16e-2]
+tuning_seed = 0
+seeds = [1, 2, 3]
+[tasks]
+toy = "--task toy"
+[methods]
+"RoSA" = "--rank 3"
+"no DLS" = "--rank 3 --k-ratio 1"
+"LoRA" = "--method lora --low-rank"
+"""
+METHODS = ("RoSA", "no DLS", "LoRA")
+
+
+def write_plan(*edits):
+    """plan.toml, with some texts replaced."""
+    plan = PLAN.replace("--low-rank", "--rank 2")
+    for old, new in edits:
+        assert plan.count(old) == 1, old
+        plan = plan.replace(old, new)
+    Path("plan.toml").write_text(plan)
+    return Path("plan.toml")
+
+
+@pytest.fixture
+def sized(ckpt, monkeypatch):
+    """The methods of the plan have one size, whatever their ranks."""
+    monkeypatch.setattr(study, "count_trained", lambda model, options: 1000)
+
+
+def simulate(monkeypatch, loss_of):
+    """Take for the loss of each run what loss_of(cell) says. Returns the list of the cells that
+    were run, in their order."""
+    cells = []
+
+    def run_cell(plan, cell, runs, machine):
+        cells.append(cell)
+        record = cell._asdict() | {"val_loss": loss_of(cell), "val_loss_before": 3.0}
+        record |= {"trainable": 1000, "minutes": 6.0}
+        record["code"] = study.code_now(plan, cell)
+        return record | {"options": " ".join(study.options_of(plan, cell))}
+
+    monkeypatch.setattr(study, "run_cell", run_cell)
+    return cells
+
+
+def valley(cell):
+    """The lowest loss is at 1e-2, for RoSA at 1e-1, beyond the rates of the plan; and a seed's own
+    part is the same for all methods."""
+    best = {"RoSA": -1, "no DLS": -2, "LoRA": -2}[cell.method]
+    level = {"RoSA": 1.0, "no DLS": 1.1, "LoRA": 1.2}[cell.method]
+    wobble = 0.001 * cell.seed if cell.method == "RoSA" else 0
+    return level + 0.1 * abs(math.log10(cell.lr) - best) + 0.05 * cell.seed + wobble
+
+
+# --- the rule ---
+
+
+def test_a_rate_is_known_when_there_are_worse_ones_on_both_sides():
+    rates = [3.16e-4, 1e-3, 3.16e-3, 1e-2]
+    losses = {}
+    assert study.rates_to_try(rates, losses) == rates
+    losses |= {3.16e-4: 3.0, 1e-3: 2.0, 1e-2: 2.5}
+    assert study.rates_to_try(rates, losses) == [3.16e-3]
+    assert study.rates_to_try(rates, losses | {3.16e-3: 2.2}) == []
+    falling = dict(zip(rates, (4.0, 3.0, 2.0, 1.0)))
+    assert study.rates_to_try(rates, falling) == [3.16e-2]
+    assert study.rates_to_try(rates, falling | {3.16e-2: 0.5}) == [1e-1]
+    assert study.rates_to_try(rates, falling | {3.16e-2: None}) == []  # it diverged
+    rising = dict(zip(rates, (1.0, 2.0, 3.0, None)))
+    assert study.rates_to_try(rates, rising) == [1e-4]
+    assert study.rates_to_try(rates, rising | {1e-4: 1.5}) == []
+    assert study.rates_to_try(rates, dict.fromkeys(rates)) == []
+    assert study.best_rate(dict.fromkeys(rates)) is None
+
+
+def test_the_constants_are_those_of_students_distribution():
+    """95 per cent of its density lie between -t and t."""
+    for degrees, t in study.STUDENT.items():
+        x = np.linspace(-t, t, 200001)
+        density = (1 + x**2 / degrees) ** (-(degrees + 1) / 2)
+        factor = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2)
+        share = np.trapezoid(density, x) * factor / math.sqrt(degrees * math.pi)
+        assert share == pytest.approx(0.95, abs=5e-5)
+
+
+def test_an_interval_holds_the_true_mean_19_times_in_20():
+    generator = np.random.default_rng(0)
+    hits = 0
+    for differences in generator.normal(0.3, 0.1, (2000, 5)):
+        mean, low, high = study.interval(differences.tolist())
+        assert mean == pytest.approx(differences.mean()) == pytest.approx((low + high) / 2)
+        hits += low < 0.3 < high
+    assert 0.93 < hits / 2000 < 0.97
+
+
+# --- the runs of a plan ---
+
+
+def test_a_plan_becomes_the_runs_of_its_rule(sized, monkeypatch, capsys):
+    cells = simulate(monkeypatch, valley)
+    write_plan()
+    study.run(["plan.toml"])
+    # The rates of all methods in turn; RoSA's best is found two steps beyond the plan's
+    assert [cell.method for cell in cells[:6]] == [*METHODS] * 2
+    tried = {m: [c.lr for c in cells if c.method == m and c.seed == 0] for m in METHODS}
+    rates = [1e-3, 3.16e-3, 1e-2, 3.16e-2]
+    assert tried == {"RoSA": [*rates, 1e-1, 3.16e-1], "no DLS": rates, "LoRA": rates}
+    final = [cell for cell in cells if cell.seed > 0]
+    assert len(final) == 9 and len(cells) == 14 + 9
+    assert {(cell.method, cell.lr) for cell in final} == {
+        ("RoSA", 0.1),
+        ("no DLS", 0.01),
+        ("LoRA", 0.01),
+    }
+    # Every run is a line, in the report's JSON too
+    lines = read_log(".", "plan.jsonl")
+    report = json.loads(Path("plan.json").read_text())
+    assert len(lines) == len(report["runs"]) == 23
+    # The differences are of pairs of the same seed
+    of_rosa, without_dls = report["comparisons"]
+    assert list(of_rosa["differences"].values()) == pytest.approx([-0.199, -0.198, -0.197])
+    assert of_rosa["high"] == pytest.approx(-0.198 + 4.303 * 0.001 / math.sqrt(3))
+    assert of_rosa["low"] < of_rosa["mean"] < of_rosa["high"] < 0
+    shown = capsys.readouterr().out
+    assert (
+        "| RoSA | 0.1 | 1.0510 | 1.1020 | 1.1530 | 1.1020 | -0.1980 (-0.2005 to -0.1955): better"
+        in shown
+    )
+    assert "| no DLS | 1,000 | 1.2000 | 1.1500 | **1.1000** | 1.1500 | – | – |" in shown
+    assert "23 runs; 2 comparisons. Were there no differences" in shown
+
+
+def test_no_claim_is_made_where_the_interval_holds_zero(sized, monkeypatch, capsys):
+    noise = {1: 0.3, 2: -0.2, 3: 0.1}
+
+    def loss_of(cell):
+        return valley(cell) + (noise.get(cell.seed, 0) if cell.method == "no DLS" else 0)
+
+    simulate(monkeypatch, loss_of)
+    write_plan()
+    study.run(["plan.toml"])
+    _, without_dls = json.loads(Path("plan.json").read_text())["comparisons"]
+    assert without_dls["low"] < 0 < without_dls["high"]
+    row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| no DLS")][1]
+    assert row.endswith(": no claim |") and "-0.0333 (" in row
+
+
+def test_a_run_that_diverged_is_in_the_report_and_allows_no_interval(sized, monkeypatch, capsys):
+    def loss_of(cell):
+        return None if cell.method == "RoSA" and (cell.lr > 0.1 or cell.seed == 2) else valley(cell)
+
+    simulate(monkeypatch, loss_of)
+    write_plan()
+    study.run(["plan.toml"])
+    shown = capsys.readouterr().out
+    assert "| RoSA | 0.1 | 1.0510 | diverged | 1.1530 | – | – |" in shown
+    first, _ = json.loads(Path("plan.json").read_text())["comparisons"]
+    assert first["mean"] is first["low"] is None and list(first["differences"]) == ["1", "3"]
+
+
+def test_a_study_goes_on_where_it_was(sized, monkeypatch, capsys):
+    """A line that a kill has cut, and runs by other options, do not count."""
+    cells = simulate(monkeypatch, valley)
+    write_plan()
+    study.run(["plan.toml"])
+    whole = Path("plan.jsonl").read_text()
+    lines = whole.splitlines(keepends=True)
+    Path("plan.jsonl").write_text("".join(lines[:-2]) + lines[-2][:40])
+    capsys.readouterr()
+    study.run(["plan.toml", "--dry-run"])
+    assert "21 runs are done, 2 remain, about 0.2 hours" in capsys.readouterr().out
+    write_plan(("--rank 3 --k-ratio 1", "--rank 3 --k-ratio 0.9"))
+    study.run(["plan.toml", "--dry-run"])
+    shown = capsys.readouterr().out
+    others = sum('"no DLS"' in line for line in lines[:-2])
+    assert f"{others} runs in plan.jsonl are of another plan" in shown
+    remain = 7 + sum('"no DLS"' not in line for line in lines[-2:])
+    assert f"{21 - others} runs are done, {remain} remain" in shown
+    # The cut line is not in the way of the next
+    write_plan()
+    done = len(cells)
+    study.run(["plan.toml"])
+    assert len(cells) == done + 2
+    assert sorted(Path("plan.jsonl").read_text().splitlines(True)) == sorted(lines)
+
+
+def test_a_report_of_what_there_is(sized, monkeypatch, capsys):
+    write_plan()
+    simulate(monkeypatch, valley)
+    study.run(["plan.toml", "--dry-run"])
+    assert "0 runs are done, 21 remain; the first" in capsys.readouterr().out
+    assert not Path("plan.jsonl").exists()
+    study.run(["plan.toml"])
+    lines = Path("plan.jsonl").read_text().splitlines(keepends=True)
+    Path("plan.jsonl").write_text("".join(lines[:5]))
+    no_package(monkeypatch, "matplotlib")
+    capsys.readouterr()
+    study.run(["plan.toml", "--report"])
+    shown = capsys.readouterr().out
+    assert "5 runs, " in shown and "| LoRA | – | – | – | – | – |" in shown
+    assert "plan.png needs the package matplotlib" in shown
+    assert len(Path("plan.jsonl").read_text().splitlines()) == 5
+
+
+def test_the_picture(sized, monkeypatch):
+    pytest.importorskip("matplotlib")
+    simulate(monkeypatch, valley)
+    write_plan()
+    study.run(["plan.toml"])
+    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+MISTAKES = [
+    (("tuning_seed = 0", "tuning_seed = 2"), "what chose the rate cannot judge"),
+    (("tuning_seed = 0", ""), "the key 'tuning_seed' is missing"),
+    (("tuning_seed = 0", "tuning_seed = 0\nseed = 3"), "unknown key 'seed'"),
+    (("[1, 2, 3]", "[1]"), "seeds must be 2 to 10 different numbers"),
+    (("[1, 2, 3]", "[1, 1, 2]"), "seeds must be 2 to 10 different numbers"),
+    (("[1, 2, 3]", "3"), "seeds must be a list"),
+    (("[1, 2, 3]", '["1", "2"]'), "rates and seeds must be numbers"),
+    (("[1e-3, 3.16e-3, 1e-2, 3.16e-2]", "[1e-3, 1e-2]"), "fewer than four"),
+    (("[1e-3, 3.16e-3, 1e-2, 3.16e-2]", "[]"), "fewer than four"),
+    (("[1e-3, 3.16e-3, 1e-2, 3.16e-2]", "[1e-3, 2e-3, 4e-3, 8e-3]"), "factors of 10^0.5"),
+    (('["LoRA"]', '["Lora"]'), "Lora is none of the methods: RoSA, no DLS, LoRA"),
+    (('["LoRA"]', "[]"), "baselines names no method"),
+    (('"no DLS"', '"RoSA "'), "differ in signs alone"),
+    (('["ckpt"]', "[]"), "must not be empty"),
+    (('["ckpt"]', '["absent"]'), "no checkpoint 'absent'"),
+    (("tuning_seed = 0", "tuning_seed ="), "plan.toml is not TOML"),
+    (("--rank 3 --k-ratio 1", "--rank 4"), "RoSA 1,056, no DLS 1,408, LoRA 896"),
+    (("--rank 3 --k-ratio 1", "--rank x"), "--rank must be a whole number"),
+]
+
+
+@pytest.mark.parametrize("edit, message", MISTAKES, ids=[message for _, message in MISTAKES])
+def test_a_mistake_in_a_plan_is_one_line_before_anything_is_run(ckpt, capsys, edit, message):
+    write_plan(edit)
+    with pytest.raises(SystemExit) as end:
+        study.run(["plan.toml"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.count("\n") == 1
+    assert not Path("plan.jsonl").exists() and not Path("runs").exists()
+
+
+def test_runs_of_other_code_are_said(sized, monkeypatch, capsys):
+    simulate(monkeypatch, valley)
+    write_plan()
+    study.run(["plan.toml"])
+    assert "other code" not in capsys.readouterr().out
+    monkeypatch.setattr(study, "code_of", lambda args: {"rosa.py": "edited"})
+    study.run(["plan.toml", "--report"])
+    assert "23 of these runs were made by other code than there is now" in capsys.readouterr().out
+
+
+def test_methods_of_another_size_may_be_named(sized, monkeypatch, capsys):
+    monkeypatch.setattr(study, "count_trained", lambda model, options: 10 * options["rank"])
+    simulate(monkeypatch, valley)
+    write_plan()
+    with pytest.raises(SystemExit):
+        study.run(["plan.toml", "--dry-run"])
+    assert "RoSA 30, no DLS 30, LoRA 20: change --rank" in capsys.readouterr().err
+    write_plan(('baselines = ["LoRA"]', 'baselines = ["LoRA"]\nunequal = ["LoRA"]'))
+    study.run(["plan.toml", "--dry-run"])
+
+
+# --- the runs themselves ---
+
+
+@pytest.mark.slow
+def test_a_run_is_one_of_train_py_and_goes_on_after_a_signal(ckpt):
+    shutil.copytree(ROOT / "data" / "tiny", "tiny")
+    steps = ("--max-steps 2", "--max-steps 40 --dtype float32 --save-every 7")
+    write_plan(steps, ("--eval-every 2", "--eval-every 1000"))
+    plan = study.read_plan(Path("plan.toml"))
+    cell = Cell("ckpt", "toy", "no DLS", 0.01, 1)
+    options = study.options_of(plan, cell)
+    command = [sys.executable, str(ROOT / "train.py"), *options, "--out", "whole"]
+    subprocess.run(command, check=True, capture_output=True)
+    loss = read_log("whole")[-1]["val_loss"]
+
+    script = (
+        "import sys; from pathlib import Path; from extras import study; "
+        "plan = study.read_plan(Path('plan.toml')); "
+        f"study.main = lambda args: print(study.run_cell(plan, study.Cell(*{tuple(cell)}), "
+        "Path('.'), [])); study.run(['plan.toml'])"
+    )
+    for number in (signal.SIGTERM, signal.SIGINT, None):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            start_new_session=True,
+        )
+        if number is None:
+            break
+        before = len(read_log(study.directory_of(cell)))
+        deadline = time.monotonic() + 60
+        while len(read_log(study.directory_of(cell))) < before + 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as a terminal does it
+        else:
+            process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        (line,) = [line for line in error.splitlines() if line.startswith("study: ")]
+        assert line.endswith("The same command goes on"), line
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    assert f"'val_loss': {loss}," in out and "'skipped': 0" in out
+
+
+@pytest.mark.slow
+def test_a_run_whose_steps_are_not_finite_has_diverged(ckpt):
+    write_plan(("--max-steps 2", "--max-steps 9 --dtype float32"))
+    plan = study.read_plan(Path("plan.toml"))
+    record = study.run_cell(plan, Cell("ckpt", "toy", "LoRA", 1e25, 1), Path("."), [])
+    assert record["val_loss"] is None and record["skipped"] >= 3 and record["val_loss_before"] > 0
+
+
+@pytest.mark.parametrize("plan", sorted((ROOT / "tests" / "study").glob("*.toml")))
+def test_the_plans_that_are_here_can_be_read(plan):
+    assert study.read_plan(plan).methods
