@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from helpers import ROOT, no_package, read_log
 
+from data.errors import UserError
 from extras import study
+from extras.checkpoints import meta_model
 from extras.study import Cell
+from model import LlamaConfig
 
 PLAN = """
 models = ["ckpt"]
@@ -345,6 +348,21 @@ def test_a_run_whose_steps_are_not_finite_has_diverged(ckpt):
     assert record["val_loss"] is None and record["skipped"] >= 3 and record["val_loss_before"] > 0
 
 
-@pytest.mark.parametrize("plan", sorted((ROOT / "tests" / "study").glob("*.toml")))
-def test_the_plans_that_are_here_can_be_read(plan):
-    assert study.read_plan(plan).methods
+SHAPES = {
+    "smollm2-135m": (49152, 576, 1536, 30, 9, 3),
+    "llama2-7b": (32000, 4096, 11008, 32, 32, 32),
+}
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "study").glob("*.toml")))
+def test_the_methods_of_the_plans_that_are_here_have_one_size(file, monkeypatch):
+    monkeypatch.setattr(study, "find_checkpoint", lambda model: model)
+    monkeypatch.setattr(
+        study, "unloaded", lambda model: meta_model(LlamaConfig("llama", *SHAPES[model]))
+    )
+    plan = study.read_plan(file)
+    study.check_sizes(plan, {})
+    name = plan.baselines[0]
+    plan.methods[name] += " --rank 1"
+    with pytest.raises(UserError, match="different numbers of parameters"):
+        study.check_sizes(plan, {})
