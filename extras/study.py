@@ -32,6 +32,7 @@ import train
 from data.errors import UserError, read_text, user_file
 from extras.checkpoints import find_checkpoint, read_json, unloaded
 from extras.commands import Stop, command_parser, run_script
+from extras.compare import ABSENT
 from extras.memory import count_trained
 from extras.records import hash_of, make_writable, read_log, steps_of, write_log, write_whole
 from extras.runs import code_of
@@ -90,19 +91,21 @@ def read_plan(path):
 def mistakes(plan):
     """What may be wrong with a plan: (whether it is, what is said then)."""
     texts = [*plan.models, *plan.tasks.values(), *plan.methods.values()]
-    numbers = [*plan.rates, *plan.seeds]
     if not all(isinstance(text, str) for text in texts):
         return [(True, "models, and the options of tasks and methods, must be texts")]
-    if not all(isinstance(number, (int, float)) and number >= 0 for number in numbers):
-        return [(True, "rates and seeds must be numbers, none below 0")]
-    ratios = [high / low if low else 0 for low, high in zip(plan.rates, plan.rates[1:])]
+    if not all(isinstance(rate, (int, float)) and rate > 0 for rate in plan.rates):
+        return [(True, "rates must be positive numbers")]
+    if len(plan.rates) < 4:
+        return [(True, "rates has fewer than four learning rates")]
+    if not all(isinstance(seed, int) for seed in plan.seeds):
+        return [(True, "seeds must be whole numbers")]
+    ratios = [high / low for low, high in zip(plan.rates, plan.rates[1:])]
     unknown = [name for name in (*plan.baselines, *plan.unequal) if name not in plan.methods]
     cells = first_cells(plan)
     return [
         (not cells, "models, tasks and methods must not be empty"),
         (unknown, f"{', '.join(unknown)} is none of the methods: {', '.join(plan.methods)}"),
         (not plan.baselines, "baselines names no method"),
-        (len(plan.rates) < 4, "rates has fewer than four learning rates"),
         (
             any(not 3.1 < ratio < 3.3 for ratio in ratios),
             "rates must rise by factors of 10^0.5, as 1e-3, 3.16e-3, 1e-2 do",
@@ -124,13 +127,12 @@ def mistakes(plan):
 
 def first_cells(plan):
     """A Cell of each method, task and model."""
-    rate = plan.rates[0] if plan.rates else 0
-    return [
-        Cell(model, task, method, rate, plan.tuning_seed)
-        for model in plan.models
-        for task in plan.tasks
-        for method in plan.methods
-    ]
+    cells = []
+    for model in plan.models:
+        for task in plan.tasks:
+            for method in plan.methods:
+                cells.append(Cell(model, task, method, plan.rates[0], plan.tuning_seed))
+    return cells
 
 
 def options_of(plan, cell):
@@ -281,13 +283,11 @@ def what_remains(plan, done):
     line = f"{len(done)} runs are done, {sum(counts.values())} remain"
     if not done:
         return f"{line}; the first of them will show how long they take"
-    minutes = {}  # method -> those of its runs
-    for cell, record in done.items():
-        minutes.setdefault(cell.method, []).append(record["minutes"])
-    usual = statistics.median(record["minutes"] for record in done.values())
+    of_all = [record["minutes"] for record in done.values()]
     total = 0
     for method, number in counts.items():
-        total += number * (statistics.median(minutes[method]) if method in minutes else usual)
+        own = [record["minutes"] for cell, record in done.items() if cell.method == method]
+        total += number * statistics.median(own or of_all)
     return f"{line}, about {total / 60:.1f} hours"
 
 
@@ -453,10 +453,10 @@ def tuning_table(plan, done, model, task):
         best = best_rate(losses)
         cells = []
         for rate in rates:
-            cell = shown(losses[rate]) if rate in losses else "–"
+            cell = shown(losses[rate]) if rate in losses else ABSENT
             cells.append(f"**{cell}**" if rate == best else cell)
         sizes = [record["trainable"] for cell, record in done.items() if cell.method == method]
-        size = next((f"{size:,}" for size in sizes if size), "–")
+        size = next((f"{size:,}" for size in sizes if size), ABSENT)
         lines.append(row_of([method, size, *cells]))
     return lines
 
@@ -469,10 +469,11 @@ def final_table(plan, done, model, task, compared):
     lines += [row_of(titles), row_of(["---"] * len(titles))]
     for method in plan.methods:
         rate, runs = final_losses(plan, done, model, task, method)
-        cells = [method, f"{rate:g}" if rate else "–"]
-        cells += [shown(runs[seed]) if seed in runs else "–" for seed in plan.seeds]
+        cells = [method, f"{rate:g}" if rate else ABSENT]
+        for seed in plan.seeds:
+            cells.append(shown(runs[seed]) if seed in runs else ABSENT)
         is_whole = len(runs) == len(plan.seeds) and None not in runs.values()
-        cells.append(shown(statistics.fmean(runs.values())) if is_whole else "–")
+        cells.append(shown(statistics.fmean(runs.values())) if is_whole else ABSENT)
         for baseline in plan.baselines:
             pairs = [pair for pair in compared if pair["method"] == method]
             cells.append(
@@ -495,8 +496,12 @@ def shown_difference(comparison):
     zero."""
     mean, low, high = (comparison[name] for name in ("mean", "low", "high"))
     if mean is None:
-        return "–"
-    claim = "better" if high < 0 else "worse" if low > 0 else "no claim"
+        return ABSENT
+    claim = "no claim"
+    if high < 0:
+        claim = "better"
+    if low > 0:
+        claim = "worse"
     return f"{mean:+.4f} ({low:+.4f} to {high:+.4f}): {claim}"
 
 

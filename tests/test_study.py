@@ -244,7 +244,7 @@ MISTAKES = [
     (("[1, 2, 3]", "[1]"), "seeds must be 2 to 10 different numbers"),
     (("[1, 2, 3]", "[1, 1, 2]"), "seeds must be 2 to 10 different numbers"),
     (("[1, 2, 3]", "3"), "seeds must be a list"),
-    (("[1, 2, 3]", '["1", "2"]'), "rates and seeds must be numbers"),
+    (("[1, 2, 3]", '["1", "2"]'), "seeds must be whole numbers"),
     (("[1e-3, 3.16e-3, 1e-2, 3.16e-2]", "[1e-3, 1e-2]"), "fewer than four"),
     (("[1e-3, 3.16e-3, 1e-2, 3.16e-2]", "[]"), "fewer than four"),
     (("[1e-3, 3.16e-3, 1e-2, 3.16e-2]", "[1e-3, 2e-3, 4e-3, 8e-3]"), "factors of 10^0.5"),
