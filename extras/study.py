@@ -288,6 +288,8 @@ def what_remains(plan, done):
     for method, number in counts.items():
         own = [record["minutes"] for cell, record in done.items() if cell.method == method]
         total += number * statistics.median(own or of_all)
+    if total < 60:
+        return f"{line}, about {total:.0f} minutes"
     return f"{line}, about {total / 60:.1f} hours"
 
 
@@ -321,8 +323,11 @@ def run_cell(plan, cell, runs, machine):
     steps = steps_of(log)
     has_diverged = [step.get("skipped") for step in steps[-3:]] == [True, True, True]
     if status != 0 and not has_diverged:
-        message = f"the run {out} ended with status {status}; what it printed is in {printed}"
-        raise Stop(message, status if status > 0 else 128 - status)
+        if status < 0:  # killed by a signal
+            status = 128 - status
+        if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise Stop(f"stopped in {out}", status)
+        raise Stop(f"{out} ended with status {status}; what it printed is in {printed}", status)
     minutes = max(time.monotonic() - start, sum(step["seconds"] for step in steps)) / 60
     record = cell._asdict() | {"val_loss": None, "val_loss_before": log[0]["val_loss"]}
     if not has_diverged:
@@ -575,12 +580,13 @@ def main(args):
         machine += ["--data-dir", args.data_dir]
     while cells := open_cells(plan, done):
         for cell in cells:
+            print(f"run        {directory_of(cell)}", flush=True)
             record = run_cell(plan, cell, runs, machine)
             write_log(path, record)
             done[cell] = record
             check_sizes(plan, done)
-            loss = shown(record["val_loss"])
-            print(f"{directory_of(cell):<48} {loss}; {what_remains(plan, done)}", flush=True)
+            before, after = shown(record["val_loss_before"]), shown(record["val_loss"])
+            print(f"           {before} → {after}; {what_remains(plan, done)}", flush=True)
     report(args, plan, done)
 
 

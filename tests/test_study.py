@@ -195,7 +195,7 @@ def test_a_study_goes_on_where_it_was(sized, monkeypatch, capsys):
     Path("plan.jsonl").write_text("".join(lines[:-2]) + lines[-2][:40])
     capsys.readouterr()
     study.run(["plan.toml", "--dry-run"])
-    assert "21 runs are done, 2 remain, about 0.2 hours" in capsys.readouterr().out
+    assert "21 runs are done, 2 remain, about 12 minutes" in capsys.readouterr().out
     write_plan(("--rank 3 --k-ratio 1", "--rank 3 --k-ratio 0.9"))
     study.run(["plan.toml", "--dry-run"])
     shown = capsys.readouterr().out
@@ -332,7 +332,9 @@ def test_a_run_is_one_of_train_py_and_goes_on_after_a_signal(ckpt):
         else:
             process.send_signal(number)
         _, error = process.communicate(timeout=60)
-        assert process.returncode == 128 + number
+        assert (
+            process.returncode == 128 + number and f"stopped in {study.directory_of(cell)}" in error
+        )
         (line,) = [line for line in error.splitlines() if line.startswith("study: ")]
         assert line.endswith("The same command goes on"), line
     out, error = process.communicate(timeout=60)
