@@ -6,11 +6,12 @@ Without it: run train.py by hand for each method, rate and seed, and hope to hav
     python -m extras.study tests/study/smollm2.toml --data-dir LLM-Adapters --dry-run
     python -m extras.study tests/study/smollm2.toml --data-dir LLM-Adapters
 
-A plan is a TOML file; tests/study/ has some. Of each method the runs with the plan's `tuning_seed`
-find the learning rate: the one with the lowest validation loss at the last step. While that is the
-lowest or the highest rate tried, the next one beyond it is tried too. Then the runs with the other
-`seeds` are made at this rate. A finished run is a line in a file .jsonl beside the plan. Ctrl-C
-ends the study after the step that is being computed, and the same command goes on with it."""
+A plan is a TOML file such as this one; class Plan below says what its keys are. Of each method the
+runs with the plan's `tuning_seed` find the learning rate: the one with the lowest validation loss
+at the last step. While that is the lowest or the highest rate tried, the next one beyond it is
+tried too. Then the runs with the other `seeds` are made at this rate. A finished run is a line in a
+file .jsonl beside the plan. Ctrl-C ends the study after the step that is being computed; the same
+command goes on with it. Let one study of a plan run at a time."""
 
 import json
 import math
@@ -30,7 +31,7 @@ import torch
 
 import train
 from data.errors import UserError, read_text, user_file
-from extras.checkpoints import find_checkpoint, read_json, unloaded
+from extras.checkpoints import choose_device_and_dtype, find_checkpoint, read_json, unloaded
 from extras.commands import Stop, command_parser, run_script
 from extras.compare import ABSENT
 from extras.memory import count_trained
@@ -38,16 +39,6 @@ from extras.records import hash_of, make_writable, read_log, steps_of, write_log
 from extras.runs import code_of
 
 TRAIN = Path(train.__file__)
-
-
-class Cell(NamedTuple):
-    """One run of a study."""
-
-    model: str
-    task: str
-    method: str
-    lr: float
-    seed: int
 
 
 class Plan(NamedTuple):
@@ -60,6 +51,16 @@ class Plan(NamedTuple):
     tuning_seed: int
     seeds: list
     unequal: list = []  # methods that may have another number of trainable parameters
+
+
+class Cell(NamedTuple):
+    """One run of a study."""
+
+    model: str
+    task: str
+    method: str
+    lr: float
+    seed: int
 
 
 # --- the plan ---
@@ -78,61 +79,78 @@ def read_plan(path):
         if name not in read and name not in Plan._field_defaults:
             raise UserError(f"{path}: the key {name!r} is missing")
     for name, value in read.items():
-        if not isinstance(value, Plan.__annotations__[name]):
-            kind = {"list": "list", "dict": "table", "str": "text", "int": "whole number"}
-            raise UserError(f"{path}: {name} must be a {kind[Plan.__annotations__[name].__name__]}")
+        kind = Plan.__annotations__[name]
+        if not isinstance(value, kind):
+            words = {list: "list", dict: "table", str: "text", int: "whole number"}
+            raise UserError(f"{path}: {name} must be a {words[kind]}")
     plan = Plan(**read)
-    for is_wrong, message in mistakes(plan):
-        if is_wrong:
-            raise UserError(f"{path}: {message}")
+    for problem in problems(plan):
+        raise UserError(f"{path}: {problem}")
     return plan
 
 
-def mistakes(plan):
-    """What may be wrong with a plan: (whether it is, what is said then)."""
-    texts = [*plan.models, *plan.tasks.values(), *plan.methods.values()]
-    if not all(isinstance(text, str) for text in texts):
-        return [(True, "models, and the options of tasks and methods, must be texts")]
+# Options that a plan has keys for, or that depend on the machine.
+NOT_IN_A_PLAN = ("--ckpt", "--lr", "--seed", "--out", "--device", "--data-dir")
+NOT_IN_A_PLAN += ("--resume", "--overwrite", "--help", "-h")
+
+
+def problems(plan):
+    """Yield what is wrong with a plan."""
+    names = [*plan.models, *plan.baselines, *plan.unequal]
+    options = [plan.options, *plan.tasks.values(), *plan.methods.values()]
+    if not all(isinstance(text, str) for text in names + options):
+        yield "the names, and the options of tasks and methods, must be texts"
     if not all(isinstance(rate, (int, float)) and rate > 0 for rate in plan.rates):
-        return [(True, "rates must be positive numbers")]
-    if len(plan.rates) < 4:
-        return [(True, "rates has fewer than four learning rates")]
+        yield "rates must be positive numbers"
     if not all(isinstance(seed, int) for seed in plan.seeds):
-        return [(True, "seeds must be whole numbers")]
-    ratios = [high / low for low, high in zip(plan.rates, plan.rates[1:])]
-    unknown = [name for name in (*plan.baselines, *plan.unequal) if name not in plan.methods]
-    cells = first_cells(plan)
-    return [
-        (not cells, "models, tasks and methods must not be empty"),
-        (unknown, f"{', '.join(unknown)} is none of the methods: {', '.join(plan.methods)}"),
-        (not plan.baselines, "baselines names no method"),
-        (
-            any(not 3.1 < ratio < 3.3 for ratio in ratios),
-            "rates must rise by factors of 10^0.5, as 1e-3, 3.16e-3, 1e-2 do",
-        ),
-        (
-            plan.tuning_seed in plan.seeds,
-            f"tuning_seed {plan.tuning_seed} is among the seeds: what chose the rate cannot judge",
-        ),
-        (
-            not 2 <= len(set(plan.seeds)) == len(plan.seeds) <= 1 + len(STUDENT),
-            f"seeds must be 2 to {1 + len(STUDENT)} different numbers",
-        ),
-        (
-            len({directory_of(cell) for cell in cells}) < len(cells),
-            "two names of models, tasks or methods differ in signs alone",
-        ),
-    ]
+        yield "seeds must be whole numbers"
+    for text in options:
+        try:
+            words = shlex.split(text)
+        except ValueError as error:
+            yield f"{text!r}: {error}"
+        for word in words:
+            if word.split("=")[0] in NOT_IN_A_PLAN:
+                yield f"{text!r} has {word}, which belongs into another key or to the machine"
 
+    for name in (*plan.baselines, *plan.unequal):
+        if name not in plan.methods:
+            yield f"{name} is none of the methods: {', '.join(plan.methods)}"
+    if not plan.baselines:
+        yield "baselines names no method"
+    if len(plan.rates) < 4:
+        yield "rates has fewer than four learning rates"
+    for low, high in zip(plan.rates, plan.rates[1:]):
+        if not 3.1 < high / low < 3.3:
+            yield "rates must rise by factors of 10^0.5, as 1e-3, 3.16e-3, 1e-2 do"
+    if plan.tuning_seed in plan.seeds:
+        yield f"tuning_seed {plan.tuning_seed} is among the seeds: what chose the rate cannot judge"
+    most = 1 + len(STUDENT)
+    if not 2 <= len(set(plan.seeds)) == len(plan.seeds) <= most:
+        yield f"seeds must be 2 to {most} different numbers"
 
-def first_cells(plan):
-    """A Cell of each method, task and model."""
     cells = []
+    for group in groups(plan):
+        cells += [Cell(*group, plan.rates[0], seed) for seed in (plan.tuning_seed, *plan.seeds)]
+    if not cells:
+        yield "models, tasks and methods must not be empty"
+    for cell in cells:
+        try:
+            args = train.parse_args(options_of(plan, cell))
+        except UserError as error:
+            yield f"{cell.method} on {cell.task}: {error}"
+        if args.dtype == "auto":
+            yield "options must say the --dtype, since auto is not the same on all machines"
+    if len({directory_of(plan, cell) for cell in cells}) < len(cells):
+        yield "two models, tasks or methods have the same options"
+
+
+def groups(plan):
+    """Yield (model, task, method): every combination."""
     for model in plan.models:
         for task in plan.tasks:
             for method in plan.methods:
-                cells.append(Cell(model, task, method, plan.rates[0], plan.tuning_seed))
-    return cells
+                yield model, task, method
 
 
 def options_of(plan, cell):
@@ -143,31 +161,35 @@ def options_of(plan, cell):
     return [*words, "--lr", f"{cell.lr:g}", "--seed", str(cell.seed)]
 
 
-def directory_of(cell):
-    """The name of a cell's run directory."""
+def directory_of(plan, cell):
+    """The name of a cell's run directory. With other options it is another one."""
     name = f"{Path(cell.model).name} {cell.task} {cell.method} lr {cell.lr:g} seed {cell.seed}"
-    return re.sub(r"[^\w.]+", "-", name)
+    which = hash_of(options_of(plan, cell))[:6]
+    return re.sub(r"[^\w.]+", "-", f"{name} {which}")
 
 
 def check_sizes(plan, done):
     """Raise UserError where methods of a plan train numbers of parameters that differ by more than
-    2 per cent. How many those of the package peft have is known after their first run."""
+    2 per cent. For a method of the package peft the number is known only after its first run."""
     for model in plan.models:
         shapes = unloaded(find_checkpoint(model))
-        sizes = {}
-        for cell in first_cells(plan):
-            if cell.model == model and cell.method not in plan.unequal:
+        sizes = {}  # (task, method) -> number
+        for its_model, task, method in groups(plan):
+            if its_model == model and method not in plan.unequal:
+                cell = Cell(model, task, method, plan.rates[0], plan.tuning_seed)
                 options = vars(train.parse_args(options_of(plan, cell)))
-                sizes[cell.method] = count_trained(shapes, options)
+                sizes[task, method] = count_trained(shapes, options)
         for cell, record in done.items():
-            if cell.model == model and cell.method in sizes:
-                sizes[cell.method] = record["trainable"]
-        sizes = {method: size for method, size in sizes.items() if size}
-        if sizes and max(sizes.values()) > 1.02 * min(sizes.values()):
-            counts = ", ".join(f"{method} {size:,}" for method, size in sizes.items())
+            key = cell.task, cell.method
+            if cell.model == model and key in sizes and record["trainable"]:
+                sizes[key] = record["trainable"]
+        known = [size for size in sizes.values() if size]
+        if known and max(known) > 1.02 * min(known):
+            counts = [f"{method} {size:,}" for (_, method), size in sizes.items()]
             raise UserError(
-                f"the methods train different numbers of parameters of {model}: {counts}: change "
-                "--rank until they are within 2 per cent, or name a method under unequal"
+                f"the methods train different numbers of parameters of {model}: "
+                f"{', '.join(dict.fromkeys(counts))}: change --rank until they are within 2 per "
+                "cent, or name a method under unequal"
             )
 
 
@@ -175,23 +197,41 @@ def check_sizes(plan, done):
 
 
 def read_done(path, plan):
-    """Cell -> record of every run in a study's .jsonl that was made by the plan as it is now. Print
-    a line about the others."""
+    """(Cell -> record of every run in a study's .jsonl that is of the plan as it is now, the
+    records of all others). Raises UserError."""
     done = {}
-    others = 0
+    others = []
     for record in read_log(path):
-        cell = Cell(*(record[name] for name in Cell._fields))
-        is_known = cell.task in plan.tasks and cell.method in plan.methods
-        if is_known and record["options"] == shlex.join(options_of(plan, cell)):
-            done[cell] = record
-        else:
-            others += 1
-    if others:
-        print(f"study      {others} runs in {path} are of another plan: they do not count")
-    edited = sum(record["code"] != code_now(plan, cell) for cell, record in done.items())
-    if edited:
-        print(f"study      {edited} of these runs were made by other code than there is now")
-    return done
+        try:
+            cell = Cell(*(record[name] for name in Cell._fields))
+            is_of_plan = cell[:3] in groups(plan) and cell.seed in (plan.tuning_seed, *plan.seeds)
+            if is_of_plan and record["options"] == shlex.join(options_of(plan, cell)):
+                done[cell] = record
+            else:
+                others.append(record)
+        except (KeyError, TypeError):
+            raise UserError(f"{path}: this line is no run of a study: {record}") from None
+    check_pairs(path, done)
+    return done, others
+
+
+def check_pairs(path, done):
+    """Raise UserError where runs of one seed had other examples, or another checkpoint. In another
+    --data-dir a file of the same name may hold others."""
+    first = {}
+    for cell, record in done.items():
+        own = cell.model, cell.task, cell.seed
+        other = first.setdefault(own, record)
+        if record["seen"] != other["seen"]:
+            raise UserError(
+                f"{path}: {cell.method} and {other['method']}, seed {cell.seed}, had different "
+                "examples or checkpoints: delete the lines of one of them"
+            )
+
+
+def made_by_other_code(plan, done):
+    """How many runs were made by other code than there is now."""
+    return sum(record["code"] != code_now(plan, cell) for cell, record in done.items())
 
 
 def code_now(plan, cell):
@@ -199,20 +239,23 @@ def code_now(plan, cell):
     return hash_of(code_of(train.parse_args(options_of(plan, cell))))
 
 
-def tuning_losses(plan, done, model, task, method):
+def tuning_losses(plan, done, group):
     """Learning rate -> validation loss of the finished runs with the tuning seed."""
     losses = {}
     for cell, record in done.items():
-        if cell[:3] == (model, task, method) and cell.seed == plan.tuning_seed:
+        if cell[:3] == group and cell.seed == plan.tuning_seed:
             losses[cell.lr] = record["val_loss"]
     return dict(sorted(losses.items()))
 
 
 def best_rate(losses):
-    """The learning rate of the lowest loss. A run that diverged has the loss None. None where all
-    have."""
+    """The learning rate of the lowest loss; None where every run diverged, which is a loss of
+    None."""
     finite = {rate: loss for rate, loss in losses.items() if loss is not None}
     return min(finite, key=finite.get) if finite else None
+
+
+MOST_BEYOND = 6  # so many rates beyond the plan's are tried at most
 
 
 def rates_to_try(rates, losses):
@@ -220,7 +263,7 @@ def rates_to_try(rates, losses):
 
     rates: those of the plan; losses: learning rate -> loss, what has been tried already."""
     missing = [rate for rate in rates if rate not in losses]
-    if missing:
+    if missing or len(losses) >= len(rates) + MOST_BEYOND:
         return missing
     tried = sorted(losses)
     best = best_rate(losses)
@@ -232,61 +275,48 @@ def rates_to_try(rates, losses):
     return []
 
 
+def chosen_rate(plan, done, group):
+    """The learning rate of a method; None where it is not known yet, or where all have diverged."""
+    losses = tuning_losses(plan, done, group)
+    return None if rates_to_try(plan.rates, losses) else best_rate(losses)
+
+
 def open_cells(plan, done):
     """The cells that can be run now, in turn: the rates of all methods, then the seeds of those
     methods whose rate is known."""
+    tuning = []
+    final = []
+    for group in groups(plan):
+        rates = rates_to_try(plan.rates, tuning_losses(plan, done, group))
+        tuning.append([Cell(*group, rate, plan.tuning_seed) for rate in rates])
+        rate = chosen_rate(plan, done, group)
+        if rate is not None:
+            cells = [Cell(*group, rate, seed) for seed in plan.seeds]
+            final.append([cell for cell in cells if cell not in done])
     cells = []
-    for model in plan.models:
-        for task in plan.tasks:
-            tuning, final = [], []
-            for method in plan.methods:
-                losses = tuning_losses(plan, done, model, task, method)
-                rates = rates_to_try(plan.rates, losses)
-                own = (model, task, method)
-                tuning.append([Cell(*own, rate, plan.tuning_seed) for rate in rates])
-                best = best_rate(losses)
-                if not rates and best is not None:
-                    runs = [Cell(*own, best, seed) for seed in plan.seeds]
-                    final.append([cell for cell in runs if cell not in done])
-            for lists in (tuning, final):
-                for turn in zip_longest(*lists):
-                    cells += [cell for cell in turn if cell is not None]
+    for lists in (tuning, final):
+        for turn in zip_longest(*lists):
+            cells += [cell for cell in turn if cell is not None]
     return cells
 
 
-def remaining(plan, done):
-    """Method -> how many of its runs remain, as far as is known: the rates may become more."""
-    counts = dict.fromkeys(plan.methods, 0)
-    cells = open_cells(plan, done)
-    for cell in cells:
-        counts[cell.method] += 1
-    for model, task, method, *_ in first_cells(plan):
-        is_tuning = any(
-            cell[:3] == (model, task, method) and cell.seed == plan.tuning_seed for cell in cells
-        )
-        if is_tuning:
-            counts[method] += len(plan.seeds)
-    return counts
-
-
-def end_with_a_whole_line(path):
-    """Delete the last line of a file if a kill has cut it."""
-    if path.is_file():
-        text = path.read_text(encoding="utf-8")
-        if not text.endswith("\n"):
-            write_whole(path, text[: text.rfind("\n") + 1])
-
-
 def what_remains(plan, done):
-    """How many runs and how many hours remain, in words."""
-    counts = remaining(plan, done)
+    """How many runs and hours remain, in words, as far as is known: the rates may become more."""
+    counts = dict.fromkeys(groups(plan), 0)
+    tuned = set()
+    for cell in open_cells(plan, done):
+        counts[cell[:3]] += 1
+        if cell.seed == plan.tuning_seed:
+            tuned.add(cell[:3])
+    for group in tuned:
+        counts[group] += len(plan.seeds)
     line = f"{len(done)} runs are done, {sum(counts.values())} remain"
     if not done:
         return f"{line}; the first of them will show how long they take"
     of_all = [record["minutes"] for record in done.values()]
     total = 0
-    for method, number in counts.items():
-        own = [record["minutes"] for cell, record in done.items() if cell.method == method]
+    for group, number in counts.items():
+        own = [record["minutes"] for cell, record in done.items() if cell[:3] == group]
         total += number * statistics.median(own or of_all)
     if total < 60:
         return f"{line}, about {total:.0f} minutes"
@@ -296,64 +326,69 @@ def what_remains(plan, done):
 # --- a run ---
 
 
-def run_cell(plan, cell, runs, machine):
+def run_cell(plan, cell, runs, machine, signals):
     """Run train.py for a cell, or let a run that was stopped go on. Returns its record. What it
-    prints is kept in a file beside its directory; its progress bar is shown.
+    prints on stdout is added to a file beside its directory.
 
-    machine: options of train.py for this machine, which change no result. Raises Stop."""
-    out = runs / directory_of(cell)
+    machine: options of train.py for this machine. signals: a list to which the numbers of signals
+    are added; train.py gets them too, and ends after its step. Raises Stop."""
+    out = runs / directory_of(plan, cell)
     options = options_of(plan, cell)
     command = [sys.executable, str(TRAIN), *options, *machine, "--out", str(out)]
     if (out / "args.json").is_file():
         command.append("--resume")
     start = time.monotonic()
     printed = runs / f"{out.name}.txt"
-    with open(printed, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file)
-        # A terminal sends Ctrl-C to both processes: train.py ends its step then, and this one waits
-        # for it. SIGTERM comes to this process alone.
-        handlers = {
-            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-        }
+    with open(printed, "a") as file:
+        # In a group of its own it does not get the terminal's Ctrl-C beside the one passed on here.
+        process = subprocess.Popen(command, stdout=file, process_group=0)
+
+        def pass_on(number, _):
+            signals.append(number)
+            process.send_signal(number)
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        handlers = {number: signal.signal(number, pass_on) for number in numbers}
         status = process.wait()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     log = read_log(out / "log.jsonl")
     steps = steps_of(log)
     has_diverged = [step.get("skipped") for step in steps[-3:]] == [True, True, True]
+    if status != 0 and signals:
+        raise Stop(f"stopped in {out}", 128 + signals[0])
     if status != 0 and not has_diverged:
-        if status < 0:  # killed by a signal
-            status = 128 - status
-        if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
-            raise Stop(f"stopped in {out}", status)
-        raise Stop(f"{out} ended with status {status}; what it printed is in {printed}", status)
-    minutes = max(time.monotonic() - start, sum(step["seconds"] for step in steps)) / 60
-    record = cell._asdict() | {"val_loss": None, "val_loss_before": log[0]["val_loss"]}
-    if not has_diverged:
-        record["val_loss"] = log[-1]["val_loss"]
-    record |= {"trainable": None, "tokens_per_second": None, "peak_memory": None}
-    summary = read_json(out / "summary.json", missing={})
-    record |= {name: summary[name] for name in record if name in summary and "loss" not in name}
+        raise Stop(f"{out} ended with status {status}; what it printed is in {printed}")
     args = read_json(out / "args.json")
-    record |= {
-        "minutes": round(minutes, 2),
+    summary = read_json(out / "summary.json", missing={})  # absent where the run diverged
+    began, now = hash_of(args["code"]), code_now(plan, cell)
+    minutes = max(time.monotonic() - start, sum(step["seconds"] for step in steps)) / 60
+    seen = ("config.json of the checkpoint", "weight files of the checkpoint")
+    seen += ("training examples", "held-out examples")
+    return cell._asdict() | {
+        "val_loss_before": log[0]["val_loss"],
+        "val_loss": None if has_diverged else log[-1]["val_loss"],
+        "trainable": summary.get("trainable"),
+        "tokens_per_second": summary.get("tokens_per_second"),
+        "peak_memory": summary.get("peak_memory"),
+        "minutes": round(minutes, 2),  # of a run that was stopped at least so many
         "steps": steps[-1]["step"],
         "skipped": sum(step.get("skipped", False) for step in steps),
-        "dtype": args["dtype"],
-        "processor": processor(),
-        "code": hash_of(args["code"]),
+        "processor": processor(args["device"]),
+        "seen": hash_of([args["hashes"][name] for name in seen]),
+        "code": began if began == now else f"{began} and {now}",
         "options": shlex.join(options),
     }
-    return record
 
 
-def processor():
-    """What the runs compute with: losses of two kinds of it agree to what is shown, times do
-    not."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+def processor(name):
+    """What --device `name` computes with. Times of two kinds of it cannot be compared."""
+    device, _ = choose_device_and_dtype(name, "float32")
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"cpu, {torch.backends.cpu.get_cpu_capability()}"
+    return device.type
 
 
 # --- the report ---
@@ -382,132 +417,142 @@ def interval(differences):
     return mean, mean - width, mean + width
 
 
-def final_losses(plan, done, model, task, method):
-    """(the method's learning rate, seed -> validation loss at it). A rate that is not known yet is
-    None; a run that diverged has the loss None."""
-    losses = tuning_losses(plan, done, model, task, method)
-    rate = None if rates_to_try(plan.rates, losses) else best_rate(losses)
-    runs = {}
-    for seed in plan.seeds:
-        cell = Cell(model, task, method, rate, seed)
-        if cell in done:
-            runs[seed] = done[cell]["val_loss"]
-    return rate, runs
+def final_losses(plan, done, group):
+    """Seed -> validation loss of the finished runs at the method's rate. A run that diverged has
+    the loss None."""
+    rate = chosen_rate(plan, done, group)
+    cells = [Cell(*group, rate, seed) for seed in plan.seeds]
+    return {cell.seed: done[cell]["val_loss"] for cell in cells if cell in done}
 
 
-def comparisons(plan, done):
-    """Every pair of a method and a baseline, once. `mean`, `low` and `high` are of the differences
-    in loss, method minus baseline, and None where a run is missing or has diverged."""
+def compare(plan, done):
+    """Every pair of a method and a baseline, once, as dicts."""
     found = []
-    for model in plan.models:
-        for task in plan.tasks:
-            pairs = set()
-            for baseline in plan.baselines:
-                for method in plan.methods:
-                    if method == baseline or frozenset((method, baseline)) in pairs:
-                        continue
-                    pairs.add(frozenset((method, baseline)))
-                    _, ours = final_losses(plan, done, model, task, method)
-                    _, theirs = final_losses(plan, done, model, task, baseline)
-                    differences = {}
-                    for seed in plan.seeds:
-                        if ours.get(seed) is not None and theirs.get(seed) is not None:
-                            differences[seed] = ours[seed] - theirs[seed]
-                    mean = low = high = None
-                    if len(differences) == len(plan.seeds):
-                        mean, low, high = interval(list(differences.values()))
-                    comparison = {"model": model, "task": task, "method": method}
-                    comparison |= {"baseline": baseline, "differences": differences}
-                    found.append(comparison | {"mean": mean, "low": low, "high": high})
+    pairs = set()
+    for model, task, method in groups(plan):
+        for baseline in plan.baselines:
+            pair = frozenset((model, task, method, baseline))
+            if method == baseline or pair in pairs:
+                continue
+            pairs.add(pair)
+            ours = final_losses(plan, done, (model, task, method))
+            theirs = final_losses(plan, done, (model, task, baseline))
+            names = {"model": model, "task": task, "method": method, "baseline": baseline}
+            found.append(names | difference(plan.seeds, ours, theirs))
     return found
 
 
-def report_lines(plan, done, compared):
-    """The report as lines of Markdown."""
-    lines = []
-    for model in plan.models:
-        for task in plan.tasks:
-            lines += [f"### {Path(model).name}, {task}", ""]
-            lines += tuning_table(plan, done, model, task) + [""]
-            own = [pair for pair in compared if (pair["model"], pair["task"]) == (model, task)]
-            lines += final_table(plan, done, model, task, own) + [""]
-    left = sum(remaining(plan, done).values())
-    unfinished = f", {left} remain" if left else ""
-    chance = 0.05 * len(compared)
-    lines.append(
-        f"{len(done)} runs{unfinished}; {len(compared)} comparisons. Were there no differences at "
-        f"all, {chance:.2g} of their intervals would still leave out zero."
-    )
-    if len({record["code"] for record in done.values()}) > 1:
-        lines.append("The code was edited between the runs: see `code` in the JSON file.")
-    return lines
-
-
-def tuning_table(plan, done, model, task):
-    """The losses by which the learning rates were chosen."""
-    of_methods = {}
-    rates = set(plan.rates)
-    for method in plan.methods:
-        of_methods[method] = tuning_losses(plan, done, model, task, method)
-        rates |= of_methods[method].keys()
-    rates = sorted(rates)
-    lines = [f"Validation loss by learning rate, seed {plan.tuning_seed}:", ""]
-    lines.append(row_of(["method", "trainable", *(f"{rate:g}" for rate in rates)]))
-    lines.append(row_of(["---"] * (2 + len(rates))))
-    for method, losses in of_methods.items():
-        best = best_rate(losses)
-        cells = []
-        for rate in rates:
-            cell = shown(losses[rate]) if rate in losses else ABSENT
-            cells.append(f"**{cell}**" if rate == best else cell)
-        sizes = [record["trainable"] for cell, record in done.items() if cell.method == method]
-        size = next((f"{size:,}" for size in sizes if size), ABSENT)
-        lines.append(row_of([method, size, *cells]))
-    return lines
-
-
-def final_table(plan, done, model, task, compared):
-    """The losses with the other seeds, and the differences."""
-    titles = ["method", "rate", *(f"seed {seed}" for seed in plan.seeds), "mean"]
-    titles += [f"minus {baseline} (95 %)" for baseline in plan.baselines]
-    lines = ["Validation loss at the best rate, and the mean of the paired differences:", ""]
-    lines += [row_of(titles), row_of(["---"] * len(titles))]
-    for method in plan.methods:
-        rate, runs = final_losses(plan, done, model, task, method)
-        cells = [method, f"{rate:g}" if rate else ABSENT]
-        for seed in plan.seeds:
-            cells.append(shown(runs[seed]) if seed in runs else ABSENT)
-        is_whole = len(runs) == len(plan.seeds) and None not in runs.values()
-        cells.append(shown(statistics.fmean(runs.values())) if is_whole else ABSENT)
-        for baseline in plan.baselines:
-            pairs = [pair for pair in compared if pair["method"] == method]
-            cells.append(
-                next((shown_difference(p) for p in pairs if p["baseline"] == baseline), "")
-            )
-        lines.append(row_of(cells))
-    return lines
-
-
-def row_of(cells):
-    return f"| {' | '.join(cells)} |"
-
-
-def shown(loss):
-    return "diverged" if loss is None else f"{loss:.4f}"
-
-
-def shown_difference(comparison):
-    """A difference with its interval, and what may be claimed: only where the interval leaves out
-    zero."""
-    mean, low, high = (comparison[name] for name in ("mean", "low", "high"))
-    if mean is None:
-        return ABSENT
+def difference(seeds, ours, theirs):
+    """The differences of losses by seed, with mean, interval and what may be claimed: that one is
+    better only where the interval leaves out zero."""
+    differences = {}
+    for seed in seeds:
+        if ours.get(seed) is not None and theirs.get(seed) is not None:
+            differences[seed] = ours[seed] - theirs[seed]
+    result = {"differences": differences, "mean": None, "low": None, "high": None, "claim": None}
+    if None in (*ours.values(), *theirs.values()):
+        return result | {"claim": "a run diverged"}
+    if len(differences) < len(seeds):
+        return result
+    mean, low, high = interval(list(differences.values()))
     claim = "no claim"
     if high < 0:
         claim = "better"
     if low > 0:
         claim = "worse"
-    return f"{mean:+.4f} ({low:+.4f} to {high:+.4f}): {claim}"
+    return result | {"mean": mean, "low": low, "high": high, "claim": claim}
+
+
+def report_lines(plan, done, others, compared):
+    """The report as lines of Markdown."""
+    lines = []
+    for model in plan.models:
+        for task in plan.tasks:
+            lines += [f"### {Path(model).name}, {task}", ""]
+            lines += tuning_table(plan, done, model, task)
+            lines += final_table(plan, done, model, task, compared)
+    remain = len(open_cells(plan, done))
+    lines.append(f"{len(done)} runs{', more remain' if remain else ''}.")
+    intervals = sum(comparison["mean"] is not None for comparison in compared)
+    lines.append(
+        f"{intervals} intervals of 95 per cent: if there were no differences, "
+        f"{0.05 * intervals:.2g} of them would be expected to leave out zero by chance. The claims "
+        "are not corrected for it."
+    )
+    lines.append(
+        "An interval is over seeds (held-out examples, order, initial A) at the rates chosen; the "
+        "choice of a rate, by one seed, has no part in it."
+    )
+    if others:
+        lines.append(f"{len(others)} runs of another plan are in no table; the JSON file has them.")
+    if edited := made_by_other_code(plan, done):
+        lines.append(f"{edited} runs were made by other code than there is now.")
+    return lines
+
+
+def tuning_table(plan, done, model, task):
+    """The losses by which the learning rates were chosen."""
+    losses = {}
+    rates = set(plan.rates)
+    for method in plan.methods:
+        losses[method] = tuning_losses(plan, done, (model, task, method))
+        rates |= losses[method].keys()
+    rates = sorted(rates)
+    lines = [f"Validation loss by learning rate, seed {plan.tuning_seed}:", ""]
+    lines.append(row(["method", "trainable", *(f"{rate:g}" for rate in rates)]))
+    lines.append(row(["---"] * (2 + len(rates))))
+    for method in plan.methods:
+        chosen = chosen_rate(plan, done, (model, task, method))
+        sizes = [
+            record["trainable"]
+            for cell, record in done.items()
+            if cell[:3] == (model, task, method) and record["trainable"]
+        ]
+        cells = [method, f"{sizes[0]:,}" if sizes else ABSENT]
+        for rate in rates:
+            text = shown(losses[method], rate)
+            cells.append(f"**{text}**" if rate == chosen else text)
+        lines.append(row(cells))
+    return [*lines, ""]
+
+
+def final_table(plan, done, model, task, compared):
+    """The losses with the other seeds, and the differences."""
+    titles = ["method", "rate", *(f"seed {seed}" for seed in plan.seeds), "mean"]
+    titles += [f"minus {baseline}" for baseline in plan.baselines]
+    lines = ["Validation loss at this rate, and the mean of the paired differences (95 %):", ""]
+    lines += [row(titles), row(["---"] * len(titles))]
+    for method in plan.methods:
+        rate = chosen_rate(plan, done, (model, task, method))
+        losses = final_losses(plan, done, (model, task, method))
+        cells = [method, f"{rate:g}" if rate else ABSENT]
+        cells += [shown(losses, seed) for seed in plan.seeds]
+        is_whole = len(losses) == len(plan.seeds) and None not in losses.values()
+        cells.append(f"{statistics.fmean(losses.values()):.4f}" if is_whole else ABSENT)
+        for baseline in plan.baselines:
+            names = {"model": model, "task": task, "method": method, "baseline": baseline}
+            own = [comparison for comparison in compared if names.items() <= comparison.items()]
+            cells.append(shown_difference(own[0]) if own else "")
+        lines.append(row(cells))
+    return [*lines, ""]
+
+
+def row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def shown(losses, key):
+    """The loss that stands under a key, as text."""
+    if key not in losses:
+        return ABSENT
+    return "diverged" if losses[key] is None else f"{losses[key]:.4f}"
+
+
+def shown_difference(comparison):
+    if comparison["mean"] is None:
+        return comparison["claim"] or ABSENT
+    numbers = [f"{comparison[name]:+.4f}" for name in ("mean", "low", "high")]
+    return "{} ({} to {}): {}".format(*numbers, comparison["claim"])
 
 
 def draw(path, compared):
@@ -517,77 +562,95 @@ def draw(path, compared):
     except ModuleNotFoundError:
         print(f"{path} needs the package matplotlib: pip install matplotlib")
         return
-    groups = {}  # (model, task) -> its comparisons
+    panels = {}  # title -> comparisons
     for comparison in compared:
         if comparison["mean"] is not None:
-            group = Path(comparison["model"]).name, comparison["task"]
-            groups.setdefault(group, []).append(comparison)
-    if not groups:
+            title = f"{Path(comparison['model']).name} on {comparison['task']}"
+            panels.setdefault(title, []).append(comparison)
+    if not panels:
         return
-    rows = sum(len(group) + 2 for group in groups.values())
-    figure = Figure(figsize=(9.6, 0.8 + 0.36 * rows), layout="constrained")
-    heights = [len(group) + 1 for group in groups.values()]
-    panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, ((model, task), group) in zip(panels, groups.items()):
-        for y, pair in enumerate(reversed(group)):
-            claims = pair["high"] < 0 or pair["low"] > 0
-            color = "tab:blue" if claims else "0.6"
-            axes.hlines(y, pair["low"], pair["high"], color=color, linewidth=2.5)
-            values = pair["differences"].values()
-            axes.plot(values, [y] * len(values), "|", color=color, markersize=9)
-            axes.plot(pair["mean"], y, "o", color=color)
-        names = [f"{pair['method']} − {pair['baseline']}" for pair in reversed(group)]
-        axes.set_yticks(range(len(group)), names)
-        axes.set_ylim(-0.7, len(group) - 0.3)
+    heights = [len(panel) + 1 for panel in panels.values()]
+    figure = Figure(figsize=(9.6, 1 + 0.36 * sum(heights)), layout="constrained")
+    all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, panel) in zip(all_axes, panels.items()):
+        panel = panel[::-1]  # the first on top
+        for y, comparison in enumerate(panel):
+            color = "0.6" if comparison["claim"] == "no claim" else "tab:blue"
+            seeds = comparison["differences"].values()
+            axes.hlines(y, comparison["low"], comparison["high"], color=color, linewidth=2.5)
+            axes.plot(seeds, [y] * len(seeds), "|", color=color, markersize=9)
+            axes.plot(comparison["mean"], y, "o", color=color)
+        names = [f"{comparison['method']} − {comparison['baseline']}" for comparison in panel]
+        axes.set_yticks(range(len(panel)), names)
+        axes.set_ylim(-0.7, len(panel) - 0.3)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_title(f"{model} on {task}", fontsize="medium")
-    panels[-1].set_xlabel(
-        "difference in validation loss, nats per token: below zero the first is better; strokes: "
-        "each seed's"
+        axes.set_title(title, fontsize="medium")
+    all_axes[-1].set_xlabel(
+        "difference in validation loss, nats per token, with its interval of 95 %\n"
+        "left of zero the method named first is better; a stroke is one seed"
     )
     with user_file(path):
         figure.savefig(path, dpi=150)
     print(f"figure     {path}")
 
 
-def report(args, plan, done):
+def report(path, plan, done, others):
     """Print the report; write the picture, and the JSON file with all numbers, beside the plan."""
-    compared = comparisons(plan, done)
-    print("\n".join(report_lines(plan, done, compared)))
-    runs = [cell._asdict() | record for cell, record in done.items()]
-    numbers = {"plan": plan._asdict(), "runs": runs, "comparisons": compared}
-    file = args.plan.with_suffix(".json")
-    write_whole(file, "".join((json.dumps(numbers, indent=1), "\n")))
-    draw(args.plan.with_suffix(".png"), compared)
+    compared = compare(plan, done)
+    print("\n".join(report_lines(plan, done, others, compared)))
+    numbers = {"plan": plan._asdict(), "runs": list(done.values()), "others": others}
+    numbers["comparisons"] = compared
+    file = path.with_suffix(".report.json")
+    with user_file(file):
+        write_whole(file, json.dumps(numbers, indent=1) + "\n")
+    draw(path.with_suffix(".report.png"), compared)
 
 
 def main(args):
     """Make the runs of a plan that are not made yet, one after the other, and the report."""
     plan = read_plan(args.plan)
     path = args.plan.with_suffix(".jsonl")
-    done = read_done(path, plan)
+    done, others = read_done(path, plan)
     check_sizes(plan, done)
     print(f"study      {what_remains(plan, done)}")
+    if others:
+        print(f"study      {len(others)} runs in {path} are of another plan: they do not count")
+    if edited := made_by_other_code(plan, done):
+        print(f"study      {edited} of these runs were made by other code than there is now")
     if args.dry_run:
         return
     if args.report:
-        return report(args, plan, done)
+        return report(args.plan, plan, done, others)
     runs = args.runs or Path("runs") / args.plan.stem
     make_writable(runs)
+    make_writable(path.parent)
     end_with_a_whole_line(path)
     machine = ["--device", args.device]
     if args.data_dir:
         machine += ["--data-dir", args.data_dir]
+    signals = []
     while cells := open_cells(plan, done):
         for cell in cells:
-            print(f"run        {directory_of(cell)}", flush=True)
-            record = run_cell(plan, cell, runs, machine)
+            print(f"run        {directory_of(plan, cell)}", flush=True)
+            record = run_cell(plan, cell, runs, machine, signals)
             write_log(path, record)
             done[cell] = record
-            check_sizes(plan, done)
-            before, after = shown(record["val_loss_before"]), shown(record["val_loss"])
+            # What --resume needs is as large as the weights that train, and no longer needed.
+            (runs / directory_of(plan, cell) / "state.safetensors").unlink(missing_ok=True)
+            before, after = (shown(record, name) for name in ("val_loss_before", "val_loss"))
             print(f"           {before} → {after}; {what_remains(plan, done)}", flush=True)
-    report(args, plan, done)
+            check_pairs(path, done)
+            check_sizes(plan, done)
+            if signals:
+                raise Stop("stopped between two runs", 128 + signals[0])
+    report(args.plan, plan, done, others)
+
+
+def end_with_a_whole_line(path):
+    """Delete the last line of a file if a kill has cut it."""
+    lines = read_log(path)
+    if path.is_file() and not path.read_text(encoding="utf-8").endswith("\n"):
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def parse_args(arguments=None):
@@ -603,12 +666,12 @@ def parse_args(arguments=None):
     return parser.parse_args(arguments)
 
 
+def last_sentence(arguments):
+    return "The same command goes on with the study"
+
+
 def run(arguments=None):
     run_script("study", parse_args, main, arguments, last_sentence)
-
-
-def last_sentence(arguments):
-    return "The same command goes on"
 
 
 if __name__ == "__main__":

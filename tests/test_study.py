@@ -4,6 +4,7 @@ the report, and a claim is made only where an interval leaves out zero."""
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,13 +19,14 @@ from helpers import ROOT, no_package, read_log
 from data.errors import UserError
 from extras import study
 from extras.checkpoints import meta_model
+from extras.records import write_log
 from extras.study import Cell
 from model import LlamaConfig
 
 PLAN = """
 models = ["ckpt"]
 baselines = ["LoRA"]
-options = "--max-steps 2 --batch-size 2 --val-size 2 --max-len 200 --eval-every 2"
+options = "--max-steps 2 --batch-size 2 --val-size 2 --max-len 200 --dtype float32"
 rates = [1e-3, 3.16e-3, 1e-2, 3.16e-2]
 tuning_seed = 0
 seeds = [1, 2, 3]
@@ -33,14 +35,14 @@ toy = "--task toy"
 [methods]
 "RoSA" = "--rank 3"
 "no DLS" = "--rank 3 --k-ratio 1"
-"LoRA" = "--method lora --low-rank"
+"LoRA" = "--method lora --rank 2"
 """
 METHODS = ("RoSA", "no DLS", "LoRA")
 
 
 def write_plan(*edits):
     """plan.toml, with some texts replaced."""
-    plan = PLAN.replace("--low-rank", "--rank 2")
+    plan = PLAN
     for old, new in edits:
         assert plan.count(old) == 1, old
         plan = plan.replace(old, new)
@@ -59,12 +61,12 @@ def simulate(monkeypatch, loss_of):
     were run, in their order."""
     cells = []
 
-    def run_cell(plan, cell, runs, machine):
+    def run_cell(plan, cell, runs, machine, signals):
         cells.append(cell)
         record = cell._asdict() | {"val_loss": loss_of(cell), "val_loss_before": 3.0}
-        record |= {"trainable": 1000, "minutes": 6.0}
+        record |= {"trainable": 1000, "minutes": 6.0, "seen": cell.seed}
         record["code"] = study.code_now(plan, cell)
-        return record | {"options": " ".join(study.options_of(plan, cell))}
+        return record | {"options": shlex.join(study.options_of(plan, cell))}
 
     monkeypatch.setattr(study, "run_cell", run_cell)
     return cells
@@ -141,7 +143,7 @@ def test_a_plan_becomes_the_runs_of_its_rule(sized, monkeypatch, capsys):
     }
     # Every run is a line, in the report's JSON too
     lines = read_log(".", "plan.jsonl")
-    report = json.loads(Path("plan.json").read_text())
+    report = json.loads(Path("plan.report.json").read_text())
     assert len(lines) == len(report["runs"]) == 23
     # The differences are of pairs of the same seed
     of_rosa, without_dls = report["comparisons"]
@@ -154,7 +156,7 @@ def test_a_plan_becomes_the_runs_of_its_rule(sized, monkeypatch, capsys):
         in shown
     )
     assert "| no DLS | 1,000 | 1.2000 | 1.1500 | **1.1000** | 1.1500 | – | – |" in shown
-    assert "23 runs; 2 comparisons. Were there no differences" in shown
+    assert "23 runs.\n2 intervals of 95 per cent" in shown and "0.1 of them would be" in shown
 
 
 def test_no_claim_is_made_where_the_interval_holds_zero(sized, monkeypatch, capsys):
@@ -166,7 +168,7 @@ def test_no_claim_is_made_where_the_interval_holds_zero(sized, monkeypatch, caps
     simulate(monkeypatch, loss_of)
     write_plan()
     study.run(["plan.toml"])
-    _, without_dls = json.loads(Path("plan.json").read_text())["comparisons"]
+    _, without_dls = json.loads(Path("plan.report.json").read_text())["comparisons"]
     assert without_dls["low"] < 0 < without_dls["high"]
     row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| no DLS")][1]
     assert row.endswith(": no claim |") and "-0.0333 (" in row
@@ -180,8 +182,8 @@ def test_a_run_that_diverged_is_in_the_report_and_allows_no_interval(sized, monk
     write_plan()
     study.run(["plan.toml"])
     shown = capsys.readouterr().out
-    assert "| RoSA | 0.1 | 1.0510 | diverged | 1.1530 | – | – |" in shown
-    first, _ = json.loads(Path("plan.json").read_text())["comparisons"]
+    assert "| RoSA | 0.1 | 1.0510 | diverged | 1.1530 | – | a run diverged |" in shown
+    first, _ = json.loads(Path("plan.report.json").read_text())["comparisons"]
     assert first["mean"] is first["low"] is None and list(first["differences"]) == ["1", "3"]
 
 
@@ -225,7 +227,7 @@ def test_a_report_of_what_there_is(sized, monkeypatch, capsys):
     study.run(["plan.toml", "--report"])
     shown = capsys.readouterr().out
     assert "5 runs, " in shown and "| LoRA | – | – | – | – | – |" in shown
-    assert "plan.png needs the package matplotlib" in shown
+    assert "plan.report.png needs the package matplotlib" in shown
     assert len(Path("plan.jsonl").read_text().splitlines()) == 5
 
 
@@ -234,7 +236,7 @@ def test_the_picture(sized, monkeypatch):
     simulate(monkeypatch, valley)
     write_plan()
     study.run(["plan.toml"])
-    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("plan.report.png").read_bytes().startswith(b"\x89PNG")
 
 
 MISTAKES = [
@@ -250,7 +252,12 @@ MISTAKES = [
     (("[1e-3, 3.16e-3, 1e-2, 3.16e-2]", "[1e-3, 2e-3, 4e-3, 8e-3]"), "factors of 10^0.5"),
     (('["LoRA"]', '["Lora"]'), "Lora is none of the methods: RoSA, no DLS, LoRA"),
     (('["LoRA"]', "[]"), "baselines names no method"),
-    (('"no DLS"', '"RoSA "'), "differ in signs alone"),
+    (('["ckpt"]', '["ckpt", "ckpt"]'), "have the same options"),
+    (('["ckpt"]', "[7]"), "must be texts"),
+    (("--rank 3 --k-ratio 1", "--rank 3 --lr 1e-3"), "has --lr, which belongs into another key"),
+    (("--rank 3 --k-ratio 1", "--rank '3"), "No closing quotation"),
+    (("--rank 3 --k-ratio 1", "--method full --rank 3"), "no DLS on toy: --rank is no option of"),
+    (("--dtype float32", ""), "options must say the --dtype"),
     (('["ckpt"]', "[]"), "must not be empty"),
     (('["ckpt"]', '["absent"]'), "no checkpoint 'absent'"),
     (("tuning_seed = 0", "tuning_seed ="), "plan.toml is not TOML"),
@@ -279,6 +286,49 @@ def test_runs_of_other_code_are_said(sized, monkeypatch, capsys):
     assert "23 of these runs were made by other code than there is now" in capsys.readouterr().out
 
 
+def test_runs_of_one_seed_that_saw_different_examples_are_refused(sized, monkeypatch, capsys):
+    simulate(monkeypatch, valley)
+    write_plan()
+    study.run(["plan.toml"])
+    text = Path("plan.jsonl").read_text().replace('"seen": 2', '"seen": 4', 1)
+    Path("plan.jsonl").write_text(text)
+    with pytest.raises(SystemExit):
+        study.run(["plan.toml", "--report"])
+    error = capsys.readouterr().err
+    assert "seed 2, had different examples or checkpoints" in error
+    Path("plan.jsonl").write_text('{"model": "ckpt"}\n')
+    with pytest.raises(SystemExit):
+        study.run(["plan.toml", "--report"])
+    assert "this line is no run of a study" in capsys.readouterr().err
+
+
+def test_a_search_that_only_falls_ends(sized, monkeypatch, capsys):
+    cells = simulate(monkeypatch, lambda cell: 1 + cell.lr)
+    write_plan()
+    study.run(["plan.toml"])
+    tried = sorted({cell.lr for cell in cells})
+    assert tried[:4] == [1e-6, 3.16e-6, 1e-5, 3.16e-5] and tried[-1] == 3.16e-2
+    assert len(cells) == 3 * (10 + 3)
+
+
+def test_several_models_and_tasks_are_compared_each_for_itself(sized, monkeypatch, capsys):
+    shutil.copytree("ckpt", "other")
+    simulate(monkeypatch, lambda cell: valley(cell) * (2 if cell.model == "other" else 1))
+    write_plan(('["ckpt"]', '["ckpt", "other"]'), ('["LoRA"]', '["LoRA", "RoSA"]'))
+    study.run(["plan.toml"])
+    compared = json.loads(Path("plan.report.json").read_text())["comparisons"]
+    pairs = [(each["model"], each["method"], each["baseline"]) for each in compared]
+    assert pairs[:3] == [
+        ("ckpt", "RoSA", "LoRA"),
+        ("ckpt", "no DLS", "LoRA"),
+        ("ckpt", "no DLS", "RoSA"),
+    ]
+    assert len(pairs) == len(set(pairs)) == 6
+    for first, second in zip(compared[:3], compared[3:]):
+        assert second["mean"] == pytest.approx(2 * first["mean"])
+    assert "### ckpt, toy" in capsys.readouterr().out
+
+
 def test_methods_of_another_size_may_be_named(sized, monkeypatch, capsys):
     monkeypatch.setattr(study, "count_trained", lambda model, options: 10 * options["rank"])
     simulate(monkeypatch, valley)
@@ -293,60 +343,103 @@ def test_methods_of_another_size_may_be_named(sized, monkeypatch, capsys):
 # --- the runs themselves ---
 
 
-@pytest.mark.slow
-def test_a_run_is_one_of_train_py_and_goes_on_after_a_signal(ckpt):
+@pytest.fixture
+def one_cell(ckpt):
+    """A plan of which one cell is left to be run, and this cell."""
     shutil.copytree(ROOT / "data" / "tiny", "tiny")
-    steps = ("--max-steps 2", "--max-steps 40 --dtype float32 --save-every 7")
-    write_plan(steps, ("--eval-every 2", "--eval-every 1000"))
+    write_plan(("--max-steps 2", "--max-steps 40 --save-every 7 --eval-every 1000"))
     plan = study.read_plan(Path("plan.toml"))
-    cell = Cell("ckpt", "toy", "no DLS", 0.01, 1)
-    options = study.options_of(plan, cell)
-    command = [sys.executable, str(ROOT / "train.py"), *options, "--out", "whole"]
-    subprocess.run(command, check=True, capture_output=True)
-    loss = read_log("whole")[-1]["val_loss"]
+    left = Cell("ckpt", "toy", "no DLS", 0.01, 1)
+    for group in study.groups(plan):
+        rates = dict(zip(plan.rates, (3, 2, 1, 2)))
+        cells = [Cell(*group, rate, 0) for rate in rates]
+        for cell in [*cells, *(Cell(*group, 0.01, seed) for seed in plan.seeds)]:
+            if cell != left:
+                record = cell._asdict() | {"val_loss": rates[cell.lr], "val_loss_before": 3}
+                record |= {"trainable": None, "minutes": 1, "seen": cell.seed, "code": "c"}
+                record["options"] = shlex.join(study.options_of(plan, cell))
+                write_log(Path("plan.jsonl"), record)
+    return plan, left
 
-    script = (
-        "import sys; from pathlib import Path; from extras import study; "
-        "plan = study.read_plan(Path('plan.toml')); "
-        f"study.main = lambda args: print(study.run_cell(plan, study.Cell(*{tuple(cell)}), "
-        "Path('.'), [])); study.run(['plan.toml'])"
+
+STUDY = (
+    "import sys; from extras import study; study.check_sizes = lambda *_: None; "
+    "study.check_pairs = lambda *_: None; "
+    "study.run(sys.argv[1:])"
+)
+
+
+def start_study():
+    return subprocess.Popen(
+        [sys.executable, "-c", STUDY, "plan.toml", "--runs", "."],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
     )
-    for number in (signal.SIGTERM, signal.SIGINT, None):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            start_new_session=True,
-        )
-        if number is None:
-            break
-        before = len(read_log(study.directory_of(cell)))
-        deadline = time.monotonic() + 60
-        while len(read_log(study.directory_of(cell))) < before + 3:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
+
+
+def wait_for_log(out, lines, process):
+    deadline = time.monotonic() + 60
+    while len(read_log(out)) < lines:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_run_is_one_of_train_py_and_goes_on_after_a_signal(one_cell):
+    plan, cell = one_cell
+    command = [sys.executable, str(ROOT / "train.py"), *study.options_of(plan, cell)]
+    subprocess.run([*command, "--out", "whole"], check=True, capture_output=True)
+    loss = read_log("whole")[-1]["val_loss"]
+    out = study.directory_of(plan, cell)
+    finished = len(read_log(".", "plan.jsonl"))
+    for number, steps in ((signal.SIGTERM, 3), (signal.SIGINT, 9)):
+        process = start_study()
+        wait_for_log(out, steps, process)
         if number == signal.SIGINT:
             os.killpg(process.pid, number)  # as a terminal does it
         else:
             process.send_signal(number)
         _, error = process.communicate(timeout=60)
-        assert (
-            process.returncode == 128 + number and f"stopped in {study.directory_of(cell)}" in error
-        )
+        assert process.returncode == 128 + number
         (line,) = [line for line in error.splitlines() if line.startswith("study: ")]
-        assert line.endswith("The same command goes on"), line
-    out, error = process.communicate(timeout=60)
-    assert process.returncode == 0, error
-    assert f"'val_loss': {loss}," in out and "'skipped': 0" in out
+        assert line == f"study: stopped in {out}. The same command goes on with the study"
+        assert len(read_log(".", "plan.jsonl")) == finished
+    process = start_study()
+    shown, error = process.communicate(timeout=120)
+    assert process.returncode == 0 and "0 remain" in shown, error
+    record = read_log(".", "plan.jsonl")[-1]
+    assert record["val_loss"] == loss and record["skipped"] == 0 and record["steps"] == 40
+    assert not Path(out, "state.safetensors").exists()
+    # Other options make another run, and leave this one alone
+    before = read_log(out)
+    write_plan(("--max-steps 2", "--max-steps 3 --eval-every 1000"))
+    again = study.run_cell(study.read_plan(Path("plan.toml")), cell, Path("."), [], [])
+    assert again["steps"] == 3 and again["seen"] == record["seen"] and read_log(out) == before
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_last_step_ends_the_study_after_its_run(one_cell):
+    plan, cell = one_cell
+    write_plan(("--max-steps 2", "--max-steps 40 --save-every 7 --eval-every 1000"))
+    process = start_study()
+    wait_for_log(study.directory_of(plan, cell), 41, process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and ("stopped between" in error or "stopped in" in error)
+    process = start_study()
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert read_log(".", "plan.jsonl")[-1]["steps"] == 40
 
 
 @pytest.mark.slow
 def test_a_run_whose_steps_are_not_finite_has_diverged(ckpt):
-    write_plan(("--max-steps 2", "--max-steps 9 --dtype float32"))
+    write_plan(("--max-steps 2", "--max-steps 9"))
     plan = study.read_plan(Path("plan.toml"))
-    record = study.run_cell(plan, Cell("ckpt", "toy", "LoRA", 1e25, 1), Path("."), [])
+    record = study.run_cell(plan, Cell("ckpt", "toy", "LoRA", 1e25, 1), Path("."), [], [])
     assert record["val_loss"] is None and record["skipped"] >= 3 and record["val_loss_before"] > 0
 
 
@@ -363,6 +456,8 @@ def test_the_methods_of_the_plans_that_are_here_have_one_size(file, monkeypatch)
         study, "unloaded", lambda model: meta_model(LlamaConfig("llama", *SHAPES[model]))
     )
     plan = study.read_plan(file)
+    if not set(plan.models) <= SHAPES.keys():
+        pytest.skip("a plan with models of your own")
     study.check_sizes(plan, {})
     name = plan.baselines[0]
     plan.methods[name] += " --rank 1"
