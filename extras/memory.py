@@ -1,4 +1,4 @@
-"""What a run of train.py will need of memory, said before anything is loaded; and where memory ran
+"""What a run of train.py will need of memory, said before the model is loaded; and where memory ran
 out.
 A run that is too large is seen in its first line, with the options that make it smaller; one that
 ran out of memory ends in one line that says in which line of code and at which sizes.
@@ -17,6 +17,7 @@ import torch
 import rosa
 from extras.checkpoints import computes_bfloat16, unloaded
 from extras.distributed import evenly, fitting, processes
+from extras.kernels import SummedCrossEntropy
 from extras.quantize import is_quantized
 from extras.source import is_library
 
@@ -51,9 +52,11 @@ def need(model, options, shape, device):
         if options["quantize"] and can_be_int8:
             size = 1
         weights += parameter.numel() * size
+    # A parameter that trains, its gradient and two moments, of 4 bytes each. With --method full the
+    # first of the four are the weights, and counted there.
     trained = 16 * count_trained(model, options)
     if options["method"] == "full":
-        trained -= weights  # the parameters that train are the weights
+        trained -= weights
     if options["shard"]:
         weights //= processes()[1]
     program = PROGRAM if device.type == "cpu" else 0
@@ -74,7 +77,7 @@ def count_trained(model, options):
         return 0
     trained = 0
     for layer in model.model.layers:
-        for target in options["targets"].split(","):
+        for target in set(options["targets"].split(",")):
             linear = layer.get_submodule(rosa.TARGETS[target])
             rows = linear.out_features
             if options["method"] == "rosa" and target in ("q", "k") and options["pairs"] != "all":
@@ -108,13 +111,12 @@ def largest_micro_batch(options, lengths, shared):
 
 
 KEEP_WHOLE = ("plain", "compile", "shard", "checkpoint_activations")  # nothing is shared with these
-LOGITS = 2**23  # so many are computed at a time, by SummedCrossEntropy of extras/kernels.py
 # On a CPU what is freed between two tensors that stay leaves a hole, and not all holes are filled
-# again: the C library holds more than is in use. So many times as much, measured by
-# tests/benchmarks/bench_memory.py: by default, with --plain, and with --checkpoint-activations.
+# again: the C library holds more than is in use. How many times as much was measured by
+# tests/benchmarks/bench_memory.py.
 HELD = 1.6
-HELD_PLAIN = 1.1
-HELD_RECOMPUTED = 2.8
+HELD_PLAIN = 1.1  # with --plain
+HELD_RECOMPUTED = 2.8  # with --checkpoint-activations
 
 
 def activations(config, options, shape, device):
@@ -128,7 +130,7 @@ def activations(config, options, shape, device):
     keys = config.num_key_value_heads * config.head_dim
     targets = rosa.TARGETS
     if options["method"] in ("rosa", "lora"):
-        targets = options["targets"].split(",")
+        targets = set(options["targets"].split(","))
 
     # Numbers that one token keeps in a layer.
     kept = 2 * D + queries + 2 * keys + 2 * wide  # the input of both norms; q, k, v; gate, up
@@ -149,8 +151,8 @@ def activations(config, options, shape, device):
         per_token = layers * itemsize * D + itemsize * kept
     per_token += 4 * 4 * wide  # the widest tensors of a layer and their gradients, in float32
     all_logits = shape.rows * shape.length * config.vocab_size
-    logits = all_logits if options["plain"] else min(all_logits, LOGITS)
-    needed = shape.computed * per_token + 3 * 4 * logits
+    logits = all_logits if options["plain"] else min(all_logits, SummedCrossEntropy.SLICE)
+    needed = shape.computed * per_token + 3 * 4 * logits  # float32: with their gradient, and a copy
     if device.type != "cpu":
         return needed
     if options["plain"]:
@@ -172,6 +174,8 @@ def say_what_is_needed(args, ckpt, examples, device):
     parts = [f"weights {gigabytes(needed.weights)}"]
     if needed.trained:
         parts.append(f"what trains and its optimiser {gigabytes(needed.trained)}")
+    else:  # a method of the package peft
+        parts.append("what trains is not counted")
     size = f"{shape.rows} x {shape.length} tokens"
     parts.append(f"activations {gigabytes(needed.activations)} ({size})")
     if needed.program:
@@ -325,7 +329,8 @@ def smaller(options, phase, size):
         fewer = [n for n in range(1, rows // 2 + 1) if options["batch_size"] % n == 0]
         if fewer:
             advice.append(f"--micro-batch-size {fewer[-1]}")
-        if not options["checkpoint_activations"] and phase != PHASES["validate"]:
+        can_recompute = not options["checkpoint_activations"] and not options["shard"]
+        if can_recompute and phase != PHASES["validate"]:
             advice.append("--checkpoint-activations")
     if "score" in options and rows > 1 and phase != PHASES["load_model"]:
         advice.append(f"--batch-size {rows // 2}")

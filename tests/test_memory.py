@@ -1,4 +1,4 @@
-"""Statements about `extras/memory.py`: what a run will need is said before anything is loaded, and
+"""Statements about `extras/memory.py`: what a run will need is said before the model is loaded, and
 a run that has run out of memory ends in a line that says where."""
 
 import argparse
