@@ -3,6 +3,7 @@ a run that has run out of memory ends in a line that says where."""
 
 import argparse
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,32 @@ def test_what_is_said_is_what_it_takes(row):
     assert done.returncode == 0, done.stderr
     *_, said, took, ratio = done.stdout.strip().splitlines()[-1].strip("| ").split(" | ")
     assert 0.85 <= float(ratio) <= 1.15, done.stdout
+
+
+# --- while it runs ---
+
+
+@pytest.mark.skipif(not memory.MALLOC_TRIM, reason="a C library that keeps no holes, or is unknown")
+def test_holes_are_given_back_every_fourth_step(ckpt, monkeypatch):
+    torch.empty(2**22).fill_(1)  # once so much is freed, smaller tensors lie side by side
+    blocks = [torch.ones(2**18) for _ in range(300)]  # of 1 MiB
+    del blocks[::2]
+    held = resident()
+    memory.give_back(3)
+    assert resident() > held - 2**20
+    memory.give_back(4)
+    assert resident() < held - 100 * 2**20
+    # train.py does so
+    steps = []
+    monkeypatch.setattr("extras.runs.give_back", steps.append)
+    train.run([str(word) for word in (*SHORT_ROSA_RUN, "--max-steps", 3)])
+    assert steps == [1, 2, 3]
+
+
+def resident():
+    """The resident set of this process, in bytes."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 # --- after ---
