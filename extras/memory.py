@@ -130,16 +130,16 @@ def activations(config, options, shape, device):
     wide = config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    targets = rosa.TARGETS
+    targets = set(rosa.TARGETS)
     if options["method"] in ("rosa", "lora"):
         targets = set(options["targets"].split(","))
 
     # Numbers that one token keeps in a layer.
     kept = 2 * D + queries + 2 * keys + 2 * wide  # the input of both norms; q, k, v; gate, up
     kept += config.num_attention_heads * shape.length  # a row of probabilities a head
-    if {"q", "k", "v"} & set(targets):
+    if {"q", "k", "v"} & targets:
         kept += D  # their input
-    if {"gate", "up"} & set(targets):
+    if {"gate", "up"} & targets:
         kept += D
     kept += queries * ("o" in targets) + wide * ("down" in targets)
     # What an adapter frees at once: the output of its linear layer, and its update.

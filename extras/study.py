@@ -33,9 +33,17 @@ import train
 from data.errors import UserError, read_text, user_file
 from extras.checkpoints import choose_device_and_dtype, find_checkpoint, read_json, unloaded
 from extras.commands import Stop, command_parser, run_script
-from extras.compare import ABSENT
+from extras.compare import ABSENT, table
 from extras.memory import count_trained
-from extras.records import hash_of, make_writable, read_log, steps_of, write_log, write_whole
+from extras.records import (
+    hash_of,
+    line_of,
+    make_writable,
+    read_log,
+    steps_of,
+    write_log,
+    write_whole,
+)
 from extras.runs import code_of
 
 TRAIN = Path(train.__file__)
@@ -231,7 +239,13 @@ def check_pairs(path, done):
 
 def made_by_other_code(plan, done):
     """How many runs were made by other code than there is now."""
-    return sum(record["code"] != code_now(plan, cell) for cell, record in done.items())
+    now = {}  # (model, task, method) -> the code, which is the same for all rates and seeds
+    edited = 0
+    for cell, record in done.items():
+        if cell[:3] not in now:
+            now[cell[:3]] = code_now(plan, cell)
+        edited += record["code"] != now[cell[:3]]
+    return edited
 
 
 def code_now(plan, cell):
@@ -431,7 +445,7 @@ def compare(plan, done):
     pairs = set()
     for model, task, method in groups(plan):
         for baseline in plan.baselines:
-            pair = frozenset((model, task, method, baseline))
+            pair = model, task, frozenset((method, baseline))
             if method == baseline or pair in pairs:
                 continue
             pairs.add(pair)
@@ -498,9 +512,7 @@ def tuning_table(plan, done, model, task):
         losses[method] = tuning_losses(plan, done, (model, task, method))
         rates |= losses[method].keys()
     rates = sorted(rates)
-    lines = [f"Validation loss by learning rate, seed {plan.tuning_seed}:", ""]
-    lines.append(row(["method", "trainable", *(f"{rate:g}" for rate in rates)]))
-    lines.append(row(["---"] * (2 + len(rates))))
+    rows = []
     for method in plan.methods:
         chosen = chosen_rate(plan, done, (model, task, method))
         sizes = [
@@ -508,37 +520,33 @@ def tuning_table(plan, done, model, task):
             for cell, record in done.items()
             if cell[:3] == (model, task, method) and record["trainable"]
         ]
-        cells = [method, f"{sizes[0]:,}" if sizes else ABSENT]
+        row = {"method": method, "trainable": f"{sizes[0]:,}" if sizes else ABSENT}
         for rate in rates:
             text = shown(losses[method], rate)
-            cells.append(f"**{text}**" if rate == chosen else text)
-        lines.append(row(cells))
-    return [*lines, ""]
+            row[f"{rate:g}"] = f"**{text}**" if rate == chosen else text
+        rows.append(row)
+    title = f"Validation loss by learning rate, seed {plan.tuning_seed}:"
+    return [title, "", *table(rows), ""]
 
 
 def final_table(plan, done, model, task, compared):
     """The losses with the other seeds, and the differences."""
-    titles = ["method", "rate", *(f"seed {seed}" for seed in plan.seeds), "mean"]
-    titles += [f"minus {baseline}" for baseline in plan.baselines]
-    lines = ["Validation loss at this rate, and the mean of the paired differences (95 %):", ""]
-    lines += [row(titles), row(["---"] * len(titles))]
+    rows = []
     for method in plan.methods:
         rate = chosen_rate(plan, done, (model, task, method))
         losses = final_losses(plan, done, (model, task, method))
-        cells = [method, f"{rate:g}" if rate else ABSENT]
-        cells += [shown(losses, seed) for seed in plan.seeds]
+        row = {"method": method, "rate": f"{rate:g}" if rate else ABSENT}
+        for seed in plan.seeds:
+            row[f"seed {seed}"] = shown(losses, seed)
         is_whole = len(losses) == len(plan.seeds) and None not in losses.values()
-        cells.append(f"{statistics.fmean(losses.values()):.4f}" if is_whole else ABSENT)
+        row["mean"] = f"{statistics.fmean(losses.values()):.4f}" if is_whole else ABSENT
         for baseline in plan.baselines:
             names = {"model": model, "task": task, "method": method, "baseline": baseline}
             own = [comparison for comparison in compared if names.items() <= comparison.items()]
-            cells.append(shown_difference(own[0]) if own else "")
-        lines.append(row(cells))
-    return [*lines, ""]
-
-
-def row(cells):
-    return f"| {' | '.join(cells)} |"
+            row[f"minus {baseline}"] = shown_difference(own[0]) if own else ""
+        rows.append(row)
+    title = "Validation loss at this rate, and the mean of the paired differences (95 %):"
+    return [title, "", *table(rows), ""]
 
 
 def shown(losses, key):
@@ -648,9 +656,9 @@ def main(args):
 
 def end_with_a_whole_line(path):
     """Delete the last line of a file if a kill has cut it."""
-    lines = read_log(path)
+    records = read_log(path)
     if path.is_file() and not path.read_text(encoding="utf-8").endswith("\n"):
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(path, "".join(line_of(record) for record in records))
 
 
 def parse_args(arguments=None):
