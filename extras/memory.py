@@ -145,6 +145,8 @@ def activations(config, options, shape, device):
     # What an adapter frees at once: the output of its linear layer, and its update.
     widths = {"q": queries, "k": keys, "v": keys, "o": D, "gate": wide, "up": wide, "down": D}
     freed = 2 * sum(widths[target] for target in targets)
+    if options["method"] == "full":
+        freed = 0  # it has no adapters
     if options["plain"]:
         kept += 4 * D + wide
     per_token = layers * itemsize * kept
