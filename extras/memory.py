@@ -6,10 +6,8 @@ Without it: watch the memory, and read the traceback.
 """
 
 import contextlib
-import ctypes
 import os
 import re
-import sys
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -259,24 +257,6 @@ def free_in_container(limit, usage, statistics):
     if files:
         free += int(files[1])
     return free
-
-
-# --- while it runs ---
-
-GIVE_BACK_EVERY = 4  # optimiser steps
-
-
-def give_back(step):
-    """Every fourth step have the C library give the system what is free. By itself glibc keeps it,
-    and as micro-batches have many lengths, what one has freed seldom fits the next: after a hundred
-    steps a run held twice as much as after the first. It costs a hundredth of the time."""
-    if MALLOC_TRIM and step % GIVE_BACK_EVERY == 0:
-        MALLOC_TRIM(0)
-
-
-MALLOC_TRIM = None
-if sys.platform == "linux":
-    MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
 
 
 # --- after ---

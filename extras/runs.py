@@ -25,7 +25,6 @@ from extras import adapters
 from extras.checkpoints import checkpoint_files, copy_companions, name_end, read_json
 from extras.commands import Stop
 from extras.distributed import by_the_first, gather, is_first
-from extras.memory import give_back
 from extras.records import (
     QUANTIZED,
     best_step,
@@ -173,9 +172,7 @@ class Run:
 
     def save(self, step, total_steps, stop_requested):
         """Save the state where it is due: every --save-every steps, before each validation, which a
-        resumption then makes, and before the run ends. A step that was not applied is not saved.
-        Memory that is free is given back here too, between two steps."""
-        give_back(step)
+        resumption then makes, and before the run ends. A step that was not applied is not saved."""
         is_due = (
             stop_requested
             or step == total_steps

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bench_memory.py [--device cuda] [--dir FOLDER] [--rows "..."]
 
-Each row is two steps of train.py on a random checkpoint, in a process of its own: a size, so many
-tokens in each example, and options. said: the line "memory" of its output. took: peak_memory of its
-summary.json, the resident set of the process on a CPU, max_memory_allocated on a GPU."""
+Each row is six steps of train.py on a random checkpoint, in a process of its own: a size, so many
+tokens in the longest example (the shortest has a third), and options. said: the line "memory" of
+its output. took: peak_memory of its summary.json, the resident set of the process on a CPU,
+max_memory_allocated on a GPU."""
 
 import json
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from bench_scale import write_checkpoint, write_examples  # they are beside this file
 from common import ROOT, parse_args
 
-# size: tokens in each example: options of train.py
+# size: tokens in the longest example: options of train.py
 ROWS = [
     "135M: 161: --dtype float32",
     "135M: 325: --dtype float32 --micro-batch-size 2",
@@ -29,10 +30,10 @@ ROWS = [
     "360M: 161: --dtype float32",
     "360M: 161: --dtype bfloat16 --checkpoint-activations",
     "360M: 161: --dtype float32 --quantize int8",
-    "1.7B: 161: --dtype bfloat16 --micro-batch-size 2",
-    "1.7B: 161: --dtype float32 --micro-batch-size 2 --checkpoint-activations",
-    "1.7B: 161: --dtype bfloat16 --quantize int8 --micro-batch-size 2",
-    "7B: 125: --dtype bfloat16 --quantize int8 --micro-batch-size 1",
+    "1.7B: 161: --dtype bfloat16 --micro-batch-size 2 --batch-size 4",
+    "1.7B: 161: --dtype float32 --micro-batch-size 2 --checkpoint-activations --batch-size 4",
+    "1.7B: 161: --dtype bfloat16 --quantize int8 --micro-batch-size 2 --batch-size 4",
+    "7B: 125: --dtype bfloat16 --quantize int8 --batch-size 1",
 ]
 
 
@@ -58,10 +59,11 @@ def main(arguments=None):
 def measure(ckpt, tokens, options):
     """(bytes that train.py says, bytes that it takes), both in GB."""
     data = ckpt / "data.json"
-    write_examples(data, numbers=(tokens - 41) // 4)
+    numbers = (tokens - 41) // 4
+    write_examples(data, numbers, fewest=max(1, numbers // 6))
     out = ckpt / "run"
     command = [sys.executable, ROOT / "train.py", "--ckpt", ckpt, "--train-file", data]
-    command += ["--val-size", "1", "--max-steps", "2", "--out", out, "--overwrite", *options]
+    command += ["--val-size", "1", "--max-steps", "6", "--out", out, "--overwrite", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = re.search(r"^memory +about ([\d.]+) GB", done.stdout, re.M)

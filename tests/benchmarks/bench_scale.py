@@ -137,9 +137,11 @@ def write_checkpoint(directory, size):
     )
 
 
-def write_examples(file, numbers):
-    """Write 128 examples. Each has 41 tokens, and 4 more for every number that it counts."""
-    texts = [" ".join(map(str, range(i, i + numbers))) for i in range(100, 228)]
+def write_examples(file, numbers, fewest=None):
+    """Write 128 examples. Each has 41 tokens, and 4 more for every number that it counts: `numbers`
+    of them, or where fewest is given from so many up to `numbers`."""
+    counts = range(fewest or numbers, numbers + 1)
+    texts = [" ".join(map(str, range(i, i + counts[i % len(counts)]))) for i in range(100, 228)]
     records = [
         {"instruction": f"Count from {text[:3]}.", "output": text, "answer": text[-3:]}
         for text in texts
