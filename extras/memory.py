@@ -114,7 +114,7 @@ KEEP_WHOLE = ("plain", "compile", "shard", "checkpoint_activations")  # nothing 
 # On a CPU what is freed between two tensors that stay leaves a hole, and not all holes are filled
 # again: the C library holds more than is in use. How many times as much was measured by
 # tests/benchmarks/bench_memory.py.
-HELD = 1.6
+HELD = 1.45
 HELD_PLAIN = 1.1  # with --plain
 HELD_RECOMPUTED = 2.8  # with --checkpoint-activations
 
