@@ -4,19 +4,11 @@ operator, nothing breaks.
 Without it: the plain formulas that stand beside the operators here.
 """
 
-import os
 import platform
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-# oneDNN and PyTorch's layer above it each keep what they have prepared for a product: 0.3 MB for
-# every shape that they have met, for 1,024 shapes. Nearly every micro-batch has twenty new ones, so
-# that a run grew by 6 MB with each. To prepare one again takes 2 ms. Both numbers are read at the
-# first product.
-for capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(capacity, "64")
 
 
 class Operators:

@@ -164,7 +164,7 @@ def test_what_is_said_is_what_it_takes(row):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc")
 def test_products_of_new_shapes_are_not_all_kept():
-    """Without the two limits of extras/operators.py 300 shapes would hold 170 MiB."""
+    """Without the two limits in extras/memory.py 300 shapes would hold 170 MiB."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("this PyTorch has no oneDNN")
     weight = torch.ones(64, 64)
