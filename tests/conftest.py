@@ -3,15 +3,19 @@
 import functools
 import gc
 import os
-import shutil
 
 import pytest
-from helpers import ROOT, forkserver, random_model
+import torch
+from helpers import forkserver, random_model, write_tiny_checkpoint
 
 from data import tasks
 from extras import source
 from extras.operators import Operators
 
+# A second thread gains nothing on models so small. It loses much where anything else computes: the
+# threads wait for each other in each product.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 # The tests ask for the fingerprints of the same few methods hundreds of times.
 source.fingerprint = functools.cache(source.fingerprint)
 # All kernels are tested, also on a processor on which they do not pay.
@@ -55,8 +59,5 @@ def ckpt(tmp_path, monkeypatch):
     """A working directory that holds a checkpoint `ckpt` alone: 1,024 tokens, 4 layers, a context
     of 256."""
     monkeypatch.chdir(tmp_path)
-    random_model(vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256).save_pretrained(
-        "ckpt"
-    )
-    shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", "ckpt")
+    write_tiny_checkpoint("ckpt")
     return "ckpt"

@@ -5,6 +5,7 @@ import functools
 import json
 import multiprocessing.forkserver
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -86,6 +87,14 @@ def write_checkpoint(directory, config, model):
     return directory
 
 
+def write_tiny_checkpoint(directory):
+    """Save a random model with a tokenizer as a checkpoint: 1,024 tokens, 4 layers, a context of
+    256."""
+    model = random_model(vocab_size=1024, num_hidden_layers=4, max_position_embeddings=256)
+    model.save_pretrained(directory)
+    shutil.copy(ROOT / "data" / "tiny" / "tokenizer.model", directory)
+
+
 def random_tokens(*shape, seed=0, vocab_size=97):
     return torch.randint(vocab_size, shape, generator=generator_of(seed))
 
@@ -155,7 +164,7 @@ def run(script, *arguments):
 # Options of train.py: six steps on a tiny checkpoint `ckpt`, by the method that a test adds, or by
 # RoSA of rank 4
 SHORT_RUN = (
-    "--ckpt ckpt --max-steps 6 --batch-size 8 --micro-batch-size 8 --val-size 20 --eval-every 3 "
+    "--ckpt ckpt --max-steps 6 --batch-size 8 --micro-batch-size 8 --val-size 8 --eval-every 3 "
     "--max-len 200 --select-every 2 --device cpu --dtype float32"
 ).split()
 SHORT_ROSA_RUN = (*SHORT_RUN, "--rank", 4, "--alpha", 8, "--lr", 1e-2)

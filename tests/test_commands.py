@@ -24,6 +24,7 @@ from helpers import (
     read_validations,
     run,
     write_test_sets,
+    write_tiny_checkpoint,
 )
 from rounding import assert_close, near, of_model
 
@@ -383,31 +384,50 @@ def test_where_the_screen_is_not_in_utf_8_what_it_lacks_is_replaced(ckpt, monkey
         assert shown in screen.buffer.getvalue()
 
 
-def shell_command():
-    """A run of one step on few examples, as a shell starts it."""
-    Path("few.json").write_text(json.dumps(toy.examples("train", 4)))
+CLOSED = ["2>&-", ">&-", ">&- 2>&-"]
+
+
+@functools.cache
+def start_shells():
+    """Have a shell start a run of one step on few examples, once with each of these streams closed
+    and once with a full disk as its output. Returns, for each, the directory in which it runs and
+    the process: both must be held for as long as they are needed."""
     options = "--ckpt ckpt --max-len 200 --train-file few.json --val-size 1 --max-steps 1 --out a"
-    return f"{sys.executable} {ROOT}/train.py {options}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = {}
+    for streams in [*CLOSED, "> /dev/full"]:
+        directory = tempfile.TemporaryDirectory()
+        write_tiny_checkpoint(Path(directory.name, "ckpt"))
+        Path(directory.name, "few.json").write_text(json.dumps(toy.examples("train", 4)))
+        process = subprocess.Popen(
+            f"{sys.executable} {ROOT}/train.py {options} {streams}",
+            shell=True,
+            cwd=directory.name,
+            stdin=subprocess.DEVNULL,
+            **pipes,
+        )
+        started[streams] = directory, process
+    return started
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
-def test_a_stream_that_the_shell_has_closed_is_not_missed(ckpt, closed):
+@pytest.mark.ahead(start=start_shells)
+@pytest.mark.parametrize("closed", CLOSED)
+def test_a_stream_that_the_shell_has_closed_is_not_missed(closed):
     """Without it the first file that is opened would get the number of that stream."""
-    command = shell_command()
-    done = subprocess.run(
-        f"{command} {closed}", shell=True, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
-    assert done.returncode == 0 and not re.search("[Ee]rror", done.stdout + done.stderr)
-    assert ("best validation loss" in done.stdout) == (closed == "2>&-")
-    assert [json.loads(line)["step"] for line in open("a/log.jsonl")] == [0, 1, 1]
+    directory, process = start_shells()[closed]
+    out, error = process.communicate()
+    assert process.returncode == 0 and not re.search("[Ee]rror", out + error)
+    assert ("best validation loss" in out) == (closed == "2>&-")
+    assert [line["step"] for line in read_log(Path(directory.name, "a"))] == [0, 1, 1]
 
 
+@pytest.mark.ahead(start=start_shells)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this device")
-def test_where_the_disk_of_the_output_is_full_a_line_says_so(ckpt):
-    command = f"{shell_command()} > /dev/full"
-    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "train.py: what it prints: No space left on device. To resume: " in done.stderr
+def test_where_the_disk_of_the_output_is_full_a_line_says_so():
+    _, process = start_shells()["> /dev/full"]
+    _, error = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in error
+    assert "train.py: what it prints: No space left on device. To resume: " in error
 
 
 def test_two_files_of_one_name_have_a_loss_each(ckpt):

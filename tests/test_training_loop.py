@@ -389,7 +389,7 @@ def test_held_out_examples_are_not_trained_on(ckpt):
     examples, held_out, *_ = train.load_data(
         train.parse_args([*map(str, SHORT_ROSA_RUN)]), load_tokenizer("ckpt")
     )
-    assert (len(examples), len(held_out)) == (80, 20)
+    assert (len(examples), len(held_out)) == (92, 8)
     assert not {tuple(prompt) for prompt, _ in examples} & {tuple(prompt) for prompt, _ in held_out}
 
 
@@ -412,7 +412,7 @@ def test_examples_with_an_empty_field_are_left_out_when_asked_to(ckpt, capsys):
     ):
         run(*SHORT_ROSA_RUN, "--train-file", "data.json")
     run(*SHORT_ROSA_RUN, "--train-file", "data.json", "--skip-empty", "--max-steps", 1)
-    assert "18 examples" in capsys.readouterr().out
+    assert "30 examples" in capsys.readouterr().out
 
 
 def test_a_run_in_which_nothing_improved_says_so(ckpt, monkeypatch, capsys):
