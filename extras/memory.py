@@ -95,9 +95,10 @@ class Shape(NamedTuple):
     computed: int  # tokens for which layers compute: what all rows begin with counts once
 
 
-def largest_micro_batch(options, lengths, shared):
-    """The Shape of the largest micro-batch, where examples have these lengths, and all begin with
-    `shared` tokens."""
+def largest_micro_batch(config, options, lengths, shared, device):
+    """The Shape of the micro-batch that needs most memory, where examples have these lengths, and
+    all begin with `shared` tokens. Of micro-batches of equally many tokens it is the one with the
+    longest rows, since a token keeps a probability for each token of its row."""
     is_shared = not any(options[name] for name in KEEP_WHOLE)
     shapes = []
     for length in set(lengths):
@@ -107,7 +108,7 @@ def largest_micro_batch(options, lengths, shared):
         if is_shared:
             computed -= (rows - 1) * shared
         shapes.append(Shape(rows, length, computed))
-    return max(shapes, key=lambda shape: (shape.computed, shape))
+    return max(shapes, key=lambda shape: (activations(config, options, shape, device), shape))
 
 
 KEEP_WHOLE = ("plain", "compile", "shard", "checkpoint_activations")  # nothing is shared with these
@@ -116,7 +117,7 @@ KEEP_WHOLE = ("plain", "compile", "shard", "checkpoint_activations")  # nothing 
 # tests/benchmarks/bench_memory.py.
 HELD = 1.45
 HELD_PLAIN = 1.1  # with --plain
-HELD_RECOMPUTED = 2.8  # with --checkpoint-activations
+HELD_RECOMPUTED = 2.2  # with --checkpoint-activations
 
 
 def activations(config, options, shape, device):
@@ -171,7 +172,7 @@ def say_what_is_needed(args, ckpt, examples, device):
     options = vars(args)
     lengths = [len(prompt) + len(response) for prompt, response in examples]
     shared = len(os.path.commonprefix([prompt for prompt, _ in examples]))
-    shape = largest_micro_batch(options, lengths, shared)
+    shape = largest_micro_batch(model.config, options, lengths, shared, device)
     needed = need(model, options, shape, device)
     parts = [f"weights {gigabytes(needed.weights)}"]
     if needed.trained:
@@ -200,11 +201,13 @@ def gigabytes(number):
 def what_helps(model, options, lengths, shared, device):
     """The two options that save most, with what would be needed then, in words."""
 
-    def total(options):
-        shape = largest_micro_batch(options, lengths, shared)
-        return need(model, options, shape, device).total
+    def largest(options):
+        return largest_micro_batch(model.config, options, lengths, shared, device)
 
-    rows = largest_micro_batch(options, lengths, shared).rows
+    def total(options):
+        return need(model, options, largest(options), device).total
+
+    rows = largest(options).rows
     changes = {}
     if not options["shard"]:
         changes["--checkpoint-activations"] = {"checkpoint_activations": True}

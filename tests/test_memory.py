@@ -20,6 +20,7 @@ from extras.operators import call_onednn
 from model import Attention
 
 HUGE = 2**52  # bytes: more than a processor can address
+CPU = torch.device("cpu")
 
 
 def options_of(*words):
@@ -29,8 +30,9 @@ def options_of(*words):
 
 def need_of(*words, longest=200, shared=0, **changes):
     options = options_of(*words)
-    shape = memory.largest_micro_batch(options, [longest], shared)
-    return memory.need(random_model(**changes), options, shape, torch.device("cpu"))
+    model = random_model(**changes)
+    shape = memory.largest_micro_batch(model.config, options, [longest], shared, CPU)
+    return memory.need(model, options, shape, CPU)
 
 
 # --- before ---
@@ -79,12 +81,12 @@ def test_each_option_that_saves_memory_is_seen_to_save_it():
     assert whole.activations == recomputed.activations
 
 
-def test_the_largest_micro_batch_is_one_that_train_makes():
+def test_the_largest_micro_batch_is_one_that_train_makes(model):
     for shared, lengths in ((0, [60, 200]), (40, [90, 200]), (10, [900, 1300])):
         examples = [([1] * (length - 20), [2] * 20) for length in lengths for _ in range(16)]
         for example in examples:
             example[0][shared:] = range(3 + len(example[0]), 3 + 2 * len(example[0]) - shared)
-        shape = memory.largest_micro_batch(options_of(), lengths, shared)
+        shape = memory.largest_micro_batch(model.config, options_of(), lengths, shared, CPU)
         made = []
         for length in lengths:
             batch = [example for example in examples if sum(map(len, example)) == length]
@@ -94,6 +96,13 @@ def test_the_largest_micro_batch_is_one_that_train_makes():
         assert shape[:2] in made
         for rows, length in made:
             assert rows * (length - shared) + shared <= shape.computed
+
+
+def test_of_micro_batches_of_equally_many_tokens_the_one_with_longer_rows_needs_more(model):
+    """Each token keeps a probability for each token before it. 8 x 160 tokens and 3 x 420."""
+    shape = memory.largest_micro_batch(model.config, options_of(), [160, 420], 0, CPU)
+    assert shape == (3, 420, 1260)
+    assert need_of(longest=420).activations > 1.2 * need_of(longest=160).activations
 
 
 def test_the_line_comes_before_anything_is_loaded_and_names_what_helps(ckpt, monkeypatch, capsys):
