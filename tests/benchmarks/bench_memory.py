@@ -22,6 +22,7 @@ ROWS = [
     "135M: 125-325: --dtype float32 --micro-batch-size 2",
     "135M: 61-161: --dtype float32 --micro-batch-size 16 --k-ratio 1",
     "135M: 61-161: --dtype bfloat16",
+    "135M: 125-325: --dtype bfloat16",
     "135M: 61-161: --dtype float32 --checkpoint-activations --micro-batch-size 8",
     "135M: 61-161: --dtype float32 --plain --micro-batch-size 8",
     "135M: 61-161: --dtype float32 --method lora --targets q,k,v,o,gate,up,down --rank 16",
