@@ -155,7 +155,7 @@ def test_the_free_memory_is_that_of_the_container_where_it_has_less(tmp_path, mo
 @pytest.mark.parametrize(
     "row",
     [
-        "135M: 61-161: --dtype float32 --max-steps 3",
+        "135M: 137-161: --dtype float32 --batch-size 8 --max-steps 3",
         "135M: 161-161: --dtype float32 --quantize int8 --batch-size 8 --max-steps 2",
     ],
 )
