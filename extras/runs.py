@@ -89,6 +89,7 @@ class Run:
         self.best = math.inf  # validation loss, nats per token
         self.kept = "checkpoint" if args.method == "full" else "adapter"
         self.saved = 0  # the step of the state on disk
+        self.validated = {}  # step -> validation loss, as the log of a resumed run has them
         self.skipped_in_a_row = 0  # the last steps, if they were not applied
         self.signals = []  # SIGINT and SIGTERM, as they come
 
@@ -138,7 +139,8 @@ class Run:
 
     def keep_best(self, step, val_loss):
         """Keep the adapter if its validation loss is the lowest so far, and add a line with the
-        loss to log.jsonl."""
+        loss to log.jsonl. A resumed run repeats the validation of its state; where the log has its
+        line already, that line holds, since by it the adapter on disk was kept or not."""
         if step == 0 and not math.isfinite(val_loss):
             advice = f"is {self.ckpt} whole?"
             if self.args.dtype == "float16":
@@ -147,7 +149,12 @@ class Run:
                 )
             raise Stop(f"the validation loss is {val_loss} before training: {advice}")
         note = " before training" if step == 0 else ""
+        logged = self.validated.get(step, val_loss)
+        if f"{logged:.4f}" != f"{val_loss:.4f}":  # by edited code, perhaps
+            note += f"; {logged:.4f} is in log.jsonl, and holds"
         tqdm.write(f"step {step:5}  validation loss {val_loss:.4f}{note}")
+        if step in self.validated:
+            return
         if val_loss < self.best or step == 0:
             self.best = val_loss
             self.save_best()
@@ -291,8 +298,14 @@ class Run:
         # Runs that began before there was float16 have none.
         if "loss_scale" in progress:
             self.loss_scale.value, self.loss_scale.good_steps = progress["loss_scale"]
-        self.best = progress["best"]
         self.saved = progress["step"]
+        for record in read_log(self.out / "log.jsonl"):
+            if "val_loss" in record and record["step"] <= self.saved:
+                # A loss that is not finite is null in the log.
+                loss = math.nan if record["val_loss"] is None else record["val_loss"]
+                self.validated[record["step"]] = loss
+        # The state was saved before its own validation.
+        self.best = min(progress["best"], self.validated.get(self.saved, math.inf))
         if is_first():
             with saving(self.out):
                 clear_partial(self.out)
@@ -300,13 +313,11 @@ class Run:
         return self.saved
 
     def cut_logs(self):
-        """Drop the lines of the logs that the resumed run writes again: those of later steps, and
-        that of the saved step's own validation, which follows the save."""
+        """Drop the lines of the logs that the resumed run writes again: those of later steps."""
         for log in LOGS:
             kept = []
             for record in read_log(self.out / log):
-                last = self.saved - 1 if "val_loss" in record else self.saved
-                if record["step"] <= last:
+                if record["step"] <= self.saved:
                     kept.append(line_of(record))
             write(self.out / log, "".join(kept))
 

@@ -311,6 +311,24 @@ def test_a_signal_ends_a_run_after_its_step_and_resume_goes_on(
     assert contents("a run") == contents(whole())
 
 
+def test_a_validation_that_is_in_the_log_holds_whatever_its_repetition_gives(
+    ckpt, monkeypatch, capsys
+):
+    """An edited file may give another loss; but by that of the log the adapter on disk was kept."""
+    train.run([*RUN, "--out", "a run"])
+    before = contents("a run")
+    best = min(read_validations("a run").values())
+    monkeypatch.setattr(train, "validate", lambda *_: 99.0)
+    capsys.readouterr()
+    train.run([*RUN, "--out", "a run", "--resume"])
+    printed = capsys.readouterr()
+    assert contents("a run") == before
+    last = read_validations("a run")[10]
+    shown = f"step    10  validation loss 99.0000; {last:.4f} is in log.jsonl, and holds"
+    assert shown in printed.out + printed.err
+    assert f"best validation loss {best:.4f}" in printed.out
+
+
 @pytest.mark.parametrize("moment", ["before it", "before its line", "after its line"])
 @pytest.mark.parametrize("step", [0, 3, 10])
 def test_a_run_that_ends_when_a_validation_is_due_makes_it_and_its_line_once(
