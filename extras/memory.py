@@ -117,7 +117,8 @@ KEEP_WHOLE = ("plain", "compile", "shard", "checkpoint_activations")  # nothing 
 # tests/benchmarks/bench_memory.py.
 HELD = 1.45
 HELD_PLAIN = 1.1  # with --plain
-HELD_RECOMPUTED = 2.2  # with --checkpoint-activations
+# With --checkpoint-activations, by the bytes of a number: float32, and bfloat16 or float16
+HELD_RECOMPUTED = {4: 3.2, 2: 1.6}
 
 
 def activations(config, options, shape, device):
@@ -161,7 +162,7 @@ def activations(config, options, shape, device):
     if options["plain"]:
         return int(HELD_PLAIN * needed)
     if options["checkpoint_activations"]:
-        return int(HELD_RECOMPUTED * needed)
+        return int(HELD_RECOMPUTED[itemsize] * needed)
     return int(HELD * needed) + shape.computed * layers * itemsize * freed
 
 
