@@ -56,8 +56,7 @@ def unflushed(monkeypatch):
 
 @pytest.fixture
 def ckpt(tmp_path, monkeypatch):
-    """A working directory that holds a checkpoint `ckpt` alone: 1,024 tokens, 4 layers, a context
-    of 256."""
+    """A working directory that holds a tiny checkpoint `ckpt` alone."""
     monkeypatch.chdir(tmp_path)
     write_tiny_checkpoint("ckpt")
     return "ckpt"

@@ -100,9 +100,6 @@ def read_result(directory, i):
 def run_commands(directory, commands):
     """Run the commands in this process, as if Python had been started in the copy's directory, and
     leave exit status, stdout and stderr of each in files."""
-    import torch
-
-    torch.set_num_threads(1)
     # tqdm's usual lock is a semaphore of the system, which `os._exit` would leave behind
     tqdm.set_lock(threading.RLock())
     for name in [name for name in sys.modules if name.split(".")[0] in PROJECT_MODULES]:
