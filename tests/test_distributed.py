@@ -65,7 +65,6 @@ def run_process(index, world, port, script, arguments, before):
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
-    torch.set_num_threads(1)
     # tqdm's own lock is a semaphore of the system, which a killed process would leave behind
     tqdm.set_lock(threading.RLock())
     torch.optim.AdamW = smooth_adamw()

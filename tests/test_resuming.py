@@ -136,7 +136,6 @@ def train_and_die(arguments, fatal, count):
     """For a process that trains and kills itself. It touches the disk before and after it flushes,
     renames or deletes a file, and while it writes tensors; touch number `fatal` kills it. `count`
     is the number of touches so far."""
-    torch.set_num_threads(1)
     # tqdm's usual lock is a semaphore of the system, which a killed process leaves behind
     tqdm.set_lock(threading.RLock())
     tasks.TOY_SIZES["train"] = 40
