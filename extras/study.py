@@ -11,10 +11,12 @@ runs with the plan's `tuning_seed` find the learning rate: the one with the lowe
 at the last step. While that is the lowest or the highest rate tried, the next one beyond it is
 tried too. Then the runs with the other `seeds` are made at this rate. A finished run is a line in a
 file .jsonl beside the plan. Ctrl-C ends the study after the step that is being computed; the same
-command goes on with it. Let one study of a plan run at a time."""
+command goes on with it. Several runs at a time: --device cuda:0,cuda:1 makes one on each of two
+GPUs, --device cpu,cpu two that share the cores. Let one study of a plan run at a time."""
 
 import json
 import math
+import os
 import re
 import shlex
 import signal
@@ -23,7 +25,6 @@ import subprocess
 import sys
 import time
 import tomllib
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +70,15 @@ class Cell(NamedTuple):
     method: str
     lr: float
     seed: int
+
+
+class Running(NamedTuple):
+    """A run that is being made."""
+
+    process: subprocess.Popen  # train.py
+    out: Path
+    device: str
+    start: float  # seconds, time.monotonic
 
 
 # --- the plan ---
@@ -296,25 +306,26 @@ def chosen_rate(plan, done, group):
 
 
 def open_cells(plan, done):
-    """The cells that can be run now, in turn: the rates of all methods, then the seeds of those
+    """The cells that can be run now, the methods in turn: first the rates, then the seeds of those
     methods whose rate is known."""
     tuning = []
     final = []
     for group in groups(plan):
-        rates = rates_to_try(plan.rates, tuning_losses(plan, done, group))
-        tuning.append([Cell(*group, rate, plan.tuning_seed) for rate in rates])
+        losses = tuning_losses(plan, done, group)
+        for turn, rate in enumerate(rates_to_try(plan.rates, losses), len(losses)):
+            tuning.append((turn, Cell(*group, rate, plan.tuning_seed)))
         rate = chosen_rate(plan, done, group)
         if rate is not None:
-            cells = [Cell(*group, rate, seed) for seed in plan.seeds]
-            final.append([cell for cell in cells if cell not in done])
+            for turn, seed in enumerate(plan.seeds):
+                final.append((turn, Cell(*group, rate, seed)))
     cells = []
-    for lists in (tuning, final):
-        for turn in zip_longest(*lists):
-            cells += [cell for cell in turn if cell is not None]
+    for of_all_methods in (tuning, final):
+        of_all_methods.sort(key=lambda pair: pair[0])
+        cells += [cell for _, cell in of_all_methods if cell not in done]
     return cells
 
 
-def what_remains(plan, done):
+def what_remains(plan, done, devices):
     """How many runs and hours remain, in words, as far as is known: the rates may become more."""
     counts = dict.fromkeys(groups(plan), 0)
     tuned = set()
@@ -331,52 +342,123 @@ def what_remains(plan, done):
     total = 0
     for group, number in counts.items():
         own = [record["minutes"] for cell, record in done.items() if cell[:3] == group]
-        total += number * statistics.median(own or of_all)
+        total += number * statistics.median(own or of_all) / len(devices)
     if total < 60:
         return f"{line}, about {total:.0f} minutes"
     return f"{line}, about {total / 60:.1f} hours"
 
 
-# --- a run ---
+# --- the runs ---
 
 
-def run_cell(plan, cell, runs, machine, signals):
-    """Run train.py for a cell, or let a run that was stopped go on. Returns its record. What it
-    prints on stdout is added to a file beside its directory.
+def make_runs(plan, path, done, runs, devices, options):
+    """Make the runs that remain, one at a time on each device, and add their records to the file
+    `path` and to `done`.
 
-    machine: options of train.py for this machine. signals: a list to which the numbers of signals
-    are added; train.py gets them too, and ends after its step. Raises Stop."""
-    out = runs / directory_of(plan, cell)
-    options = options_of(plan, cell)
-    command = [sys.executable, str(TRAIN), *options, *machine, "--out", str(out)]
-    if (out / "args.json").is_file():
-        command.append("--resume")
-    start = time.monotonic()
-    printed = runs / f"{out.name}.txt"
-    with open(printed, "a") as file:
-        # In a group of its own it does not get the terminal's Ctrl-C beside the one passed on here.
-        process = subprocess.Popen(command, stdout=file, process_group=0)
+    options: those of train.py for this machine. SIGINT and SIGTERM are passed on to the runs, which
+    end after their step. Raises Stop, and UserError."""
+    running = {}  # Cell -> Running
+    signals = []
 
-        def pass_on(number, _):
-            signals.append(number)
-            process.send_signal(number)
+    def pass_on(number, _):
+        signals.append(number)
+        for run in running.values():
+            run.process.send_signal(number)
 
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        handlers = {number: signal.signal(number, pass_on) for number in numbers}
-        status = process.wait()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, pass_on) for number in numbers}
+    try:
+        while True:
+            free = list(devices)
+            for run in running.values():
+                free.remove(run.device)
+            cells = [cell for cell in open_cells(plan, done) if cell not in running]
+            for cell, device in zip(cells, free):
+                if not signals:
+                    out = runs / directory_of(plan, cell)
+                    print(f"run        {out.name}", flush=True)
+                    running[cell] = start_run(plan, cell, out, device, devices, options)
+            if not running:
+                break
+            cell = first_to_end(running)
+            run = running.pop(cell)
+            record = record_of(plan, cell, run, signals) | {"at_a_time": len(devices)}
+            write_log(path, record)
+            done[cell] = record
+            # What --resume needs is as large as the weights that train, and no longer needed.
+            (run.out / "state.safetensors").unlink(missing_ok=True)
+            before, after = (shown(record, name) for name in ("val_loss_before", "val_loss"))
+            # Where several runs are made, the line above may be of another one.
+            which = f"{run.out.name}: " if len(devices) > 1 else ""
+            remain = what_remains(plan, done, devices)
+            print(f"           {which}{before} → {after}; {remain}", flush=True)
+            check_pairs(path, done)
+            check_sizes(plan, done)
+    finally:
+        for run in running.values():
+            if not signals:  # a second signal would end it within its step
+                run.process.terminate()
+            run.process.wait()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if signals:
+        raise Stop("stopped between two runs", 128 + signals[0])
+
+
+def start_run(plan, cell, out, device, devices, options):
+    """Start train.py for a cell, or let its run go on that was stopped. What it prints on stdout is
+    added to a file beside the directory `out`; where several runs are made, what it prints on
+    stderr too. Returns a Running."""
+    command = [sys.executable, str(TRAIN), *options_of(plan, cell)]
+    command += ["--device", device, *options, "--out", str(out)]
+    if (out / "args.json").is_file():
+        command.append("--resume")
+    environment = dict(os.environ)
+    if devices.count(device) > 1:
+        threads = max(1, torch.get_num_threads() // devices.count(device))
+        environment["OMP_NUM_THREADS"] = str(threads)
+    start = time.monotonic()
+    with open(printed(out), "a") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=file if len(devices) > 1 else None,
+            env=environment,
+            # In a group of its own it does not get the terminal's Ctrl-C beside the one passed on.
+            process_group=0,
+        )
+    return Running(process, out, device, start)
+
+
+def printed(out):
+    """The file with what the run in the directory `out` prints."""
+    return out.with_name(f"{out.name}.txt")
+
+
+def first_to_end(running):
+    """Wait until one of the runs has ended, and return its cell."""
+    while True:
+        for cell, run in running.items():
+            if run.process.poll() is not None:
+                return cell
+        time.sleep(0.1)
+
+
+def record_of(plan, cell, run, signals):
+    """The record of a run that has ended. Raises Stop where it has not come to its last step."""
+    out = run.out
+    status = run.process.returncode
     log = read_log(out / "log.jsonl")
     steps = steps_of(log)
     has_diverged = [step.get("skipped") for step in steps[-3:]] == [True, True, True]
     if status != 0 and signals:
         raise Stop(f"stopped in {out}", 128 + signals[0])
     if status != 0 and not has_diverged:
-        raise Stop(f"{out} ended with status {status}; what it printed is in {printed}")
+        raise Stop(f"{out} ended with status {status}; what it printed is in {printed(out)}")
     args = read_json(out / "args.json")
     summary = read_json(out / "summary.json", missing={})  # absent where the run diverged
     began, now = hash_of(args["code"]), code_now(plan, cell)
-    minutes = max(time.monotonic() - start, sum(step["seconds"] for step in steps)) / 60
+    minutes = max(time.monotonic() - run.start, sum(step["seconds"] for step in steps)) / 60
     seen = ("config.json of the checkpoint", "weight files of the checkpoint")
     seen += ("training examples", "held-out examples")
     return cell._asdict() | {
@@ -391,7 +473,7 @@ def run_cell(plan, cell, runs, machine, signals):
         "processor": processor(args["device"]),
         "seen": hash_of([args["hashes"][name] for name in seen]),
         "code": began if began == now else f"{began} and {now}",
-        "options": shlex.join(options),
+        "options": shlex.join(options_of(plan, cell)),
     }
 
 
@@ -615,12 +697,13 @@ def report(path, plan, done, others):
 
 
 def main(args):
-    """Make the runs of a plan that are not made yet, one after the other, and the report."""
+    """Make the runs of a plan that are not made yet, and the report."""
+    devices = args.device.split(",")
     plan = read_plan(args.plan)
     path = args.plan.with_suffix(".jsonl")
     done, others = read_done(path, plan)
     check_sizes(plan, done)
-    print(f"study      {what_remains(plan, done)}")
+    print(f"study      {what_remains(plan, done, devices)}")
     if others:
         print(f"study      {len(others)} runs in {path} are of another plan: they do not count")
     if edited := made_by_other_code(plan, done):
@@ -629,28 +712,14 @@ def main(args):
         return
     if args.report:
         return report(args.plan, plan, done, others)
+    for device in devices:
+        choose_device_and_dtype(device, "float32")  # raises UserError if it is not available
     runs = args.runs or Path("runs") / args.plan.stem
     make_writable(runs)
     make_writable(path.parent)
     end_with_a_whole_line(path)
-    machine = ["--device", args.device]
-    if args.data_dir:
-        machine += ["--data-dir", args.data_dir]
-    signals = []
-    while cells := open_cells(plan, done):
-        for cell in cells:
-            print(f"run        {directory_of(plan, cell)}", flush=True)
-            record = run_cell(plan, cell, runs, machine, signals)
-            write_log(path, record)
-            done[cell] = record
-            # What --resume needs is as large as the weights that train, and no longer needed.
-            (runs / directory_of(plan, cell) / "state.safetensors").unlink(missing_ok=True)
-            before, after = (shown(record, name) for name in ("val_loss_before", "val_loss"))
-            print(f"           {before} → {after}; {what_remains(plan, done)}", flush=True)
-            check_pairs(path, done)
-            check_sizes(plan, done)
-            if signals:
-                raise Stop("stopped between two runs", 128 + signals[0])
+    options = ["--data-dir", args.data_dir] if args.data_dir else []
+    make_runs(plan, path, done, runs, devices, options)
     report(args.plan, plan, done, others)
 
 
@@ -666,7 +735,8 @@ def parse_args(arguments=None):
     add = parser.add_argument
     add("plan", type=Path, metavar="PLAN", help="TOML file")
     add("--data-dir", help="as train.py takes it")
-    add("--device", default="auto", help="as train.py takes it (default: auto)")
+    text = "as train.py takes it (default: auto); several with commas make several runs at a time"
+    add("--device", default="auto", help=text)
     add("--runs", type=Path, metavar="DIR", help="for the run directories (default: runs/PLAN)")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="say how many runs and hours remain")

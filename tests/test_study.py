@@ -4,6 +4,7 @@ the report, and a claim is made only where an interval leaves out zero."""
 import json
 import math
 import os
+import random
 import shlex
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from helpers import ROOT, no_package, read_log
 from data.errors import UserError
 from extras import study
 from extras.checkpoints import meta_model
+from extras.commands import Stop
 from extras.records import write_log
 from extras.study import Cell
 from model import LlamaConfig
@@ -61,14 +64,18 @@ def simulate(monkeypatch, loss_of):
     were run, in their order."""
     cells = []
 
-    def run_cell(plan, cell, runs, machine, signals):
+    def start_run(plan, cell, out, device, devices, options):
         cells.append(cell)
+        return study.Running(SimpleNamespace(poll=lambda: 0), out, device, 0.0)
+
+    def record_of(plan, cell, run, signals):
         record = cell._asdict() | {"val_loss": loss_of(cell), "val_loss_before": 3.0}
         record |= {"trainable": 1000, "minutes": 6.0, "seen": cell.seed}
         record["code"] = study.code_now(plan, cell)
         return record | {"options": shlex.join(study.options_of(plan, cell))}
 
-    monkeypatch.setattr(study, "run_cell", run_cell)
+    monkeypatch.setattr(study, "start_run", start_run)
+    monkeypatch.setattr(study, "record_of", record_of)
     return cells
 
 
@@ -157,6 +164,62 @@ def test_a_plan_becomes_the_runs_of_its_rule(sized, monkeypatch, capsys):
     )
     assert "| no DLS | 1,000 | 1.2000 | 1.1500 | **1.1000** | 1.1500 | – | – |" in shown
     assert "23 runs.\n2 intervals of 95 per cent" in shown and "0.1 of them would be" in shown
+
+
+def test_several_runs_at_a_time_are_those_of_one_at_a_time(sized, monkeypatch, capsys):
+    """Whichever ends first: the next takes its device."""
+    one_at_a_time = simulate(monkeypatch, valley)
+    write_plan()
+    study.run(["plan.toml"])
+    Path("plan.jsonl").rename("one.jsonl")
+    cells = simulate(monkeypatch, valley)
+    busy = []
+
+    def first_to_end(running):
+        busy.append(sorted(run.device for run in running.values()))
+        return random.choice(list(running))
+
+    monkeypatch.setattr(study, "first_to_end", first_to_end)
+    monkeypatch.setattr(study, "choose_device_and_dtype", lambda device, dtype: None)
+    capsys.readouterr()
+    study.run(["plan.toml", "--device", "cuda:0,cuda:1,cuda:2"])
+    assert len(cells) == len(one_at_a_time) and set(cells) == set(one_at_a_time)
+    assert busy[0] == ["cuda:0", "cuda:1", "cuda:2"] and len(busy) == 23
+    assert all(len(set(devices)) == len(devices) for devices in busy)
+    assert "1 runs are done, 20 remain, about 40 minutes" in capsys.readouterr().out
+    lines = [read_log(".", name) for name in ("one.jsonl", "plan.jsonl")]
+    for records, number in zip(lines, (1, 3)):
+        assert {record.pop("at_a_time") for record in records} == {number}
+    assert sorted(map(str, lines[0])) == sorted(map(str, lines[1]))
+
+
+@pytest.mark.parametrize("by_a_signal", [False, True])
+def test_a_run_that_fails_ends_the_others_after_their_step(sized, monkeypatch, capsys, by_a_signal):
+    """Each of them gets one signal, whether it is passed on or sent: a second would end it within
+    its step."""
+    calls = []
+
+    def start_run(plan, cell, out, device, devices, options):
+        def call(name):
+            return lambda *_: calls.append((cell.method, name))
+
+        names = ("send_signal", "terminate", "wait")
+        process = SimpleNamespace(poll=lambda: 0, **{name: call(name) for name in names})
+        return study.Running(process, out, device, 0.0)
+
+    def record_of(plan, cell, run, signals):
+        if by_a_signal:
+            os.kill(os.getpid(), signal.SIGINT)
+        raise Stop(f"{cell.method} ended with status 1")
+
+    monkeypatch.setattr(study, "start_run", start_run)
+    monkeypatch.setattr(study, "record_of", record_of)
+    write_plan()
+    with pytest.raises(SystemExit) as end:
+        study.run(["plan.toml", "--device", "cpu,cpu"])
+    assert end.value.code == 1 and "study: RoSA ended with status 1" in capsys.readouterr().err
+    first = "send_signal" if by_a_signal else "terminate"
+    assert calls == [("no DLS", first), ("no DLS", "wait")]
 
 
 def test_no_claim_is_made_where_the_interval_holds_zero(sized, monkeypatch, capsys):
@@ -369,15 +432,22 @@ STUDY = (
 )
 
 
-def start_study():
+def start_study(*options):
     return subprocess.Popen(
-        [sys.executable, "-c", STUDY, "plan.toml", "--runs", "."],
+        [sys.executable, "-c", STUDY, "plan.toml", "--runs", ".", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         start_new_session=True,
     )
+
+
+def run_cell(plan, cell):
+    out = Path(study.directory_of(plan, cell))
+    run = study.start_run(plan, cell, out, "cpu", ["cpu"], [])
+    run.process.wait()
+    return study.record_of(plan, cell, run, [])
 
 
 def wait_for_log(out, lines, process):
@@ -416,8 +486,36 @@ def test_a_run_is_one_of_train_py_and_goes_on_after_a_signal(one_cell):
     # Other options make another run, and leave this one alone
     before = read_log(out)
     write_plan(("--max-steps 2", "--max-steps 3 --eval-every 1000"))
-    again = study.run_cell(study.read_plan(Path("plan.toml")), cell, Path("."), [], [])
+    again = run_cell(study.read_plan(Path("plan.toml")), cell)
     assert again["steps"] == 3 and again["seen"] == record["seen"] and read_log(out) == before
+
+
+@pytest.mark.slow
+def test_two_runs_at_a_time_are_stopped_and_go_on_together(one_cell):
+    plan, cell = one_cell
+    *lines, last = Path("plan.jsonl").read_text().splitlines(keepends=True)
+    Path("plan.jsonl").write_text("".join(lines))
+    other = Cell(*(json.loads(last)[name] for name in Cell._fields))
+    outs = [study.directory_of(plan, each) for each in (cell, other)]
+    process = start_study("--device", "cpu,cpu")
+    for out in outs:
+        wait_for_log(out, 3, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert error.startswith("study: stopped in") and error.count("\n") == 1
+    assert len(read_log(".", "plan.jsonl")) == len(lines)
+    stopped = [read_log(out) for out in outs]
+    assert all(3 <= len(log) < 41 for log in stopped)
+    process = start_study("--device", "cpu,cpu")
+    shown, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    records = {record["method"]: record for record in read_log(".", "plan.jsonl")[-2:]}
+    assert set(records) == {cell.method, other.method}
+    for each, out, log in zip((cell, other), outs, stopped):
+        assert records[each.method]["steps"] == 40 and f"{out}: " in shown
+        assert read_log(out)[: len(log)] == log
+        assert "stopping once this step is done" in Path(f"{out}.txt").read_text()
 
 
 @pytest.mark.slow
@@ -439,7 +537,7 @@ def test_a_signal_in_the_last_step_ends_the_study_after_its_run(one_cell):
 def test_a_run_whose_steps_are_not_finite_has_diverged(ckpt):
     write_plan(("--max-steps 2", "--max-steps 9"))
     plan = study.read_plan(Path("plan.toml"))
-    record = study.run_cell(plan, Cell("ckpt", "toy", "LoRA", 1e25, 1), Path("."), [], [])
+    record = run_cell(plan, Cell("ckpt", "toy", "LoRA", 1e25, 1))
     assert record["val_loss"] is None and record["skipped"] >= 3 and record["val_loss_before"] > 0
 
 
