@@ -718,6 +718,8 @@ def main(args):
     make_writable(runs)
     make_writable(path.parent)
     end_with_a_whole_line(path)
+    if len(devices) > 1:
+        print(f"progress   is in the files {runs / '*.txt'}")
     options = ["--data-dir", args.data_dir] if args.data_dir else []
     make_runs(plan, path, done, runs, devices, options)
     report(args.plan, plan, done, others)
