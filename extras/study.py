@@ -6,7 +6,7 @@ Without it: run train.py by hand for each method, rate and seed, and hope to hav
     python -m extras.study tests/study/smollm2.toml --data-dir LLM-Adapters --dry-run
     python -m extras.study tests/study/smollm2.toml --data-dir LLM-Adapters
 
-A plan is a TOML file such as this one; class Plan below says what its keys are. Of each method the
+A plan is a TOML file such as that one; class Plan below says what its keys are. Of each method the
 runs with the plan's `tuning_seed` find the learning rate: the one with the lowest validation loss
 at the last step. While that is the lowest or the highest rate tried, the next one beyond it is
 tried too. Then the runs with the other `seeds` are made at this rate. A finished run is a line in a
@@ -48,6 +48,20 @@ from extras.records import (
 from extras.runs import code_of
 
 TRAIN = Path(train.__file__)
+
+# Student's t for a two-sided interval of 95 per cent, by degrees of freedom: one less than the
+# number of pairs.
+STUDENT = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    6: 2.447,
+    7: 2.365,
+    8: 2.306,
+    9: 2.262,
+}
 
 
 class Plan(NamedTuple):
@@ -102,65 +116,86 @@ def read_plan(path):
             words = {list: "list", dict: "table", str: "text", int: "whole number"}
             raise UserError(f"{path}: {name} must be a {words[kind]}")
     plan = Plan(**read)
-    for problem in problems(plan):
-        raise UserError(f"{path}: {problem}")
+    try:
+        check_plan(plan)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return plan
 
 
 # Options that a plan has keys for, or that depend on the machine.
-NOT_IN_A_PLAN = ("--ckpt", "--lr", "--seed", "--out", "--device", "--data-dir")
-NOT_IN_A_PLAN += ("--resume", "--overwrite", "--help", "-h")
+NOT_IN_A_PLAN = (
+    *("--ckpt", "--lr", "--seed", "--out", "--device", "--data-dir"),
+    *("--resume", "--overwrite", "--help", "-h"),
+)
 
 
-def problems(plan):
-    """Yield what is wrong with a plan."""
+def check_plan(plan):
+    """Raise UserError, with what is wrong, where a plan cannot be run."""
     names = [*plan.models, *plan.baselines, *plan.unequal]
     options = [plan.options, *plan.tasks.values(), *plan.methods.values()]
     if not all(isinstance(text, str) for text in names + options):
-        yield "the names, and the options of tasks and methods, must be texts"
+        raise UserError("the names, and the options of tasks and methods, must be texts")
     if not all(isinstance(rate, (int, float)) and rate > 0 for rate in plan.rates):
-        yield "rates must be positive numbers"
+        raise UserError("rates must be positive numbers")
     if not all(isinstance(seed, int) for seed in plan.seeds):
-        yield "seeds must be whole numbers"
+        raise UserError("seeds must be whole numbers")
     for text in options:
         try:
             words = shlex.split(text)
         except ValueError as error:
-            yield f"{text!r}: {error}"
+            raise UserError(f"{text!r}: {error}") from None
         for word in words:
-            if word.split("=")[0] in NOT_IN_A_PLAN:
-                yield f"{text!r} has {word}, which belongs into another key or to the machine"
+            if is_none_of_a_plan(word):
+                raise UserError(
+                    f"{text!r} has {word}, which belongs into another key or to the machine"
+                )
 
     for name in (*plan.baselines, *plan.unequal):
         if name not in plan.methods:
-            yield f"{name} is none of the methods: {', '.join(plan.methods)}"
+            raise UserError(f"{name} is none of the methods: {', '.join(plan.methods)}")
     if not plan.baselines:
-        yield "baselines names no method"
+        raise UserError("baselines names no method")
     if len(plan.rates) < 4:
-        yield "rates has fewer than four learning rates"
+        raise UserError("rates has fewer than four learning rates")
     for low, high in zip(plan.rates, plan.rates[1:]):
         if not 3.1 < high / low < 3.3:
-            yield "rates must rise by factors of 10^0.5, as 1e-3, 3.16e-3, 1e-2 do"
+            raise UserError("rates must rise by factors of 10^0.5, as 1e-3, 3.16e-3, 1e-2 do")
     if plan.tuning_seed in plan.seeds:
-        yield f"tuning_seed {plan.tuning_seed} is among the seeds: what chose the rate cannot judge"
+        raise UserError(
+            f"tuning_seed {plan.tuning_seed} is among the seeds: what chose the rate cannot judge"
+        )
+    if len(set(plan.seeds)) < len(plan.seeds):
+        raise UserError("seeds has a number twice")
     most = 1 + len(STUDENT)
-    if not 2 <= len(set(plan.seeds)) == len(plan.seeds) <= most:
-        yield f"seeds must be 2 to {most} different numbers"
+    if not 2 <= len(plan.seeds) <= most:
+        raise UserError(f"seeds must be 2 to {most} numbers")
 
+    # A run of each method and seed, at one rate, shows whether train.py takes the options.
     cells = []
     for group in groups(plan):
         cells += [Cell(*group, plan.rates[0], seed) for seed in (plan.tuning_seed, *plan.seeds)]
     if not cells:
-        yield "models, tasks and methods must not be empty"
+        raise UserError("models, tasks and methods must not be empty")
     for cell in cells:
         try:
             args = train.parse_args(options_of(plan, cell))
         except UserError as error:
-            yield f"{cell.method} on {cell.task}: {error}"
+            raise UserError(f"{cell.method} on {cell.task}: {error}") from None
         if args.dtype == "auto":
-            yield "options must say the --dtype, since auto is not the same on all machines"
-    if len({directory_of(plan, cell) for cell in cells}) < len(cells):
-        yield "two models, tasks or methods have the same options"
+            raise UserError(
+                "options must say the --dtype, since auto is not the same on all machines"
+            )
+    if len({shlex.join(options_of(plan, cell)) for cell in cells}) < len(cells):
+        raise UserError("two models, tasks or methods have the same options")
+
+
+def is_none_of_a_plan(word):
+    """Whether a word of a plan's options is one of NOT_IN_A_PLAN, or short for it: argparse takes
+    --ckp for --ckpt."""
+    option = word.split("=")[0]
+    is_short = len(option) > 2 and option.startswith("--")
+    return any(option == name or (is_short and name.startswith(option)) for name in NOT_IN_A_PLAN)
 
 
 def groups(plan):
@@ -203,7 +238,7 @@ def check_sizes(plan, done):
                 sizes[key] = record["trainable"]
         known = [size for size in sizes.values() if size]
         if known and max(known) > 1.02 * min(known):
-            counts = [f"{method} {size:,}" for (_, method), size in sizes.items()]
+            counts = [f"{method} {size:,}" for (_, method), size in sizes.items() if size]
             raise UserError(
                 f"the methods train different numbers of parameters of {model}: "
                 f"{', '.join(dict.fromkeys(counts))}: change --rank until they are within 2 per "
@@ -215,15 +250,18 @@ def check_sizes(plan, done):
 
 
 def read_done(path, plan):
-    """(Cell -> record of every run in a study's .jsonl that is of the plan as it is now, the
-    records of all others). Raises UserError."""
+    """The runs in a study's .jsonl: (those of the plan as it is now, as Cell -> record; the records
+    of all others). Raises UserError."""
     done = {}
     others = []
-    for record in read_log(path):
+    records = read_log(path)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if len(records) < len(lines) - 1:  # a kill may have cut the last line, but no other
+        raise UserError(f"{path}, line {len(records) + 1} is no run of a study: delete it")
+    for record in records:
         try:
             cell = Cell(*(record[name] for name in Cell._fields))
-            is_of_plan = cell[:3] in groups(plan) and cell.seed in (plan.tuning_seed, *plan.seeds)
-            if is_of_plan and record["options"] == shlex.join(options_of(plan, cell)):
+            if is_of_plan(plan, cell) and record["options"] == shlex.join(options_of(plan, cell)):
                 done[cell] = record
             else:
                 others.append(record)
@@ -231,6 +269,16 @@ def read_done(path, plan):
             raise UserError(f"{path}: this line is no run of a study: {record}") from None
     check_pairs(path, done)
     return done, others
+
+
+def is_of_plan(plan, cell):
+    """Whether a plan may have asked for a cell. Rates beyond those of the plan are a power of ten
+    from one of them."""
+    rates = set()
+    for rate in plan.rates:
+        rates |= {float(f"{rate * 10**power:g}") for power in range(-3, 4)}
+    is_its_seed = cell.seed in (plan.tuning_seed, *plan.seeds)
+    return cell[:3] in groups(plan) and is_its_seed and cell.lr in rates
 
 
 def check_pairs(path, done):
@@ -308,7 +356,7 @@ def chosen_rate(plan, done, group):
 def open_cells(plan, done):
     """The cells that can be run now, the methods in turn: first the rates, then the seeds of those
     methods whose rate is known."""
-    tuning = []
+    tuning = []  # pairs (how many runs of its method come before it, cell)
     final = []
     for group in groups(plan):
         losses = tuning_losses(plan, done, group)
@@ -318,31 +366,36 @@ def open_cells(plan, done):
         if rate is not None:
             for turn, seed in enumerate(plan.seeds):
                 final.append((turn, Cell(*group, rate, seed)))
-    cells = []
-    for of_all_methods in (tuning, final):
-        of_all_methods.sort(key=lambda pair: pair[0])
-        cells += [cell for _, cell in of_all_methods if cell not in done]
-    return cells
+    in_turn = [*sorted(tuning, key=by_turn), *sorted(final, key=by_turn)]
+    return [cell for _, cell in in_turn if cell not in done]
 
 
-def what_remains(plan, done, devices):
+def by_turn(pair):
+    turn, _ = pair
+    return turn
+
+
+def what_remains(plan, done):
     """How many runs and hours remain, in words, as far as is known: the rates may become more."""
     counts = dict.fromkeys(groups(plan), 0)
-    tuned = set()
+    untuned = set()
     for cell in open_cells(plan, done):
         counts[cell[:3]] += 1
         if cell.seed == plan.tuning_seed:
-            tuned.add(cell[:3])
-    for group in tuned:
+            untuned.add(cell[:3])
+    for group in untuned:
         counts[group] += len(plan.seeds)
     line = f"{len(done)} runs are done, {sum(counts.values())} remain"
     if not done:
         return f"{line}; the first of them will show how long they take"
-    of_all = [record["minutes"] for record in done.values()]
+    of_all = []  # minutes of a run
+    minutes = {}  # (model, task, method) -> those of its runs
+    for cell, record in done.items():
+        of_all.append(record["minutes"] / record.get("at_a_time", 1))
+        minutes.setdefault(cell[:3], []).append(of_all[-1])
     total = 0
     for group, number in counts.items():
-        own = [record["minutes"] for cell, record in done.items() if cell[:3] == group]
-        total += number * statistics.median(own or of_all) / len(devices)
+        total += number * statistics.median(minutes.get(group, of_all))
     if total < 60:
         return f"{line}, about {total:.0f} minutes"
     return f"{line}, about {total / 60:.1f} hours"
@@ -355,17 +408,19 @@ def make_runs(plan, path, done, runs, devices, options):
     """Make the runs that remain, one at a time on each device, and add their records to the file
     `path` and to `done`.
 
-    options: those of train.py for this machine. SIGINT and SIGTERM are passed on to the runs, which
-    end after their step. Raises Stop, and UserError."""
+    options: those of train.py for this machine. At a signal, or where one of them fails, the runs
+    end after their step; a second signal ends them at once. Raises Stop, and UserError."""
     running = {}  # Cell -> Running
     signals = []
 
     def pass_on(number, _):
         signals.append(number)
         for run in running.values():
-            run.process.send_signal(number)
+            run.process.terminate()
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # under nohup it is ignored
+        numbers.append(signal.SIGHUP)  # the terminal is closed
     handlers = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         while True:
@@ -374,10 +429,13 @@ def make_runs(plan, path, done, runs, devices, options):
                 free.remove(run.device)
             cells = [cell for cell in open_cells(plan, done) if cell not in running]
             for cell, device in zip(cells, free):
-                if not signals:
-                    out = runs / directory_of(plan, cell)
-                    print(f"run        {out.name}", flush=True)
-                    running[cell] = start_run(plan, cell, out, device, devices, options)
+                if signals:
+                    break
+                out = runs / directory_of(plan, cell)
+                print(f"run        {out.name}", flush=True)
+                running[cell] = start_run(plan, cell, out, device, devices, options)
+                if signals:  # one that came meanwhile has not reached it
+                    running[cell].process.terminate()
             if not running:
                 break
             cell = first_to_end(running)
@@ -390,14 +448,15 @@ def make_runs(plan, path, done, runs, devices, options):
             before, after = (shown(record, name) for name in ("val_loss_before", "val_loss"))
             # Where several runs are made, the line above may be of another one.
             which = f"{run.out.name}: " if len(devices) > 1 else ""
-            remain = what_remains(plan, done, devices)
+            remain = what_remains(plan, done)
             print(f"           {which}{before} → {after}; {remain}", flush=True)
             check_pairs(path, done)
             check_sizes(plan, done)
     finally:
-        for run in running.values():
-            if not signals:  # a second signal would end it within its step
+        if not signals:  # else they have got it already
+            for run in running.values():
                 run.process.terminate()
+        for run in running.values():
             run.process.wait()
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -411,8 +470,8 @@ def start_run(plan, cell, out, device, devices, options):
     stderr too. Returns a Running."""
     command = [sys.executable, str(TRAIN), *options_of(plan, cell)]
     command += ["--device", device, *options, "--out", str(out)]
-    if (out / "args.json").is_file():
-        command.append("--resume")
+    is_begun = (out / "state.safetensors").is_file()
+    command.append("--resume" if is_begun else "--overwrite")
     environment = dict(os.environ)
     if devices.count(device) > 1:
         threads = max(1, torch.get_num_threads() // devices.count(device))
@@ -450,7 +509,9 @@ def record_of(plan, cell, run, signals):
     status = run.process.returncode
     log = read_log(out / "log.jsonl")
     steps = steps_of(log)
-    has_diverged = [step.get("skipped") for step in steps[-3:]] == [True, True, True]
+    # After three such steps train.py ends with status 1.
+    skipped = [step.get("skipped") for step in steps[-3:]]
+    has_diverged = status == 1 and skipped == [True, True, True]
     if status != 0 and signals:
         raise Stop(f"stopped in {out}", 128 + signals[0])
     if status != 0 and not has_diverged:
@@ -467,10 +528,10 @@ def record_of(plan, cell, run, signals):
         "trainable": summary.get("trainable"),
         "tokens_per_second": summary.get("tokens_per_second"),
         "peak_memory": summary.get("peak_memory"),
-        "minutes": round(minutes, 2),  # of a run that was stopped at least so many
+        "minutes": round(minutes, 2),  # or more, if the run was stopped and has gone on
         "steps": steps[-1]["step"],
         "skipped": sum(step.get("skipped", False) for step in steps),
-        "processor": processor(args["device"]),
+        "processor": processor(run.device),
         "seen": hash_of([args["hashes"][name] for name in seen]),
         "code": began if began == now else f"{began} and {now}",
         "options": shlex.join(options_of(plan, cell)),
@@ -489,34 +550,22 @@ def processor(name):
 
 # --- the report ---
 
-# Student's t for a two-sided interval of 95 per cent, by degrees of freedom: one less than the
-# number of pairs.
-STUDENT = {
-    1: 12.706,
-    2: 4.303,
-    3: 3.182,
-    4: 2.776,
-    5: 2.571,
-    6: 2.447,
-    7: 2.365,
-    8: 2.306,
-    9: 2.262,
-}
-
 
 def interval(differences):
     """(mean, low, high): the mean of paired differences and its interval of 95 per cent, by
     Student's t."""
     mean = statistics.fmean(differences)
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    width = STUDENT[len(differences) - 1] * error
-    return mean, mean - width, mean + width
+    standard_error = statistics.stdev(differences) / math.sqrt(len(differences))
+    half_width = STUDENT[len(differences) - 1] * standard_error
+    return mean, mean - half_width, mean + half_width
 
 
 def final_losses(plan, done, group):
     """Seed -> validation loss of the finished runs at the method's rate. A run that diverged has
     the loss None."""
     rate = chosen_rate(plan, done, group)
+    if rate is None:
+        return {}
     cells = [Cell(*group, rate, seed) for seed in plan.seeds]
     return {cell.seed: done[cell]["val_loss"] for cell in cells if cell in done}
 
@@ -579,6 +628,17 @@ def report_lines(plan, done, others, compared):
         "An interval is over seeds (held-out examples, order, initial A) at the rates chosen; the "
         "choice of a rate, by one seed, has no part in it."
     )
+    for group in groups(plan):
+        losses = tuning_losses(plan, done, group)
+        rate = chosen_rate(plan, done, group)
+        if rate is not None and rate in (min(losses), max(losses)):
+            lines.append(f"The best rate of {group[-1]}, {rate:g}, is at the edge of those tried.")
+    at_other_rates = 0
+    for cell in done:
+        if cell.seed in plan.seeds and cell.lr != chosen_rate(plan, done, cell[:3]):
+            at_other_rates += 1
+    if at_other_rates:
+        lines.append(f"{at_other_rates} runs with these seeds, at other rates, are in no table.")
     if others:
         lines.append(f"{len(others)} runs of another plan are in no table; the JSON file has them.")
     if edited := made_by_other_code(plan, done):
@@ -631,11 +691,11 @@ def final_table(plan, done, model, task, compared):
     return [title, "", *table(rows), ""]
 
 
-def shown(losses, key):
+def shown(values, key):
     """The loss that stands under a key, as text."""
-    if key not in losses:
+    if key not in values:
         return ABSENT
-    return "diverged" if losses[key] is None else f"{losses[key]:.4f}"
+    return "diverged" if values[key] is None else f"{values[key]:.4f}"
 
 
 def shown_difference(comparison):
@@ -703,7 +763,7 @@ def main(args):
     path = args.plan.with_suffix(".jsonl")
     done, others = read_done(path, plan)
     check_sizes(plan, done)
-    print(f"study      {what_remains(plan, done, devices)}")
+    print(f"study      {what_remains(plan, done)}")
     if others:
         print(f"study      {len(others)} runs in {path} are of another plan: they do not count")
     if edited := made_by_other_code(plan, done):
@@ -712,8 +772,6 @@ def main(args):
         return
     if args.report:
         return report(args.plan, plan, done, others)
-    for device in devices:
-        choose_device_and_dtype(device, "float32")  # raises UserError if it is not available
     runs = args.runs or Path("runs") / args.plan.stem
     make_writable(runs)
     make_writable(path.parent)
@@ -726,10 +784,10 @@ def main(args):
 
 
 def end_with_a_whole_line(path):
-    """Delete the last line of a file if a kill has cut it."""
-    records = read_log(path)
-    if path.is_file() and not path.read_text(encoding="utf-8").endswith("\n"):
-        write_whole(path, "".join(line_of(record) for record in records))
+    """Delete the last line of a file if a kill has cut it, or if it is empty."""
+    whole = "".join(line_of(record) for record in read_log(path))
+    if path.is_file() and path.read_text(encoding="utf-8") != whole:
+        write_whole(path, whole)
 
 
 def parse_args(arguments=None):
