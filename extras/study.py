@@ -3,8 +3,8 @@ compared by pairs of runs.
 Whether one method is better than another is said with an interval, and every run is in the report.
 Without it: run train.py by hand for each method, rate and seed, and hope to have forgotten none.
 
-    python -m extras.study tests/study/smollm2.toml --data-dir LLM-Adapters --dry-run
-    python -m extras.study tests/study/smollm2.toml --data-dir LLM-Adapters
+    python -m extras.study tests/study/llama2-7b.toml --data-dir LLM-Adapters --dry-run
+    python -m extras.study tests/study/llama2-7b.toml --data-dir LLM-Adapters
 
 A plan is a TOML file such as that one; class Plan below says what its keys are. Of each method the
 runs with the plan's `tuning_seed` find the learning rate: the one with the lowest validation loss
