@@ -197,7 +197,7 @@ def test_several_runs_at_a_time_are_those_of_one_at_a_time(sized, monkeypatch, c
 def test_a_signal_or_a_failure_ends_the_runs_after_their_step(
     sized, monkeypatch, capsys, signal_in
 ):
-    """Each run is told once: a second time would end it within its step."""
+    """Each run gets one signal: a second would end it within its step."""
     calls = []
 
     def interrupt(place):
@@ -225,12 +225,12 @@ def test_a_signal_or_a_failure_ends_the_runs_after_their_step(
     with pytest.raises(SystemExit) as end:
         study.run(["plan.toml", "--device", "cpu,cpu,cpu"])
     assert end.value.code == 1 and "study: RoSA ended with status 1" in capsys.readouterr().err
-    told = [method for method, name in calls if name == "terminate"]
+    terminated = [method for method, name in calls if name == "terminate"]
     waited_for = [method for method, name in calls if name == "wait"]
     if signal_in == "start_run":  # the third run was not started, and RoSA's had not ended yet
-        assert told == ["RoSA", "no DLS"] and waited_for == ["no DLS"]
+        assert terminated == ["RoSA", "no DLS"] and waited_for == ["no DLS"]
     else:
-        assert told == waited_for == ["no DLS", "LoRA"]
+        assert terminated == waited_for == ["no DLS", "LoRA"]
 
 
 @pytest.mark.parametrize("status", [1, 2])
